@@ -1,0 +1,180 @@
+// BRANCH: evaluates a captured body, or nothing, by one bool that is read on the host.
+#include "branch.h"
+
+#include <sstream>
+
+#include "mlx/backend/cpu/encoder.h"
+
+namespace teacache {
+
+namespace {
+
+struct Spec {
+  const mx::Shape& shape;
+  mx::Dtype dtype;
+};
+std::ostream& operator<<(std::ostream& os, const Spec& spec) {
+  return os << spec.dtype << " " << spec.shape;
+}
+
+template <typename... Parts>
+[[noreturn]] void reject(const Parts&... parts) {
+  std::ostringstream message;
+  message << "[branch] ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+bool is_state(const mx::array& a) {
+  return a.dtype() == mx::float32 && a.shape() == mx::Shape{8};
+}
+
+}  // namespace
+
+BranchCounters& branch_counters() {
+  static BranchCounters counters;
+  return counters;
+}
+
+Arrays branch(
+    const mx::array& skip,
+    const Arrays& on_skip,
+    std::shared_ptr<const CapturedGraph> body,
+    const Arrays& inputs) {
+  if (!is_state(skip) && !(skip.dtype() == mx::bool_ && skip.ndim() == 0)) {
+    reject("skip must be a bool scalar or a gate's state (float32 of shape (8)), got ", Spec{skip.shape(), skip.dtype()});
+  }
+  const auto& shapes = body->output_shapes();
+  const auto& dtypes = body->output_dtypes();
+  if (on_skip.size() != shapes.size()) {
+    reject("on_skip must have one array for each of the body's ", shapes.size(), " outputs, got ", on_skip.size());
+  }
+  for (size_t i = 0; i < shapes.size(); i++) {
+    if (on_skip[i].shape() != shapes[i] || on_skip[i].dtype() != dtypes[i]) {
+      reject(
+          "on_skip[", i, "] must be what the body returns, ", Spec{shapes[i], dtypes[i]}, ", got ",
+          Spec{on_skip[i].shape(), on_skip[i].dtype()});
+    }
+  }
+
+  // On the CPU also when the work is on a GPU: see the class. The decision's own stream is where it waits.
+  const auto stream = mx::default_stream(mx::Device::cpu);
+  const auto work = skip.has_primitive() ? skip.primitive().stream() : stream;
+  Arrays all{mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(stream, work), {skip})};
+  all.insert(all.end(), on_skip.begin(), on_skip.end());
+  all.insert(all.end(), inputs.begin(), inputs.end());
+  return mx::array::make_arrays(
+      std::vector<mx::Shape>(shapes), dtypes, std::make_shared<Branch>(stream, std::move(body)), all);
+}
+
+// ---- The decision
+
+void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  // This stream has been told to wait for inputs of other streams; a GPU's work has to be committed first.
+  if (work_ != stream()) {
+    mx::synchronize(work_);
+  }
+  mx::synchronize(stream());
+  const auto& skip = inputs[0];
+  outputs[0].set_data(mx::allocator::malloc(sizeof(bool)));
+  outputs[0].data<bool>()[0] = is_state(skip) ? skip.data<float>()[0] != 0.0f : skip.data<bool>()[0];
+  branch_counters().reads++;
+}
+
+void Decide::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error(message("runs on the CPU stream only"));
+}
+
+bool Decide::is_equivalent(const mx::Primitive& other) const {
+  return work_ == static_cast<const Decide&>(other).work_;
+}
+
+std::vector<mx::Shape> Decide::output_shapes(const Arrays&) {
+  return {mx::Shape{}};
+}
+
+// ---- The conditional
+
+void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  const bool skip = inputs[0].data<bool>()[0];  // written on this thread by Decide
+  const size_t n_outputs = outputs.size();
+  if (skip) {
+    branch_counters().reused++;
+    for (size_t i = 0; i < n_outputs; i++) {
+      outputs[i].copy_shared_buffer(inputs[1 + i]);
+    }
+    return;
+  }
+  branch_counters().computed++;
+
+  // The body gets views of its inputs without the events of an enclosing async_eval: those are signalled only when that
+  // evaluation ends, so a body on another stream would wait for itself.
+  Arrays body_inputs;
+  for (size_t i = 1 + n_outputs; i < inputs.size(); i++) {
+    mx::array view(inputs[i].shape(), inputs[i].dtype(), nullptr, {});
+    view.copy_shared_buffer(inputs[i]);
+    view.set_status(mx::array::Status::evaluated);
+    body_inputs.push_back(std::move(view));
+  }
+
+  // While the body runs, which is most of a step, nothing here may keep activations alive that only a skip needs, or
+  // that the body is done with. The stream holds what it does not hand over until it gets here: what writes those
+  // buffers may still be queued.
+  std::vector<std::shared_ptr<mx::array::Data>> until_here;
+  for (size_t i = 1; i < inputs.size(); i++) {
+    if (i <= n_outputs || !body_->reads_input(int(i - 1 - n_outputs))) {
+      until_here.push_back(inputs[i].data_shared_ptr());
+    }
+  }
+  mx::cpu::get_command_encoder(stream()).dispatch([until_here = std::move(until_here)] {});
+  const mx::array nothing(mx::Shape{}, mx::bool_, nullptr, {});
+  for (auto& out : outputs) {
+    if (!out.is_tracer()) {
+      for (auto& in : out.inputs()) {  // `inputs` is one of these
+        in.overwrite_descriptor(nothing);
+      }
+    }
+  }
+
+  const bool same_stream = body_->runs_on(stream());
+  if (!same_stream) {
+    mx::synchronize(stream());  // the inputs are finished, and so valid on every stream
+  }
+  Arrays results = (*body_)(body_inputs);
+  body_inputs.clear();
+  if (!same_stream) {
+    // Whoever reads the outputs waits for this stream, so this stream must wait for the body's.
+    for (auto& r : results) {
+      r = mx::contiguous(r, false, stream());
+    }
+  }
+  mx::async_eval(results);
+  for (size_t i = 0; i < n_outputs; i++) {
+    outputs[i].copy_shared_buffer(results[i]);
+  }
+}
+
+void Branch::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error(message("runs on the CPU stream only"));
+}
+
+bool Branch::is_equivalent(const mx::Primitive& other) const {
+  return body_ == static_cast<const Branch&>(other).body_;
+}
+
+// Called by shapeless compilation: the body's graph holds for the traced shapes only.
+std::vector<mx::Shape> Branch::output_shapes(const Arrays& inputs) {
+  const auto& traced = body_->input_shapes();
+  const size_t n_outputs = body_->output_shapes().size();
+  for (size_t i = 0; i < traced.size(); i++) {
+    const auto& got = inputs[1 + n_outputs + i].shape();
+    if (got != traced[i]) {
+      reject(
+          "the body was traced with inputs[", i, "] of shape ", traced[i], " and cannot take ", got,
+          ": compile without shapeless=True");
+    }
+  }
+  return body_->output_shapes();
+}
+
+}  // namespace teacache

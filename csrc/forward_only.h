@@ -1,0 +1,40 @@
+// Base of this package's primitives: evaluation only, with errors that say so.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "mlx/primitives.h"
+
+namespace teacache {
+
+namespace mx = mlx::core;
+
+class ForwardOnly : public mx::Primitive {
+ public:
+  using mx::Primitive::Primitive;
+
+  std::vector<mx::array> jvp(
+      const std::vector<mx::array>&, const std::vector<mx::array>&, const std::vector<int>&) override {
+    throw std::runtime_error(message("is not differentiable: gate and skip steps at inference only"));
+  }
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>&,
+      const std::vector<mx::array>&,
+      const std::vector<int>&,
+      const std::vector<mx::array>&) override {
+    throw std::runtime_error(message("is not differentiable: gate and skip steps at inference only"));
+  }
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(
+      const std::vector<mx::array>&, const std::vector<int>&) override {
+    throw std::runtime_error(message("has no vmap: one decision holds for the whole batch, put it in the batch axis"));
+  }
+
+ protected:
+  std::string message(const char* what) const {
+    return std::string("[") + op_name() + "] " + what;
+  }
+  virtual const char* op_name() const = 0;
+};
+
+}  // namespace teacache

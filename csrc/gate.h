@@ -1,0 +1,72 @@
+// GATE: modulated input, relative L1 distance, decision and reuse in one pass. The rules are in gate_decision.h.
+#pragma once
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "forward_only.h"
+#include "gate_decision.h"
+#include "mlx/mlx.h"
+
+namespace teacache {
+
+constexpr int kMaxBranches = 2;
+constexpr int kMaxTerms = 4;
+
+struct GateOutputs {
+  mx::array modulated;
+  std::vector<mx::array> reused;  // one for each branch
+  mx::array state;
+};
+
+// Arguments as documented in bindings.cpp. Throws std::invalid_argument for what the caller got wrong.
+GateOutputs gate(
+    mx::array x,
+    mx::array shift,
+    mx::array scale,
+    mx::array anchor,
+    const std::vector<std::vector<mx::array>>& residuals,
+    mx::array weights,
+    mx::array state,
+    mx::array force,
+    const std::vector<float>& coefficients,
+    float threshold,
+    std::optional<std::pair<float, float>> calibrated_range,
+    int max_consecutive_skips,
+    float eps,
+    mx::StreamOrDevice s);
+
+class Gate : public ForwardOnly {
+ public:
+  // Positions of the inputs; residuals follow, branch by branch. And of the outputs; reused follow.
+  enum Input { kX, kShift, kScale, kAnchor, kWeights, kState, kForce, kResiduals };
+  enum Output { kModulated, kNewState, kReused };
+
+  Gate(mx::Stream stream, GateRules rules, float eps, int n_branches, int n_terms)
+      : ForwardOnly(stream), rules_(rules), eps_(eps), n_branches_(n_branches), n_terms_(n_terms) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+  const char* name() const override {
+    return "TeaCacheGate";
+  }
+
+ protected:
+  const char* op_name() const override {
+    return "gate";
+  }
+
+ private:
+  GateRules rules_;
+  float eps_;
+  int n_branches_;
+  int n_terms_;
+};
+
+// Throws std::runtime_error, naming what is missing, where this build has no GPU kernel.
+void require_gpu_gate();
+
+}  // namespace teacache

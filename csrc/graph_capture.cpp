@@ -1,0 +1,194 @@
+// A traced body as a pure function of its inputs, replayed without Python.
+#include "graph_capture.h"
+
+#include <sstream>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "mlx/compile.h"
+#include "mlx/primitives.h"
+
+namespace teacache {
+
+namespace {
+
+bool is_lazy(const mx::array& a) {
+  return a.status() == mx::array::Status::unscheduled;
+}
+
+// Visits what roots depend on, inputs before users, once for each primitive; stops at evaluated arrays and at `leaves`.
+// A loop instead of recursion: a body can be thousands of nodes deep.
+template <typename Visit>
+void visit_lazy(const Arrays& roots, const std::unordered_set<std::uintptr_t>& leaves, Visit&& visit) {
+  std::unordered_set<std::uintptr_t> seen = leaves;
+  std::vector<std::pair<mx::array, size_t>> stack;
+  auto enter = [&](const mx::array& a) {
+    if (is_lazy(a) && seen.insert(a.id()).second) {
+      for (auto& sibling : a.siblings()) {
+        seen.insert(sibling.id());
+      }
+      stack.emplace_back(a, 0);
+    }
+  };
+  for (auto& root : roots) {
+    enter(root);
+    while (!stack.empty()) {
+      auto& [a, next] = stack.back();
+      if (next < a.inputs().size()) {
+        mx::array input = a.inputs()[next++];
+        enter(input);
+      } else {
+        mx::array done = a;
+        stack.pop_back();
+        visit(done);
+      }
+    }
+  }
+}
+
+std::unordered_set<std::uintptr_t> ids(const Arrays& arrays) {
+  std::unordered_set<std::uintptr_t> set;
+  for (auto& a : arrays) {
+    set.insert(a.id());
+  }
+  return set;
+}
+
+// Refuses placeholders of another trace, and evaluates what does not depend on `inputs`: rebuilding such a graph would
+// load the weights again at every step, and one that is still lazy while an enclosing evaluation holds it too would be
+// evaluated twice at once.
+void freeze_constants(const Arrays& inputs, const Arrays& outputs) {
+  auto dependent = ids(inputs);
+  const auto input_ids = dependent;
+  Arrays constants;
+  for (size_t i = 0; i < outputs.size(); i++) {
+    visit_lazy({outputs[i]}, input_ids, [&](const mx::array& a) {
+      if (!a.has_primitive()) {
+        std::ostringstream message;
+        message << "[branch] the body's output " << i << " depends on an array of shape " << a.shape()
+                << " that belongs to an enclosing trace: pass that array in inputs instead of closing over it";
+        throw std::invalid_argument(message.str());
+      }
+      bool depends = false;
+      for (auto& in : a.inputs()) {
+        depends |= dependent.count(in.id()) > 0;
+      }
+      if (!depends) {
+        return;
+      }
+      for (auto& out : a.outputs()) {
+        dependent.insert(out.id());
+      }
+      for (auto& in : a.inputs()) {
+        if (is_lazy(in) && !dependent.count(in.id())) {
+          constants.push_back(in);
+        }
+      }
+    });
+    if (is_lazy(outputs[i]) && !dependent.count(outputs[i].id())) {
+      constants.push_back(outputs[i]);
+    }
+  }
+  mx::eval(constants);
+}
+
+}  // namespace
+
+CapturedGraph::CapturedGraph(
+    const std::function<Arrays(const Arrays&)>& fn,
+    const std::vector<mx::Shape>& shapes,
+    const std::vector<mx::Dtype>& dtypes)
+    : input_shapes_(shapes), input_read_(shapes.size(), false) {
+  Arrays placeholders;
+  for (size_t i = 0; i < shapes.size(); i++) {
+    placeholders.emplace_back(shapes[i], dtypes[i], nullptr, Arrays{});
+  }
+  // mx::compile is used for one call: it traces fn on tracers of its own, simplifies, fuses, and hands back the result
+  // over the placeholders. Recording that, instead of keeping the compiled function, leaves nothing of MLX's compile
+  // cache to own: a compiled function that is destroyed while the cache erases an outer one locks the cache twice.
+  std::function<Arrays(const Arrays&)> traced = [&fn](const Arrays& tracers) {
+    Arrays outputs = fn(tracers);
+    freeze_constants(tracers, outputs);
+    return outputs;
+  };
+  record(placeholders, mx::compile(std::move(traced))(placeholders));
+}
+
+void CapturedGraph::record(const Arrays& placeholders, const Arrays& outputs) {
+  std::unordered_map<std::uintptr_t, int> slot_of;
+  for (size_t i = 0; i < placeholders.size(); i++) {
+    slot_of.emplace(placeholders[i].id(), int(i));
+  }
+  const auto input_ids = ids(placeholders);
+
+  // Constants first, because their slots come before those of the nodes.
+  auto note_constant = [&](const mx::array& a) {
+    if (!is_lazy(a) && slot_of.emplace(a.id(), int(placeholders.size() + constants_.size())).second) {
+      constants_.push_back(a);
+    }
+  };
+  Arrays order;
+  visit_lazy(outputs, input_ids, [&](const mx::array& a) {
+    order.push_back(a);
+    for (auto& in : a.inputs()) {
+      note_constant(in);
+    }
+  });
+  for (auto& out : outputs) {
+    note_constant(out);
+  }
+
+  int next_slot = int(placeholders.size() + constants_.size());
+  auto slot = [&](const mx::array& a) {
+    int i = slot_of.at(a.id());
+    if (i < int(input_read_.size())) {
+      input_read_[i] = true;
+    }
+    return i;
+  };
+  for (auto& a : order) {
+    Node node{a.primitive_ptr(), {}, {}, {}};
+    streams_.insert(a.primitive().stream());
+    for (auto& in : a.inputs()) {
+      node.inputs.push_back(slot(in));
+    }
+    for (auto& out : a.outputs()) {
+      node.shapes.push_back(out.shape());
+      node.dtypes.push_back(out.dtype());
+      slot_of.emplace(out.id(), next_slot++);
+    }
+    nodes_.push_back(std::move(node));
+  }
+  for (auto& out : outputs) {
+    output_slots_.push_back(slot(out));
+    output_shapes_.push_back(out.shape());
+    output_dtypes_.push_back(out.dtype());
+  }
+}
+
+Arrays CapturedGraph::operator()(const Arrays& inputs) const {
+  Arrays slots;
+  slots.reserve(inputs.size() + constants_.size() + nodes_.size());
+  slots.insert(slots.end(), inputs.begin(), inputs.end());
+  slots.insert(slots.end(), constants_.begin(), constants_.end());
+  for (auto& node : nodes_) {
+    Arrays node_inputs;
+    node_inputs.reserve(node.inputs.size());
+    for (int i : node.inputs) {
+      node_inputs.push_back(slots[i]);
+    }
+    if (node.shapes.size() == 1) {
+      slots.emplace_back(node.shapes[0], node.dtypes[0], node.primitive, std::move(node_inputs));
+    } else {
+      auto made = mx::array::make_arrays(node.shapes, node.dtypes, node.primitive, node_inputs);
+      slots.insert(slots.end(), made.begin(), made.end());
+    }
+  }
+  Arrays outputs;
+  for (int i : output_slots_) {
+    outputs.push_back(slots[i]);
+  }
+  return outputs;
+}
+
+}  // namespace teacache

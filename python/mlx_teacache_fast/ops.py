@@ -1,0 +1,67 @@
+"""The array ops: ``gate`` decides whether a step may be skipped, ``branch`` skips it, also inside ``mx.compile``.
+
+Both are lazy, need nothing but MLX, and have counterparts in plain MLX in ``reference`` that say what they compute.
+"""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from . import reference
+from ._ext import CapturedGraph, counters, gate, reset_counters
+from ._ext import branch as _branch
+
+__all__ = ["Body", "branch", "counters", "gate", "reference", "reset_counters"]
+
+
+class Body:
+    """A function of arrays that ``branch`` evaluates or leaves out.
+
+    ``fn`` is called on placeholders, once for each combination of input shapes and dtypes, while the branch is built,
+    and never during an evaluation. Arrays that it closes over (weights) are evaluated then and become constants, and so
+    does everything else that does not depend on its inputs, random numbers included. An array of an enclosing
+    ``mx.compile`` must be passed as an input instead.
+
+    Args:
+        fn (callable): Takes arrays, returns a list of one or more arrays.
+    """
+
+    def __init__(self, fn: Callable[..., Sequence[mx.array]]) -> None:
+        self._fn = fn
+        self._graphs: dict[object, CapturedGraph] = {}
+
+    def trace(self, inputs: Sequence[mx.array]) -> CapturedGraph:
+        """The traced graph for inputs of these shapes and dtypes; traces if there is none yet.
+
+        Raises:
+            ValueError: ``fn`` does not return a list of arrays, or reaches an array of an enclosing trace.
+        """
+        device = mx.default_device()
+        specs = tuple((tuple(a.shape), a.dtype) for a in inputs)
+        key = (specs, str(mx.default_stream(device)))  # the traced ops stay on the stream that was current
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = CapturedGraph(self._fn, inputs)
+        return graph
+
+
+def branch(skip: mx.array, on_skip: Sequence[mx.array], body: Body, inputs: Sequence[mx.array]) -> list[mx.array]:
+    """``on_skip`` if ``skip``, else ``body(*inputs)``: a conditional that evaluates one side only.
+
+    Lazy, in eager code and inside ``mx.compile``. An evaluation reads ``skip`` on the host once; inside ``mx.compile``
+    all branches on the same ``skip`` share that read. A body that is left out costs nothing, and what only it needs is
+    still computed only if it is an input. While a body runs, nothing of ``on_skip`` is kept alive by the branch.
+
+    Args:
+        skip (array): Bool scalar, or the state that ``gate`` returns (float32 ``(8,)``).
+        on_skip (list of array): One for each output of the body, of the shape and dtype that the body returns.
+        body (Body): What to evaluate otherwise.
+        inputs (list of array): The body's arguments.
+
+    Returns:
+        list of array: As many as ``on_skip``.
+
+    Raises:
+        ValueError: ``skip`` or ``on_skip`` does not fit, or the body cannot be traced (see ``Body``).
+    """
+    return _branch(skip, list(on_skip), body.trace(inputs), list(inputs))
