@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
@@ -34,13 +35,14 @@ NB_MODULE(_ext, m) {
       "x"_a, "shift"_a, "scale"_a, "anchor"_a, "residuals"_a, "weights"_a, "state"_a, "force"_a, nb::kw_only(),
       "coefficients"_a, "threshold"_a, "calibrated_range"_a = nb::none(), "max_consecutive_skips"_a = 8,
       "eps"_a = 1e-6f, "stream"_a = nb::none(),
-      nb::sig("def gate(x: mlx.core.array, shift: mlx.core.array, scale: mlx.core.array, anchor: mlx.core.array, "
-              "residuals: collections.abc.Sequence[collections.abc.Sequence[mlx.core.array]], "
-              "weights: mlx.core.array, state: mlx.core.array, force: mlx.core.array, *, "
-              "coefficients: collections.abc.Sequence[float], threshold: float, "
-              "calibrated_range: tuple[float, float] | None = None, max_consecutive_skips: int = 8, "
-              "eps: float = 1e-6, stream: mlx.core.Stream | mlx.core.Device | None = None) "
-              "-> tuple[mlx.core.array, list[mlx.core.array], mlx.core.array]"),
+      nb::sig(
+          "def gate(x: mlx.core.array, shift: mlx.core.array, scale: mlx.core.array, anchor: mlx.core.array, "
+          "residuals: collections.abc.Sequence[collections.abc.Sequence[mlx.core.array]], "
+          "weights: mlx.core.array, state: mlx.core.array, force: mlx.core.array, *, "
+          "coefficients: collections.abc.Sequence[float], threshold: float, "
+          "calibrated_range: tuple[float, float] | None = None, max_consecutive_skips: int = 8, "
+          "eps: float = 1e-6, stream: mlx.core.Stream | mlx.core.Device | None = None) "
+          "-> tuple[mlx.core.array, list[mlx.core.array], mlx.core.array]"),
       R"pbdoc(
         TeaCache's gate: may this denoising step reuse what the transformer's body added last time?
 
@@ -110,16 +112,16 @@ NB_MODULE(_ext, m) {
               if (!(nb::isinstance<nb::list>(returned) || nb::isinstance<nb::tuple>(returned)) ||
                   !nb::try_cast(returned, outputs) || outputs.empty()) {
                 std::string text = nb::cast<std::string>(nb::str(returned.type()));
-                throw std::invalid_argument(
-                    "[branch] the body must return a list of one or more arrays, got " + text);
+                throw std::invalid_argument("[branch] the body must return a list of one or more arrays, got " + text);
               }
               return outputs;
             };
             new (self) CapturedGraph(call, shapes, dtypes);
           },
           "fn"_a, "inputs"_a,
-          nb::sig("def __init__(self, fn: collections.abc.Callable[..., collections.abc.Sequence[mlx.core.array]], "
-                  "inputs: collections.abc.Sequence[mlx.core.array]) -> None"))
+          nb::sig(
+              "def __init__(self, fn: collections.abc.Callable[..., collections.abc.Sequence[mlx.core.array]], "
+              "inputs: collections.abc.Sequence[mlx.core.array]) -> None"))
       .def_prop_ro(
           "output_shapes",
           [](const CapturedGraph& g) {
@@ -140,8 +142,9 @@ NB_MODULE(_ext, m) {
 
   m.def(
       "branch", &branch, "skip"_a, "on_skip"_a, "body"_a, "inputs"_a,
-      nb::sig("def branch(skip: mlx.core.array, on_skip: collections.abc.Sequence[mlx.core.array], "
-              "body: CapturedGraph, inputs: collections.abc.Sequence[mlx.core.array]) -> list[mlx.core.array]"));
+      nb::sig(
+          "def branch(skip: mlx.core.array, on_skip: collections.abc.Sequence[mlx.core.array], "
+          "body: CapturedGraph, inputs: collections.abc.Sequence[mlx.core.array]) -> list[mlx.core.array]"));
 
   m.def(
       "counters",

@@ -37,12 +37,10 @@ BranchCounters& branch_counters() {
 }
 
 Arrays branch(
-    const mx::array& skip,
-    const Arrays& on_skip,
-    std::shared_ptr<const CapturedGraph> body,
-    const Arrays& inputs) {
+    const mx::array& skip, const Arrays& on_skip, std::shared_ptr<const CapturedGraph> body, const Arrays& inputs) {
   if (!is_state(skip) && !(skip.dtype() == mx::bool_ && skip.ndim() == 0)) {
-    reject("skip must be a bool scalar or a gate's state (float32 of shape (8)), got ", Spec{skip.shape(), skip.dtype()});
+    reject(
+        "skip must be a bool scalar or a gate's state (float32 of shape (8)), got ", Spec{skip.shape(), skip.dtype()});
   }
   const auto& shapes = body->output_shapes();
   const auto& dtypes = body->output_dtypes();

@@ -20,10 +20,7 @@ BranchCounters& branch_counters();
 // skip: bool scalar, or a gate's state (float32[8]). True: on_skip. False: (*body)(inputs).
 // Throws std::invalid_argument where on_skip or inputs do not have the body's shapes and dtypes.
 Arrays branch(
-    const mx::array& skip,
-    const Arrays& on_skip,
-    std::shared_ptr<const CapturedGraph> body,
-    const Arrays& inputs);
+    const mx::array& skip, const Arrays& on_skip, std::shared_ptr<const CapturedGraph> body, const Arrays& inputs);
 
 // Reads the decision on the calling thread, once; every branch on it then needs no wait of its own. Without it the
 // second branch of a step would wait for the whole body of the first.

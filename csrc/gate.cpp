@@ -148,8 +148,7 @@ GateOutputs gate(
 
   // contiguous() copies only what is not packed; the flags are known at evaluation, not here.
   auto packed = [&](const mx::array& a) { return mx::contiguous(a, false, s); };
-  std::vector<mx::array> inputs{
-      packed(x), shift3, scale3, packed(anchor), packed(weights), packed(state), force};
+  std::vector<mx::array> inputs{packed(x), shift3, scale3, packed(anchor), packed(weights), packed(state), force};
   for (auto& branch : residuals) {
     for (auto& term : branch) {
       inputs.push_back(packed(term));
@@ -174,9 +173,9 @@ bool Gate::is_equivalent(const mx::Primitive& other_) const {
   const auto& a = rules_;
   const auto& b = other.rules_;
   return std::equal(std::begin(a.coefficients), std::end(a.coefficients), std::begin(b.coefficients)) &&
-      a.has_range == b.has_range && a.range_lo == b.range_lo && a.range_hi == b.range_hi &&
-      a.threshold == b.threshold && a.max_consecutive_skips == b.max_consecutive_skips && eps_ == other.eps_ &&
-      n_branches_ == other.n_branches_ && n_terms_ == other.n_terms_;
+         a.has_range == b.has_range && a.range_lo == b.range_lo && a.range_hi == b.range_hi &&
+         a.threshold == b.threshold && a.max_consecutive_skips == b.max_consecutive_skips && eps_ == other.eps_ &&
+         n_branches_ == other.n_branches_ && n_terms_ == other.n_terms_;
 }
 
 std::vector<mx::Shape> Gate::output_shapes(const std::vector<mx::array>& inputs) {

@@ -20,7 +20,6 @@
 #endif
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-
 namespace teacache {
 
 namespace {
@@ -161,9 +160,9 @@ size_t size_of_type(Type t) {
 }
 
 struct RowSums {
-  float diff;  // sum |m - anchor|
+  float diff;    // sum |m - anchor|
   float anchor;  // sum |anchor|
-  bool finite;  // all of m
+  bool finite;   // all of m
 };
 
 // Everything that a range of rows needs: addresses, sizes and types, by value.
@@ -431,8 +430,7 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
     static_assert(sizeof s == 8 * sizeof(float));
     std::memcpy(&s, state, sizeof s);
     s = gate_decide(
-        s, float(diff) / count, float(anchor) / count, finite, *force, rules,
-        std::numeric_limits<float>::quiet_NaN());
+        s, float(diff) / count, float(anchor) / count, finite, *force, rules, std::numeric_limits<float>::quiet_NaN());
     std::memcpy(new_state, &s, sizeof s);
   });
 }

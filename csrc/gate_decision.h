@@ -26,8 +26,8 @@ enum GateKind { kComputed = 0, kForced = 1, kSkipped = 2, kNumericalMiss = 3 };
 struct GateState {
   float skip;
   float kind;
-  float rel_l1;       // NaN where not measured
-  float predicted;    // NaN where not measured
+  float rel_l1;     // NaN where not measured
+  float predicted;  // NaN where not measured
   float accumulated;
   float streak;
   float has_anchor;

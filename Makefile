@@ -1,0 +1,53 @@
+# Each target does all of its own set-up: an environment in .venv, dependencies, the build.
+# Needs Python 3.11 to 3.14 (with venv), a C++20 compiler, make. `make help` lists the targets.
+
+PYTHON ?= python3
+UV := $(shell command -v uv || echo .tools/bin/uv)
+SYNC = $(UV) sync --quiet --python $(PYTHON) --no-editable
+RUN = $(UV) run --no-sync
+
+.PHONY: help demo test test-full bench lint clean
+
+help:
+	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/"
+	@echo "make test        the tests"
+	@echo "make test-full   the tests, with every combination of what make test covers in part (about 20 minutes)"
+	@echo "make bench       the gate against its rivals and against a copy"
+	@echo "make lint        ruff, mypy --strict, clang-format"
+	@echo "make clean       remove the environment and the build"
+
+demo: $(UV)
+	$(SYNC) --extra demo
+	$(RUN) mlx-teacache-fast demo --force
+
+# Two workers: MLX runs its CPU kernels on one thread.
+test: $(UV)
+	$(SYNC) --extra demo --group test
+	$(RUN) pytest -n 2 -m "not slow"
+
+test-full: $(UV)
+	$(SYNC) --extra demo --group test
+	$(RUN) pytest -n 2
+
+bench: $(UV)
+	$(SYNC) --extra demo --group test
+	$(RUN) python bench/bench_gate.py
+	$(RUN) python bench/bench_step.py
+
+lint: $(UV)
+	$(SYNC) --extra demo --group test --group lint
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	cp .venv/lib/python3*/site-packages/mlx_teacache_fast/_ext.pyi python/mlx_teacache_fast/
+	$(RUN) mypy
+
+clean:
+	rm -rf .venv .tools build uv.lock
+
+# uv resolves with the overrides of pyproject.toml, which pip has no way to say.
+.tools/bin/uv:
+	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))" \
+	  || { echo "Python 3.11 to 3.14 is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .tools || { echo "The venv module is needed (Debian: apt install python3-venv)"; exit 1; }
+	.tools/bin/pip install --quiet --disable-pip-version-check "uv>=0.8"

@@ -1,0 +1,59 @@
+"""Shared fixtures: the embedded model, run by mflux's own pipeline."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _gpu_tests_need_one(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not mx.metal.is_available() and mx.default_device() != mx.gpu:
+        pytest.skip("no GPU that MLX can use")
+
+
+@pytest.fixture(scope="session")
+def flux() -> Any:
+    """The demo pipeline, ungated; a test that gates it must restore it."""
+    from mlx_teacache_fast import demo
+
+    return demo.pipeline()
+
+
+@pytest.fixture(autouse=True)
+def _flux_is_left_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that leaves the shared pipeline gated fails itself, not a later one."""
+    yield
+    if "flux" in request.fixturenames:
+        flux = request.getfixturevalue("flux")
+        assert "generate_image" not in vars(flux), "the test left the pipeline gated"
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture for image-to-image: a red disc on a gradient."""
+    from PIL import Image
+
+    y, x = np.mgrid[0:128, 0:128]
+    rgb = np.stack([x * 2, y * 2, 255 - x], axis=-1).astype(np.uint8)
+    rgb[(x - 64) ** 2 + (y - 64) ** 2 < 900] = (220, 30, 40)
+    path = tmp_path_factory.mktemp("image_to_image") / "photo.png"
+    Image.fromarray(rgb).save(path)
+    return path
+
+
+Generate = Callable[..., np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def generate(flux: Any) -> Generate:
+    """One image of the demo pipeline as uint8 ``(height, width, 3)``."""
+
+    def run(**kwargs: Any) -> np.ndarray:
+        arguments = dict(prompt="red apple", seed=1, height=128, width=128, guidance=1.0) | kwargs
+        return np.asarray(flux.generate_image(**arguments).image)
+
+    return run

@@ -1,0 +1,608 @@
+"""``apply`` on mflux's real FLUX.2 pipeline, run by mflux's own ``generate_image`` on the embedded model."""
+
+import gc
+import itertools
+import subprocess
+import sys
+import textwrap
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_teacache_fast as tc
+from mlx_teacache_fast import ops
+
+Generate = Callable[..., np.ndarray]
+
+
+def off(flux: Any) -> tc.Handle:
+    with pytest.warns(tc.DisabledWarning):
+        return tc.apply(flux, rel_l1_thresh=0.0)
+
+
+# ---- The image stays the same
+
+SIZES = [(128, 128), (96, 160)]  # height, width
+STRENGTHS = [None, 0.3, 0.7]
+FULL_MATRIX = list(itertools.product([1.0, 4.0], STRENGTHS, [1, 2, 4, 12, 50], SIZES, [1, 2]))
+# Every value of every option, in combinations that take a minute; `slow` has the rest.
+DEFAULT_MATRIX = [c for c in FULL_MATRIX if c[2] <= 2 and c[4] == 1] + [
+    (1.0, None, 4, (96, 160), 2),
+    (4.0, 0.3, 4, (128, 128), 2),
+    (4.0, 0.7, 12, (96, 160), 1),
+    (1.0, 0.3, 12, (128, 128), 2),
+    (4.0, None, 12, (128, 128), 1),
+    (1.0, None, 50, (96, 160), 1),
+    (4.0, 0.7, 50, (128, 128), 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "strength", "steps", "size", "seed"),
+    [pytest.param(*c, marks=[] if c in DEFAULT_MATRIX else [pytest.mark.slow]) for c in FULL_MATRIX],
+)
+def test_threshold_zero_is_bit_equal(
+    flux: Any,
+    generate: Generate,
+    photo: Path,
+    guidance: float,
+    strength: float | None,
+    steps: int,
+    size: tuple[int, int],
+    seed: int,
+) -> None:
+    arguments: dict[str, Any] = dict(
+        guidance=guidance, num_inference_steps=steps, height=size[0], width=size[1], seed=seed
+    )
+    if strength is not None:
+        arguments |= dict(image_path=photo, image_strength=strength)
+    plain = generate(**arguments)
+    with off(flux) as handle:
+        assert np.array_equal(generate(**arguments), plain)
+    active = steps - (max(1, int(steps * strength)) if strength else 0)
+    assert handle.stats.computed_count == active
+    if steps <= 4:  # the plain pipeline again, after restore
+        assert np.array_equal(generate(**arguments), plain)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "steps", "size", "dtype"),
+    [
+        (1.0, 4, (128, 128), mx.float32),
+        (4.0, 4, (96, 160), mx.float32),
+        (4.0, 12, (64, 64), mx.float32),
+        (4.0, 4, (32, 64), mx.bfloat16),
+        pytest.param(4.0, 50, (128, 128), mx.float32, marks=pytest.mark.slow),
+        pytest.param(1.0, 12, (128, 128), mx.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_computed_steps_are_bit_equal_through_gate_and_branch(
+    guidance: float, steps: int, size: tuple[int, int], dtype: mx.Dtype
+) -> None:
+    """A threshold that nothing stays below: every step goes through gate and branch, and every body is computed."""
+    from mlx_teacache_fast import demo
+
+    flux = demo.pipeline(dtype)
+
+    def image() -> np.ndarray:
+        arguments = dict(guidance=guidance, num_inference_steps=steps, height=size[0], width=size[1])
+        return np.asarray(flux.generate_image(prompt="blue heart", seed=3, **arguments).image)
+
+    plain = image()
+    with tc.apply(flux, rel_l1_thresh=1e-9) as handle:
+        ops.reset_counters()
+        assert np.array_equal(image(), plain)
+    assert handle.stats.skipped_count == 0
+    assert ops.counters() == {"reads": steps, "computed": steps * (2 if guidance > 1 else 1), "reused": 0}
+
+
+# ---- Against the peer
+
+
+def peer_run(flux: Any, generate: Generate, threshold: float, **arguments: Any) -> tuple[np.ndarray, list[Any]]:
+    from mlx_teacache import apply_teacache
+
+    with apply_teacache(flux, rel_l1_thresh=threshold) as handle:
+        image = generate(**arguments)
+        return image, list(handle.stats.last_generation.decisions)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "guidance", "seed"),
+    [(0.10, 1.0, 1), (0.17, 1.0, 2), (0.25, 1.0, 3), (0.40, 1.0, 4), (0.60, 4.0, 5), (0.90, 4.0, 6)],
+)
+def test_same_steps_and_image_as_the_peer(
+    flux: Any,
+    generate: Generate,
+    record_property: Callable[[str, object], None],
+    threshold: float,
+    guidance: float,
+    seed: int,
+) -> None:
+    """mlx-teacache 0.14.1 on the same pipeline. It runs eagerly, so float32 rounding differs, and the latents are
+    bfloat16: a last bit there is up to 2 of 255 levels, and the steps after can spread it."""
+    arguments: dict[str, Any] = dict(
+        prompt="rocket", guidance=guidance, seed=seed, num_inference_steps=50, height=64, width=64
+    )
+    theirs, decisions = peer_run(flux, generate, threshold, **arguments)
+    with tc.apply(flux, rel_l1_thresh=threshold) as handle:
+        ours = generate(**arguments)
+    generation = handle.stats.last_generation
+    assert generation is not None
+    assert [step.kind for step in generation.steps] == [d.decision for d in decisions]
+    for step, theirs_step in zip(generation.steps, decisions, strict=True):
+        assert (step.rel_l1 is None) == (theirs_step.rel_l1 is None)
+        if step.rel_l1 is not None:
+            assert step.rel_l1 == pytest.approx(theirs_step.rel_l1, rel=2e-3)
+        assert step.accumulated == pytest.approx(theirs_step.accumulated_distance, abs=2e-3)
+    difference = np.abs(ours.astype(int) - theirs.astype(int))
+    record_property("skipped", generation.skipped)
+    record_property("max_difference", int(difference.max()))
+    record_property("mean_difference", float(difference.mean()))
+    assert difference.mean() < 0.25
+    assert difference.max() <= 8
+
+
+# ---- What it costs
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_one_host_read_a_step(flux: Any, generate: Generate, guidance: float) -> None:
+    with tc.apply(flux, rel_l1_thresh=0.4) as handle:
+        ops.reset_counters()
+        generate(guidance=guidance, num_inference_steps=30, height=64, width=64)
+    branches = 2 if guidance > 1 else 1
+    skipped = handle.stats.skipped_count
+    assert skipped > 0
+    assert ops.counters() == {"reads": 30, "computed": (30 - skipped) * branches, "reused": skipped * branches}
+
+
+MEMORY = """
+    import sys, warnings
+    import mlx.core as mx
+    import mlx_teacache_fast as tc
+    from mlx_teacache_fast import demo
+
+    warnings.simplefilter("ignore")
+    gated, guidance, size = sys.argv[1] == "gated", float(sys.argv[2]), int(sys.argv[3])
+    mx.set_cache_limit(0)
+    flux = demo.pipeline()
+    if gated:
+        handle = tc.apply(flux, rel_l1_thresh=0.9)
+
+    class Reset:
+        def call_before_loop(self, **_):
+            mx.reset_peak_memory()
+
+        def call_after_loop(self, latents, **_):
+            print(mx.get_peak_memory())
+
+    flux.callbacks.register(Reset())
+    flux.generate_image(prompt="red apple", seed=1, num_inference_steps=5, height=size, width=size, guidance=guidance)
+"""
+
+
+@pytest.mark.parametrize(("guidance", "limit"), [(1.0, 2), (4.0, 3)])
+def test_peak_memory(guidance: float, limit: int, record_property: Callable[[str, object], None]) -> None:
+    """Above plain mflux: the anchor and ``x``, and with guidance one residual more, of [S, D] each."""
+    size = 192
+    activation = (size // 16) ** 2 * 256 * 4
+
+    def peak(kind: str) -> int:
+        command = [sys.executable, "-c", textwrap.dedent(MEMORY), kind, str(guidance), str(size)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    extra = (peak("gated") - peak("plain")) / activation
+    record_property("extra_activations", extra)
+    assert extra <= limit + 0.1  # states and scalars
+
+
+def test_memory_saver_frees_the_transformer() -> None:
+    from mflux.callbacks.instances.memory_saver import MemorySaver
+
+    from mlx_teacache_fast import demo
+
+    flux = demo.pipeline()
+    handle = tc.apply(flux, rel_l1_thresh=0.4)
+    transformer = weakref.ref(flux.transformer)
+    flux.callbacks.register(MemorySaver(flux, keep_transformer=False, cache_limit_bytes=None))
+    seen = []
+
+    class AfterSaver:
+        def call_after_loop(self, **_: Any) -> None:
+            seen.append(transformer() is None)
+
+    flux.callbacks.register(AfterSaver())
+    flux.generate_image(prompt="owl", seed=1, num_inference_steps=12, height=32, width=32)
+    assert seen == [True]
+    assert handle.stats.total_steps == 12
+
+
+def test_the_handle_does_not_keep_the_pipeline() -> None:
+    from mlx_teacache_fast import demo
+
+    flux = demo.pipeline()
+    handle = tc.apply(flux)
+    alive = weakref.ref(flux)
+    gc.collect()
+    gc.disable()  # without the collector: no reference cycle through gigabytes of weights
+    try:
+        del flux
+        assert alive() is None
+    finally:
+        gc.enable()
+    handle.restore()
+
+
+# ---- What it changes, and takes back
+
+
+def snapshot(flux: Any) -> dict[str, Any]:
+    return {
+        "class": type(flux),
+        "attributes": {k: id(v) for k, v in vars(flux).items()},
+        "children": [(k, id(v)) for k, v in flux.items()],
+        "transformer class": type(flux.transformer),
+        "transformer": [(k, id(v)) for k, v in flux.transformer.items()],
+        "transformer attributes": sorted(vars(flux.transformer)),
+        "block 0": [(k, id(v)) for k, v in flux.transformer.transformer_blocks[0].items()],
+        "parameters": [k for k, _ in tree_flatten(flux.parameters())],
+        "callbacks": {k: list(map(id, v)) for k, v in vars(flux.callbacks).items()},
+    }
+
+
+def test_restore_leaves_everything_as_it_was(flux: Any, generate: Generate) -> None:
+    before = snapshot(flux)
+    handle = tc.apply(flux, rel_l1_thresh=0.3)
+    generate(num_inference_steps=5, height=32, width=32, guidance=4.0)
+    between = snapshot(flux)
+    # gated, only three instance attributes and one callback are there in addition, and the transformer is untouched
+    for key in before.keys() - {"attributes", "callbacks"}:
+        assert between[key] == before[key], key
+    assert set(between["attributes"]) - set(before["attributes"]) == {
+        "generate_image",
+        "_predict",
+        "_mlx_teacache_fast_handle",
+    }
+    handle.restore()
+    handle.restore()
+    assert snapshot(flux) == before
+
+
+def test_an_own_generate_image_comes_back(flux: Any) -> None:
+    def mine(*args: Any, **kwargs: Any) -> str:
+        return "mine"
+
+    object.__setattr__(flux, "generate_image", mine)
+    try:
+        with tc.apply(flux):
+            assert flux.generate_image() == "mine"
+        assert flux.generate_image is mine
+    finally:
+        object.__delattr__(flux, "generate_image")
+
+
+def test_an_exception_in_a_generation(flux: Any, generate: Generate) -> None:
+    class Boom(Exception):
+        pass
+
+    class Fails:
+        def call_in_loop(self, t: int, **_: Any) -> None:
+            if t == 3:
+                raise Boom
+
+    plain = generate(num_inference_steps=8, height=32, width=32)
+    fails = Fails()
+    with tc.apply(flux, rel_l1_thresh=1e-9) as handle:
+        flux.callbacks.register(fails)
+        with pytest.raises(Boom):
+            generate(num_inference_steps=8, height=32, width=32)
+        assert handle.stats.generations == 0
+        flux.callbacks.in_loop.remove(fails)
+        # the next generation starts from nothing
+        assert np.array_equal(generate(num_inference_steps=8, height=32, width=32), plain)
+        assert handle.stats.generations == 1
+    assert np.array_equal(generate(num_inference_steps=8, height=32, width=32), plain)
+
+
+def test_ctrl_c_takes_mfluxs_way(flux: Any, generate: Generate) -> None:
+    from mflux.utils.exceptions import StopImageGenerationException
+
+    class Interrupts:
+        def call_in_loop(self, t: int, **_: Any) -> None:
+            if t == 2:
+                raise KeyboardInterrupt
+
+    interrupts = Interrupts()
+    before = snapshot(flux)
+    with tc.apply(flux) as handle:
+        flux.callbacks.register(interrupts)
+        with pytest.raises(StopImageGenerationException):
+            generate(num_inference_steps=6, height=32, width=32)
+        assert handle.stats.generations == 0
+        flux.callbacks.in_loop.remove(interrupts)
+    assert snapshot(flux) == before
+
+
+def test_an_exception_inside_the_with_block_restores(flux: Any) -> None:
+    before = snapshot(flux)
+    with pytest.raises(ZeroDivisionError), tc.apply(flux):
+        raise ZeroDivisionError
+    assert snapshot(flux) == before
+
+
+def test_a_failure_while_tracing_leaves_the_blocks_in_place(flux: Any, generate: Generate) -> None:
+    """The stand-ins are there only while mflux's forward is traced."""
+
+    class Boom(Exception):
+        pass
+
+    block = flux.transformer.single_transformer_blocks[1]
+    before = snapshot(flux)
+
+    class Failing(type(block)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise Boom
+
+    kind = type(block)
+    with tc.apply(flux):
+        block.__class__ = Failing
+        try:
+            with pytest.raises(Boom):
+                generate(num_inference_steps=6, height=32, width=32)
+        finally:
+            block.__class__ = kind
+        assert flux.transformer.single_transformer_blocks[1] is block
+        generate(num_inference_steps=6, height=32, width=32)
+    assert snapshot(flux) == before
+
+
+def test_replaced_callbacks_are_noticed(flux: Any, generate: Generate) -> None:
+    from mflux.callbacks.callback_registry import CallbackRegistry
+
+    registry = flux.callbacks
+    with tc.apply(flux):
+        flux.callbacks = CallbackRegistry()
+        try:
+            with pytest.raises(tc.PatchLostError) as error:
+                generate(num_inference_steps=4, height=32, width=32)
+        finally:
+            flux.callbacks = registry
+    assert str(error.value) == (
+        "the pipeline's callbacks were replaced after apply(), so gating cannot follow the schedule: "
+        "call restore() on the handle and apply() again"
+    )
+
+
+def test_the_uncompiled_step_of_some_macs(flux: Any, generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mflux does not compile the step on base and Pro M1 and M2; there the gated step is not compiled either."""
+    from mflux.utils.apple_silicon import AppleSiliconUtil
+
+    arguments: dict[str, Any] = dict(num_inference_steps=20, height=64, width=64, guidance=4.0)
+    with tc.apply(flux, rel_l1_thresh=0.4) as compiled:
+        generate(**arguments)
+    monkeypatch.setattr(AppleSiliconUtil, "is_m1_or_m2", classmethod(lambda cls: True))
+    with tc.apply(flux, rel_l1_thresh=0.4) as eager:
+        generate(**arguments)
+    assert eager.stats.skipped_count == compiled.stats.skipped_count > 0
+
+
+# ---- Statistics
+
+
+def test_stats(flux: Any, generate: Generate) -> None:
+    with tc.apply(flux, rel_l1_thresh=0.3) as handle:
+        assert (handle.variant_id, handle.rel_l1_thresh) == ("flux2-klein-base-4b", 0.3)
+        assert handle.coefficients == tc.VARIANTS["flux2-klein-base-4b"].coefficients
+        assert handle.stats.last_generation is None
+        assert handle.stats.bound == 1.0
+        for _ in range(2):
+            generate(num_inference_steps=25, height=64, width=64)
+    stats, generation = handle.stats, handle.stats.last_generation
+    assert generation is not None
+    assert stats.generations == 2
+    assert stats.total_steps == 50
+    assert [step.index for step in generation.steps] == list(range(25))
+    assert [generation.steps[i].kind for i in (0, 1, 24)] == ["forced", "computed", "forced"]
+    assert stats.skipped_count == 2 * generation.skipped > 0
+    assert generation.bound == 25 / (25 - generation.skipped)
+    assert stats.bound == 50 / (50 - stats.skipped_count)
+    for step in generation.steps[2:-1]:
+        assert step.rel_l1 is not None
+        assert step.predicted is not None
+        assert (step.accumulated > 0) == (step.kind == "skipped")
+
+
+def test_defaults_are_the_variants(flux: Any) -> None:
+    with tc.apply(flux) as handle:
+        assert handle.rel_l1_thresh == 0.17
+        assert handle.calibrated_range == (0.028261402621865273, 0.21984468400478363)
+    with tc.apply(flux, coefficients=[0, 0, 0, 1, 0]) as handle:
+        assert handle.rel_l1_thresh == 0.20
+        assert handle.coefficients == (0, 0, 0, 1, 0)
+        assert handle.calibrated_range is None
+
+
+def test_forced_steps(flux: Any, generate: Generate) -> None:
+    with tc.apply(flux, rel_l1_thresh=1.0, skip_first_n_steps=3, skip_last_n_steps=4) as handle:
+        generate(num_inference_steps=20, height=32, width=32)
+    assert handle.stats.last_generation is not None
+    kinds = [step.kind for step in handle.stats.last_generation.steps]
+    assert kinds[:4] == ["forced"] * 3 + ["computed"]
+    assert kinds[-5:] == [kinds[-5], *["forced"] * 4]
+    assert kinds.count("forced") == 7
+
+
+def test_no_active_step_is_a_generation_too(flux: Any, generate: Generate, photo: Path) -> None:
+    with tc.apply(flux) as handle:
+        generate(num_inference_steps=5, image_path=photo, image_strength=1.0)
+    assert handle.stats.generations == 1
+    assert handle.stats.total_steps == 0
+
+
+# ---- Bad input
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.01, float("inf"), True, "0.2", [0.2], 1j])
+def test_bad_thresholds(flux: Any, value: object) -> None:
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        tc.apply(flux, rel_l1_thresh=value)  # type: ignore[arg-type]
+    assert str(error.value) == f"rel_l1_thresh must be a number from 0.0 to 1.0, got {value!r}"
+    assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    "value", [[], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, float("nan")], [1, 2, float("inf"), 4, 5], "12345", 5]
+)
+def test_bad_coefficients(flux: Any, value: object) -> None:
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        tc.apply(flux, coefficients=value)  # type: ignore[arg-type]
+    assert str(error.value) == f"coefficients must be five finite numbers, fourth degree first, got {value!r}"
+
+
+@pytest.mark.parametrize("name", ["skip_first_n_steps", "skip_last_n_steps"])
+@pytest.mark.parametrize("value", [-1, 1.0, "1", None, True])
+def test_bad_windows(flux: Any, name: str, value: object) -> None:
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        tc.apply(flux, **{name: value})  # type: ignore[arg-type]
+    assert str(error.value) == f"{name} must be a whole number of steps, 0 or more, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "active"), [(1, None, 1), (2, None, 2), (10, 0.8, 2)], ids=["1", "2", "image-to-image"]
+)
+def test_a_window_as_long_as_the_schedule(
+    flux: Any, generate: Generate, photo: Path, steps: int, strength: float | None, active: int
+) -> None:
+    before = snapshot(flux)
+    with tc.apply(flux) as handle:
+        with pytest.raises(tc.InvalidStepWindowError) as error:
+            generate(num_inference_steps=steps, image_path=photo if strength else None, image_strength=strength)
+        assert handle.stats.generations == 0
+    assert str(error.value) == (
+        f"skip_first_n_steps=1 and skip_last_n_steps=1 leave no step to gate: the schedule has {active} active "
+        f"of num_inference_steps={steps}; use 4 or more active steps"
+    )
+    assert snapshot(flux) == before
+
+
+def test_a_schedule_in_which_nothing_can_be_skipped_warns_once(flux: Any, generate: Generate) -> None:
+    with tc.apply(flux):
+        with pytest.warns(tc.NoBenefitWarning, match="nothing can be skipped in 3 active steps: 2 always compute"):
+            generate(num_inference_steps=3, height=32, width=32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", tc.TeaCacheWarning)
+            generate(num_inference_steps=3, height=32, width=32)
+
+
+def test_a_second_apply(flux: Any) -> None:
+    with tc.apply(flux, rel_l1_thresh=0.3):
+        before = snapshot(flux)
+        with pytest.raises(tc.AlreadyPatchedError) as error:
+            tc.apply(flux)
+        assert str(error.value) == (
+            "this TinyKlein is gated already (<Handle flux2-klein-base-4b rel_l1_thresh=0.3 live>): "
+            "call restore() on that handle first"
+        )
+        assert snapshot(flux) == before
+    tc.apply(flux).restore()
+
+
+@pytest.mark.parametrize("value", [None, 3, "flux", object()])
+def test_something_else_than_a_pipeline(value: object) -> None:
+    with pytest.raises(tc.IncompatibleModelError) as error:
+        tc.apply(value)
+    assert str(error.value) == f"apply gates mflux's Flux2Klein pipelines, got {type(value).__name__}"
+
+
+def test_another_pipeline_class() -> None:
+    from mflux.models.flux2.variants.edit.flux2_klein_edit import Flux2KleinEdit
+    from mlx import nn
+
+    edit = Flux2KleinEdit.__new__(Flux2KleinEdit)
+    nn.Module.__init__(edit)
+    with pytest.raises(tc.IncompatibleModelError) as error:
+        tc.apply(edit)
+    assert str(error.value) == "apply gates mflux's Flux2Klein pipelines, got Flux2KleinEdit"
+
+
+def test_another_model(flux: Any) -> None:
+    from mflux.models.common.config.model_config import ModelConfig
+
+    config = flux.model_config
+    flux.model_config = ModelConfig.flux2_klein_9b_kv()
+    try:
+        with pytest.raises(tc.IncompatibleModelError) as error:
+            tc.apply(flux)
+    finally:
+        flux.model_config = config
+    assert str(error.value) == (
+        f"TinyKlein has a model configuration with aliases {ModelConfig.flux2_klein_9b_kv().aliases}, and apply knows "
+        "flux2-klein-4b, flux2-klein-9b, flux2-klein-base-4b, flux2-klein-base-9b"
+    )
+
+
+@pytest.mark.parametrize("name", ["flux2_klein_4b", "flux2_klein_9b"])
+def test_distilled_variants_warn(flux: Any, name: str) -> None:
+    from mflux.models.common.config.model_config import ModelConfig
+
+    config = flux.model_config
+    flux.model_config = getattr(ModelConfig, name)()
+    try:
+        with pytest.warns(tc.NoBenefitWarning) as warned:
+            tc.apply(flux).restore()
+    finally:
+        flux.model_config = config
+    assert str(warned[0].message) == (
+        f"{name.replace('_', '-')} is distilled to a few steps that differ too much for any to be skipped: "
+        "expect no speedup"
+    )
+    assert warned[0].filename == __file__
+
+
+def test_base_9b_is_known(flux: Any) -> None:
+    from mflux.models.common.config.model_config import ModelConfig
+
+    config = flux.model_config
+    flux.model_config = ModelConfig.flux2_klein_base_9b()
+    try:
+        with tc.apply(flux) as handle:
+            assert handle.variant_id == "flux2-klein-base-9b"
+    finally:
+        flux.model_config = config
+
+
+def test_a_newer_mflux_warns_once(monkeypatch: pytest.MonkeyPatch, flux: Any) -> None:
+    from mlx_teacache_fast.mflux import patch
+
+    monkeypatch.setattr(patch, "version", lambda name: "0.25.0")
+    patch.warn_if_untested.cache_clear()
+    try:
+        with pytest.warns(tc.UntestedVersionWarning, match=r"mflux 0\.25\.0 is newer than 0\.24\.0"):
+            tc.apply(flux).restore()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", tc.UntestedVersionWarning)
+            tc.apply(flux).restore()
+    finally:
+        patch.warn_if_untested.cache_clear()
+
+
+def test_another_mlx_is_refused_at_import() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", 'import mlx.core as mx; mx.__version__ = "0.33.0"; import mlx_teacache_fast'],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == (
+        "ImportError: mlx_teacache_fast was built for mlx 0.32.2, but mlx 0.33.0 is installed. "
+        "Fix: pip install mlx==0.32.2"
+    )

@@ -1,0 +1,1055 @@
+"""ops.gate against the plain-MLX reference, against numpy in float64, and against numbers written out by hand."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_teacache_fast import ops, reference
+from mlx_teacache_fast.stats import KINDS
+
+GATES = pytest.mark.parametrize("gate", [ops.gate, reference.gate], ids=["op", "reference"])
+DTYPES = pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=["f32", "f16", "bf16"])
+
+COMPUTED, FORCED, SKIPPED, MISS = range(4)
+GATED, LEADING, TRAILING = range(3)
+NAN = math.nan
+INF = math.inf
+
+# Distance from 1 to the next number: a correctly rounded result is off by at most half of it, relatively.
+EPSILON = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
+
+# Each shape's reason beside it.
+SHAPES = {
+    (1, 1, 1): "one element: the variance is exactly 0",
+    (1, 1, 3): "a row shorter than any SIMD width",
+    (2, 1, 64): "one row per batch element: shift and scale change at every row",
+    (1, 7, 64): "an odd number of rows: no thread count but 1 and 7 divides it",
+    (2, 5, 255): "each row ends in a part of a vector, and the next row starts unaligned",
+    (1, 3, 3072): "FLUX's width",
+    (1, 2, 20001): "a row longer than a threadgroup, or than a buffer on the stack",
+    (1, 0, 64): "no rows",
+    (0, 3, 64): "no batch",
+    (1, 3, 0): "no columns",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one call; ``replace`` changes some of them."""
+
+    x: mx.array
+    shift: mx.array
+    scale: mx.array
+    anchor: mx.array
+    residuals: list[list[mx.array]]
+    weights: mx.array
+    state: mx.array
+    force: int = GATED
+    coefficients: tuple[float, ...] = (0.0, 0.0, 2.0, 0.5, 0.01)
+    threshold: float = 0.9
+    calibrated_range: tuple[float, float] | None = None
+    max_consecutive_skips: int = 8
+    eps: float = 1e-6
+
+    @property
+    def arrays(self) -> list[Any]:
+        force = mx.array(self.force, mx.int32)
+        return [self.x, self.shift, self.scale, self.anchor, self.residuals, self.weights, self.state, force]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "coefficients": self.coefficients,
+            "threshold": self.threshold,
+            "calibrated_range": self.calibrated_range,
+            "max_consecutive_skips": self.max_consecutive_skips,
+            "eps": self.eps,
+        }
+
+    def run(self, gate: Callable[..., Any] = ops.gate) -> tuple[mx.array, list[mx.array], mx.array]:
+        modulated, reused, state = gate(*self.arrays, **self.options)
+        mx.eval(modulated, reused, state)
+        return modulated, reused, state
+
+
+def make_state(acc: float = 0.25, streak: float = 2, has_anchor: float = 1, has_residual: float = 1) -> mx.array:
+    # Slots 0 to 3 report the last step and are not read: NaN shows it if they are.
+    return mx.array([NAN, NAN, NAN, NAN, acc, streak, has_anchor, has_residual], mx.float32)
+
+
+def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """What mflux computes: ``norm1`` is nn.LayerNorm(affine=False, eps=1e-6)."""
+    if shift.ndim == 2:
+        shift = shift[:, None]
+    if scale.ndim == 2:
+        scale = scale[:, None]
+    return (1 + scale) * mx.fast.layer_norm(x, None, None, 1e-6) + shift
+
+
+def random_case(
+    shape: tuple[int, int, int],
+    dtype: mx.Dtype = mx.float32,
+    *,
+    branches: int = 1,
+    terms: int = 1,
+    residual_dtype: mx.Dtype | None = None,
+    seed: int = 0,
+    mean: float = 0.0,
+    deviation: float = 1.0,
+) -> Case:
+    rng = np.random.default_rng(seed)
+    b, _, d = shape
+
+    def normal(size: tuple[int, ...], to: mx.Dtype) -> mx.array:
+        return mx.array(rng.standard_normal(size, np.float32)).astype(to)
+
+    x = (mean + deviation * normal(shape, mx.float32)).astype(dtype)
+    before = (x + 0.1 * deviation * normal(shape, mx.float32)).astype(dtype)
+    shift, scale = normal((b, 1, d), dtype), 0.3 * normal((b, 1, d), dtype)
+    residuals = [[normal(shape, residual_dtype or dtype) for _ in range(terms)] for _ in range(branches)]
+    weights = normal((branches, terms), mx.float32)
+    return Case(x, shift, scale, modulate(before, shift, scale), residuals, weights, make_state())
+
+
+def to_numpy(a: mx.array) -> np.ndarray:
+    """The same numbers in float64: exact for float32, float16 and bfloat16."""
+    return np.array(a.astype(mx.float32)).astype(np.float64)
+
+
+def to_bytes(*arrays: mx.array) -> bytes:
+    return b"".join(np.array(a.view(mx.uint8) if a.size else mx.zeros(0, mx.uint8)).tobytes() for a in arrays)
+
+
+def assert_same_bits(got: tuple[Any, Any, mx.array], expected: tuple[Any, Any, mx.array]) -> None:
+    for a, b in zip([got[0], *got[1], got[2]], [expected[0], *expected[1], expected[2]], strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert to_bytes(a) == to_bytes(b)
+
+
+def rounded(a: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    # By way of float32: a double rounding differs from one rounding about once in 2^13 numbers, by one unit.
+    with np.errstate(over="ignore"):
+        return mx.array(a.astype(np.float32)).astype(dtype)
+
+
+def modulate_float64(case: Case) -> mx.array:
+    """LayerNorm in float64, then the roundings of the contract."""
+    x = to_numpy(case.x)
+    if x.size == 0:
+        return modulate(case.x, case.shift, case.scale)
+    centered = x - x.mean(-1, keepdims=True)
+    normed = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + case.eps)
+    shift = case.shift if case.shift.ndim == 3 else case.shift[:, None]
+    scale = case.scale if case.scale.ndim == 3 else case.scale[:, None]
+    return (1 + scale) * rounded(normed, case.x.dtype) + shift
+
+
+def assert_modulated_close(got: mx.array, expected: mx.array, case: Case) -> None:
+    """Equal, but where float32 statistics round x's normalised value to its neighbour.
+
+    Statistics: a float32 sum of n numbers in 8 lanes or more walks sqrt(n / 8) steps of 2^-24, so r = 2^-23 sqrt(n / 8)
+    (two deviations) for the mean over mean|x|, and r / 2 for 1 / deviation. A neighbour of normed is one unit away,
+    which the roundings of product and sum may widen by one of theirs each: 4 e (|m| + |shift|), e the coarser epsilon.
+    In float16 and bfloat16 a neighbour is met once in r / e numbers, so at most one percent (and two) may differ.
+    """
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    if got.size == 0:
+        return
+    shift = to_numpy(case.shift if case.shift.ndim == 3 else case.shift[:, None])
+    scale = to_numpy(case.scale if case.scale.ndim == 3 else case.scale[:, None])
+    x, a, b = to_numpy(case.x), to_numpy(got), to_numpy(expected)
+    epsilon = max(EPSILON[case.x.dtype], EPSILON[got.dtype], EPSILON[case.scale.dtype])
+    r = 2.0**-23 * math.sqrt(max(x.shape[-1] / 8, 1))
+    deviation = np.sqrt(x.var(-1, keepdims=True) + case.eps)
+    mean_error = r * np.abs(x).mean(-1, keepdims=True) / deviation * np.abs(1 + scale)
+    bound = (4 * epsilon + r) * (np.abs(b) + np.abs(shift)) + mean_error
+    assert np.all(np.abs(a - b) <= bound), f"off by {np.max(np.abs(a - b) / np.maximum(bound, 1e-30)):.3g} bounds"
+    if case.x.dtype != mx.float32:
+        assert np.count_nonzero(a != b) <= 2 + 0.01 * a.size
+
+
+def assert_reused_close(got: list[mx.array], case: Case) -> None:
+    """Float32 sums of K products: 2 K + 1 roundings of 2^-24, then one to the output's dtype."""
+    assert len(got) == len(case.residuals)
+    weights = to_numpy(case.weights)
+    x = to_numpy(case.x)
+    for branch, terms in enumerate(case.residuals):
+        products = [weights[branch, k] * to_numpy(term) for k, term in enumerate(terms)]
+        expected = x + sum(products)
+        size = np.abs(x) + sum(np.abs(product) for product in products)
+        assert got[branch].shape == case.x.shape
+        assert got[branch].dtype == mx.result_type(case.x, terms[0])
+        bound = (2 * len(terms) + 1) * 2.0**-24 * size + 0.5 * EPSILON[got[branch].dtype] * np.abs(expected)
+        # float16 is subnormal below 2^-14: half a unit there is 2^-25.
+        assert np.all(np.abs(to_numpy(got[branch]) - expected) <= bound * 1.001 + 2.0**-25)
+
+
+def assert_state_matches_numpy(state: mx.array, modulated: mx.array, case: Case) -> None:
+    """rel and p of a step without a range, from the op's own ``modulated``.
+
+    A float32 sum of numbers of one sign is off by about 2^-24 times the square root of its longest run, which is a
+    row's share of a lane: 2e-6 covers 1,000. The polynomial adds its slope times that, and a rounding for each term.
+    """
+    difference = to_numpy(mx.abs(modulated - case.anchor)).mean()
+    rel = difference / max(np.abs(to_numpy(case.anchor)).mean(), 1e-12)
+    powers = rel ** np.arange(4, -1, -1)
+    terms = np.array(case.coefficients) * powers
+    got = np.array(state)
+    assert got[2] == pytest.approx(rel, rel=2e-6, abs=1e-30)
+    assert got[3] == pytest.approx(max(terms.sum(), 0), abs=1e-5 * np.abs(terms).sum())
+
+
+# ---- One case by hand
+
+
+@GATES
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["f16", "bf16"])
+def test_hand_computed(gate: Callable[..., Any], dtype: mx.Dtype) -> None:
+    # Mean 2, deviations -1 and 1, variance 1: normed is +-0.9999995, which rounds to +-1.
+    # modulated = (1 + 0.5) * normed + 0.25 = -1.25, 1.75. Against the anchor: |difference| = 0.25, mean|anchor| = 1.25.
+    # rel = 0.25 / 1.25 = 0.2; p = 2 * 0.2 + 0.1 = 0.5; acc = 0.25 + 0.5 = 0.75 < 1: skip, the third in a row.
+    # reused = x + 2 * 0.5 - 1 * 0.25 = 1.75, 3.75.
+    case = hand_case(dtype)
+    modulated, reused, state = case.run(gate)
+    assert modulated.tolist() == [[[-1.25, 1.75, -1.25, 1.75]]]
+    assert reused[0].tolist() == [[[1.75, 3.75, 1.75, 3.75]]]
+    assert state.tolist() == pytest.approx([1, SKIPPED, 0.2, 0.5, 0.75, 3, 1, 1], rel=1e-6)
+
+
+def hand_case(dtype: mx.Dtype = mx.bfloat16) -> Case:
+    return Case(
+        x=mx.array([[[1, 3, 1, 3]]], dtype),
+        shift=mx.full((1, 4), 0.25, dtype),
+        scale=mx.full((1, 4), 0.5, dtype),
+        anchor=mx.array([[[-1, 1.5, -1, 1.5]]], dtype),
+        residuals=[[mx.full((1, 1, 4), 0.5, dtype), mx.full((1, 1, 4), 0.25, dtype)]],
+        weights=mx.array([[2.0, -1.0]]),
+        state=make_state(),
+        coefficients=(0, 0, 0, 2, 0.1),
+        threshold=1.0,
+    )
+
+
+# ---- Every row of the table in docs/gate.md. The hand case has rel = 0.2; a constant polynomial makes p = 0.5 exact.
+
+HALF = (0.0, 0.0, 0.0, 0.0, 0.5)
+LINEAR = (0.0, 0.0, 0.0, 1.0, 0.0)
+REL = float(np.float32(0.2))
+ROWS: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "skips below the threshold": ({}, [1, SKIPPED, REL, 0.5, 0.75, 3, 1, 1]),
+    "computes at the threshold": ({"threshold": 0.75}, [0, COMPUTED, REL, 0.5, 0, 0, 1, 1]),
+    "computes above the threshold": ({"threshold": 0.5}, [0, COMPUTED, REL, 0.5, 0, 0, 1, 1]),
+    "skips up to the limit": ({"state": make_state(streak=7)}, [1, SKIPPED, REL, 0.5, 0.75, 8, 1, 1]),
+    "computes at the limit": ({"state": make_state(streak=8)}, [0, COMPUTED, REL, 0.5, 0, 0, 1, 1]),
+    "a limit of one": ({"max_consecutive_skips": 1}, [0, COMPUTED, REL, 0.5, 0, 0, 1, 1]),
+    "a negative price is none": ({"coefficients": (0, 0, 0, -1, 0)}, [1, SKIPPED, REL, 0, 0.25, 3, 1, 1]),
+    "above the range computes": ({"calibrated_range": (0.05, 0.1)}, [0, COMPUTED, REL, 0.5, 0, 0, 1, 1]),
+    "above the range is priced at its end": (
+        {"calibrated_range": (0.05, 0.125), "coefficients": LINEAR},
+        [0, COMPUTED, REL, 0.125, 0, 0, 1, 1],
+    ),
+    "below the range is priced at its start": (
+        {"calibrated_range": (0.5, 0.75), "coefficients": LINEAR},
+        [1, SKIPPED, REL, 0.5, 0.75, 3, 1, 1],
+    ),
+    "inside the range": (
+        {"calibrated_range": (0.125, 0.75), "coefficients": LINEAR},
+        [1, SKIPPED, REL, REL, 0.25 + REL, 3, 1, 1],
+    ),
+    "seeds without an anchor": ({"state": make_state(has_anchor=0)}, [0, COMPUTED, NAN, NAN, 0.25, 0, 1, 1]),
+    "seeds without a residual": ({"state": make_state(has_residual=0)}, [0, COMPUTED, NAN, NAN, 0.25, 0, 1, 1]),
+    "seeds with neither": ({"state": mx.zeros(8)}, [0, COMPUTED, NAN, NAN, 0, 0, 1, 1]),
+    "leading forced advances": (
+        {"force": LEADING, "state": make_state(has_anchor=0, has_residual=0)},
+        [0, FORCED, NAN, NAN, 0.25, 2, 1, 0],
+    ),
+    "leading forced leaves the rest": ({"force": LEADING}, [0, FORCED, NAN, NAN, 0.25, 2, 1, 1]),
+    "leading forced, non-finite, no anchor": (
+        {"force": LEADING, "shift": NAN, "state": make_state(has_anchor=0, has_residual=0)},
+        [0, FORCED, NAN, NAN, 0.25, 2, 0, 0],
+    ),
+    "leading forced, non-finite, an anchor": (
+        {"force": LEADING, "shift": INF, "state": make_state(has_residual=0)},
+        [0, FORCED, NAN, NAN, 0.25, 2, 1, 0],
+    ),
+    "trailing forced, no anchor": (
+        {"force": TRAILING, "state": make_state(has_anchor=0)},
+        [0, FORCED, NAN, NAN, 0.25, 2, 0, 1],
+    ),
+    "trailing forced, an anchor": ({"force": TRAILING}, [0, FORCED, NAN, NAN, 0.25, 2, 1, 1]),
+    "trailing forced, non-finite": ({"force": TRAILING, "shift": NAN}, [0, FORCED, NAN, NAN, 0.25, 2, 1, 1]),
+    "NaN misses": ({"shift": NAN}, [0, MISS, NAN, NAN, 0, 0, 1, 0]),
+    "infinity misses": ({"shift": -INF}, [0, MISS, NAN, NAN, 0, 0, 1, 0]),
+    "NaN misses before it seeds": ({"shift": NAN, "state": make_state(has_anchor=0)}, [0, MISS, NAN, NAN, 0, 0, 0, 0]),
+    "NaN in x misses": ({"x": NAN}, [0, MISS, NAN, NAN, 0, 0, 1, 0]),
+    "infinity in x misses": ({"x": INF}, [0, MISS, NAN, NAN, 0, 0, 1, 0]),
+    "a distance that is not finite misses": ({"anchor": INF}, [0, MISS, NAN, NAN, 0, 0, 1, 0]),
+    "NaN in the anchor misses": ({"anchor": NAN}, [0, MISS, NAN, NAN, 0, 0, 1, 0]),
+    "a price that is not finite misses": (
+        {"coefficients": (0, 0, 0, 3e38, 3e38)},
+        [0, MISS, REL, NAN, 0, 0, 1, 0],
+    ),
+    "a price of minus infinity misses": (
+        {"coefficients": (0, 0, 0, -3e38, -3e38)},
+        [0, MISS, REL, NAN, 0, 0, 1, 0],
+    ),
+    # mean|modulated| = 1.5 over the floor of 1e-12.
+    "a zero anchor computes": (
+        {"anchor": 0.0, "coefficients": LINEAR},
+        [0, COMPUTED, 1.5e12, 1.5e12, 0, 0, 1, 1],
+    ),
+    "a zero anchor is above any range": (
+        {"anchor": 0.0, "coefficients": LINEAR, "calibrated_range": (0.0, 0.125)},
+        [0, COMPUTED, 1.5e12, 0.125, 0, 0, 1, 1],
+    ),
+    "off at threshold 0": ({"threshold": 0.0}, [0, COMPUTED, NAN, NAN, 0.25, 2, 1, 1]),
+    "off below 0": ({"threshold": -1.0}, [0, COMPUTED, NAN, NAN, 0.25, 2, 1, 1]),
+    "off comes before forced": (
+        {"threshold": 0.0, "force": LEADING, "state": make_state(has_anchor=0, has_residual=0)},
+        [0, COMPUTED, NAN, NAN, 0.25, 2, 0, 0],
+    ),
+    "off comes before a miss": ({"threshold": 0.0, "shift": NAN}, [0, COMPUTED, NAN, NAN, 0.25, 2, 1, 1]),
+}
+
+
+def with_element(a: mx.array, value: float) -> mx.array:
+    flat = np.array(a.astype(mx.float32)).reshape(-1)
+    flat[-1] = value
+    return mx.array(flat.reshape(a.shape)).astype(a.dtype)
+
+
+@GATES
+@pytest.mark.parametrize("name", ROWS)
+def test_state_transition(gate: Callable[..., Any], name: str) -> None:
+    changes, expected = ROWS[name]
+    changes = {"coefficients": HALF} | changes
+    case = hand_case()
+    for field in ("x", "shift"):  # One element is enough.
+        if field in changes:
+            changes[field] = with_element(getattr(case, field), changes[field])
+    if "anchor" in changes:
+        value = changes["anchor"]
+        changes["anchor"] = mx.zeros_like(case.anchor) if value == 0 else with_element(case.anchor, value)
+    _, _, state = replace(case, **changes).run(gate)
+    assert state.dtype == mx.float32
+    assert state.shape == (8,)
+    assert state.tolist() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def test_kind_codes_are_those_of_the_records() -> None:
+    assert (KINDS[COMPUTED], KINDS[FORCED], KINDS[SKIPPED], KINDS[MISS]) == (
+        "computed",
+        "forced",
+        "skipped",
+        "numerical-miss",
+    )
+
+
+@GATES
+def test_float16_overflow_misses(gate: Callable[..., Any]) -> None:
+    # 1 + 65504 rounds to 65504 in float16; times normed = 1, plus 65504, it is beyond float16's largest number.
+    large = mx.full((1, 4), 65504.0, mx.float16)
+    case = replace(hand_case(mx.float16), scale=large, shift=large)
+    assert case.run(gate)[2].tolist()[1] == MISS
+    wide = {"shift": large.astype(mx.float32), "scale": large.astype(mx.float32)}
+    case = replace(case, **wide, anchor=case.anchor.astype(mx.float32))
+    assert case.run(gate)[2].tolist()[1] != MISS
+
+
+@DTYPES
+@pytest.mark.parametrize("value", [NAN, -NAN, INF, -INF])
+def test_one_non_finite_element_anywhere_misses(value: float, dtype: mx.Dtype) -> None:
+    # First and last row; the first vector, borders of vectors, and the part of one that ends the row.
+    case = random_case((2, 3, 255), dtype)
+    case = replace(case, scale=mx.repeat(case.scale, 3, axis=1), shift=mx.repeat(case.shift, 3, axis=1))
+    rows = np.array(case.shift.astype(mx.float32)).reshape(6, 255)
+    for row in (0, 5):
+        for column in (0, 15, 16, 239, 240, 254):
+            changed = rows.copy()
+            changed[row, column] = value
+            shift = mx.array(changed.reshape(2, 3, 255)).astype(dtype)
+            modulated, _, state = replace(case, shift=shift).run()
+            assert state.tolist()[1] == MISS
+            wrong = np.argwhere(~np.isfinite(to_numpy(modulated).reshape(6, 255)))
+            assert wrong.tolist() == [[row, column]]
+
+
+@GATES
+@pytest.mark.parametrize("garbage", [NAN, INF, 0.0])
+@pytest.mark.parametrize("force", [GATED, LEADING, TRAILING])
+def test_anchor_and_residual_do_not_count_before_they_exist(
+    gate: Callable[..., Any], garbage: float, force: int
+) -> None:
+    case = replace(random_case((1, 7, 64)), state=mx.zeros(8), force=force)
+    unwritten = replace(case, anchor=mx.full(case.x.shape, garbage), residuals=[[mx.full(case.x.shape, garbage)]])
+    modulated, _, state = case.run(gate)
+    got_modulated, _, got_state = unwritten.run(gate)
+    assert to_bytes(got_modulated) == to_bytes(modulated)
+    assert got_state.tolist() == pytest.approx(state.tolist(), nan_ok=True)
+
+
+# ---- Values over dtypes and shapes
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_and_dtypes(shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
+    case = random_case(shape, dtype)
+    modulated, reused, state = case.run()
+    expected_modulated, expected_reused, expected_state = case.run(reference.gate)
+    assert_modulated_close(modulated, expected_modulated, case)
+    assert_modulated_close(modulated, modulate_float64(case), case)
+    assert_reused_close(reused, case)
+    assert_reused_close(expected_reused, case)
+    got, expected = np.array(state), np.array(expected_state)
+    if case.x.size == 0:
+        # The mean of nothing is NaN: nothing was measured, so nothing is skipped.
+        assert got.tolist() == pytest.approx([0, MISS, NAN, NAN, 0, 0, 1, 0], nan_ok=True)
+        assert expected.tolist() == pytest.approx(got.tolist(), nan_ok=True)
+        return
+    assert_state_matches_numpy(state, modulated, case)
+    assert got[[0, 1, 5, 6, 7]].tolist() == expected[[0, 1, 5, 6, 7]].tolist()
+    # A percent of neighbours, at most, moves the means by a percent of epsilon, over a distance of about 0.1.
+    assert got[[2, 3, 4]] == pytest.approx(expected[[2, 3, 4]], rel=max(1e-5, 0.1 * EPSILON[dtype]), abs=1e-6)
+
+
+MIXED_DTYPES = [
+    (mx.bfloat16, mx.float32, mx.float32),  # a timestep embedding kept in float32
+    (mx.float16, mx.float32, mx.float32),
+    (mx.float32, mx.bfloat16, mx.float32),  # 1 + scale is rounded to bfloat16 even so
+    (mx.float32, mx.float16, mx.float32),
+    (mx.bfloat16, mx.float16, mx.float32),  # no 16-bit type holds both
+    (mx.float16, mx.bfloat16, mx.float32),
+]
+
+
+@pytest.mark.parametrize(("x", "modulation", "out"), MIXED_DTYPES, ids=lambda t: str(t).split(".")[-1])
+def test_mixed_dtypes_promote_as_in_mlx(x: mx.Dtype, modulation: mx.Dtype, out: mx.Dtype) -> None:
+    case = random_case((2, 5, 255), x)
+    case = replace(case, shift=case.shift.astype(modulation), scale=case.scale.astype(modulation))
+    case = replace(case, anchor=modulate(case.x * 1.1 + 0.1, case.shift, case.scale))
+    modulated, reused, state = case.run()
+    assert modulated.dtype == out == modulate(case.x, case.shift, case.scale).dtype
+    assert_modulated_close(modulated, modulate(case.x, case.shift, case.scale), case)
+    assert_modulated_close(modulated, case.run(reference.gate)[0], case)
+    assert_reused_close(reused, case)
+    assert_state_matches_numpy(state, modulated, case)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("shift_shape", "scale_shape"),
+    [((2, 64), (2, 64)), ((2, 1, 64), (2, 1, 64)), ((2, 5, 64), (2, 5, 64)), ((2, 64), (2, 1, 64))],
+    ids=["BD", "B1D", "BSD", "BD with B1D"],
+)
+def test_ranks_of_shift_and_scale(shift_shape: tuple[int, ...], scale_shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    rng = np.random.default_rng(5)
+    case = random_case((2, 5, 64), dtype)
+    case = replace(
+        case,
+        shift=mx.array(rng.standard_normal(shift_shape, np.float32)).astype(dtype),
+        scale=mx.array(rng.standard_normal(scale_shape, np.float32)).astype(dtype),
+    )
+    modulated, _, state = case.run()
+    assert_modulated_close(modulated, case.run(reference.gate)[0], case)
+    assert_modulated_close(modulated, modulate_float64(case), case)
+    assert_state_matches_numpy(state, modulated, case)
+
+
+def test_one_row_is_shared_over_the_sequence() -> None:
+    """[B, D], [B, 1, D] and its repetition over S are the same modulation, to the bit."""
+    case = random_case((2, 5, 255), mx.bfloat16)
+    rows = case.run()
+    assert_same_bits(replace(case, shift=case.shift[:, 0], scale=case.scale[:, 0]).run(), rows)
+    full = {name: mx.repeat(getattr(case, name), 5, axis=1) for name in ("shift", "scale")}
+    assert_same_bits(replace(case, **full).run(), rows)
+
+
+@DTYPES
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
+def test_branches_and_terms(branches: int, terms: int, dtype: mx.Dtype) -> None:
+    case = random_case((2, 3, 255), dtype, branches=branches, terms=terms)
+    assert_reused_close(case.run()[1], case)
+    wide = random_case((2, 3, 255), dtype, branches=branches, terms=terms, residual_dtype=mx.float32)
+    assert_reused_close(wide.run()[1], wide)
+
+
+def test_float16_residual_beside_bfloat16_is_float32() -> None:
+    case = random_case((1, 3, 64), mx.bfloat16, residual_dtype=mx.float16)
+    reused = case.run()[1]
+    assert reused[0].dtype == mx.float32
+    assert_reused_close(reused, case)
+
+
+@DTYPES
+@pytest.mark.parametrize("residual_dtype", [mx.float32, mx.float16, mx.bfloat16], ids=["f32", "f16", "bf16"])
+def test_one_term_of_weight_one_is_mlx_addition(dtype: mx.Dtype, residual_dtype: mx.Dtype) -> None:
+    # Both round the float32 sum once, so nothing may differ: this is the reuse of TeaCache itself.
+    case = random_case((2, 3, 255), dtype, residual_dtype=residual_dtype)
+    case = replace(case, weights=mx.ones((1, 1)))
+    expected = case.x + case.residuals[0][0]
+    got = case.run()[1][0]
+    assert got.dtype == expected.dtype
+    assert to_bytes(got) == to_bytes(expected)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["f16", "bf16"])
+def test_every_16_bit_number_is_read_and_rounded_as_in_mlx(dtype: mx.Dtype) -> None:
+    # All 65,536 patterns beside a permutation of them: subnormal numbers, infinities, overflow, ties.
+    patterns = np.arange(2**16, dtype=np.uint16).reshape(1, 256, 256)
+    shuffled = np.random.default_rng(4).permutation(patterns.reshape(-1)).reshape(patterns.shape)
+    x = mx.array(patterns).view(dtype)
+    for other in (shuffled, np.zeros_like(patterns)):
+        residual = mx.array(other).view(dtype)
+        case = replace(random_case((1, 256, 256), dtype), x=x, residuals=[[residual]], weights=mx.ones((1, 1)))
+        np.testing.assert_array_equal(to_numpy(case.run()[1][0]), to_numpy(x + residual))
+
+
+def test_nan_weight_gives_nan() -> None:
+    # A NaN whose payload is all ones: rounding it to 16 bits by adding half a unit would carry into the sign.
+    weights = mx.array(np.array([[0x7FFFFFFF]], np.uint32).view(np.float32))
+    for dtype in EPSILON:
+        case = replace(random_case((1, 3, 64), dtype), weights=weights)
+        assert np.all(np.isnan(to_numpy(case.run()[1][0])))
+
+
+def test_branches_do_not_mix() -> None:
+    case = random_case((1, 7, 64), branches=2, terms=2)
+    both = case.run()[1]
+    for branch in range(2):
+        alone = replace(case, residuals=[case.residuals[branch]], weights=case.weights[branch][None])
+        assert to_bytes(alone.run()[1][0]) == to_bytes(both[branch])
+
+
+# ---- Statistics and rounding
+
+
+def test_variance_is_two_pass_in_bfloat16() -> None:
+    """A mean of 60 beside a deviation of 0.5: the float32 E[x^2] - E[x]^2 is off by enough to move elements."""
+    case = random_case((1, 16, 3072), mx.bfloat16, mean=60.0, deviation=0.5)
+    modulated, _, _ = case.run()
+    expected = modulate_float64(case)
+    assert_modulated_close(modulated, expected, case)
+    assert np.count_nonzero(to_numpy(modulated) != to_numpy(expected)) <= 0.001 * modulated.size
+
+
+def test_variance_is_two_pass_in_float32() -> None:
+    """A mean of 10,000 beside a deviation of 1: E[x^2] = 10^8 has units of 8 in float32, so the difference is noise."""
+    case = random_case((1, 4, 3072), mx.float32, mean=10_000.0)
+    x = np.array(case.x)
+    one_pass = (x * x).mean(-1, dtype=np.float32) - x.mean(-1, dtype=np.float32) ** 2
+    assert np.all(np.abs(one_pass - 1) > 0.2)
+    modulated, _, _ = case.run()
+    expected = to_numpy(modulate_float64(case))
+    # The mean is off by 2^-23 sqrt(3072 / 8) 10,000 = 0.023 (see assert_modulated_close), and |1 + scale| < 3.
+    assert np.max(np.abs(to_numpy(modulated) - expected)) < 0.07
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["f16", "bf16"])
+def test_modulated_is_mflux_bit_for_bit_where_statistics_are_exact(dtype: mx.Dtype) -> None:
+    # Small integers whose row sums are multiples of 64: mean and variance are exact in any order of summation, so
+    # only the roundings of the contract remain.
+    rng = np.random.default_rng(11)
+    x = rng.integers(-8, 9, (2, 40, 64)).astype(np.float32)
+    x[..., 0] -= np.remainder(x.sum(-1), 64)
+    case = random_case((2, 40, 64), dtype)
+    case = replace(case, x=mx.array(x).astype(dtype))
+    expected = modulate(case.x, case.shift, case.scale)
+    got = case.run()[0]
+    assert got.dtype == expected.dtype
+    assert to_bytes(got) == to_bytes(expected)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["f16", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 64, 3072), (2, 33, 255)], ids=str)
+def test_modulated_is_mflux_but_for_rare_neighbours(shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
+    case = random_case(shape, dtype, seed=3)
+    expected = modulate(case.x, case.shift, case.scale)
+    got = case.run()[0]
+    assert_modulated_close(got, expected, case)
+    # Float32 statistics of 3072 numbers differ by about 2^-22, against 2^-11 (float16): one element in 2,000.
+    assert np.count_nonzero(to_numpy(got) != to_numpy(expected)) <= 2 + 0.002 * got.size
+
+
+def test_epsilon_is_used() -> None:
+    case = random_case((1, 3, 64))
+    large = replace(case, eps=3.0)
+    assert_modulated_close(large.run()[0], modulate_float64(large), large)
+    assert to_bytes(large.run()[0]) != to_bytes(case.run()[0])
+
+
+def test_difference_is_rounded_to_the_dtype() -> None:
+    # 256 - 1.5 = 254.5 is not a bfloat16 number (its unit there is 1) and rounds to 254; the anchor's mean is 1.5.
+    case = replace(
+        hand_case(),
+        scale=mx.full((1, 4), -1.0, mx.bfloat16),
+        shift=mx.full((1, 4), 256.0, mx.bfloat16),
+        anchor=mx.full((1, 1, 4), 1.5, mx.bfloat16),
+        coefficients=LINEAR,
+    )
+    assert case.run()[2].tolist()[2] == pytest.approx(254 / 1.5, rel=1e-7)
+    assert case.run(reference.gate)[2].tolist()[2] == pytest.approx(254 / 1.5, rel=1e-6)
+
+
+def test_sums_are_float32_or_better() -> None:
+    # A bfloat16 sum of ones stops at 256, a float16 sum at 2048; here 393,216 of them have to count.
+    shape = (1, 128, 3072)
+    ones = mx.ones(shape, mx.bfloat16)
+    case = Case(
+        x=ones,
+        shift=mx.full((1, 3072), 1.25, mx.bfloat16),
+        scale=mx.zeros((1, 3072), mx.bfloat16),
+        anchor=ones,
+        residuals=[[ones]],
+        weights=mx.ones((1, 1)),
+        state=make_state(),
+    )
+    assert case.run()[2].tolist()[2] == 0.25
+
+
+# ---- Layouts
+
+
+def packed(case: Case) -> Case:
+    """The same numbers in arrays of their own."""
+
+    def copy(a: mx.array) -> mx.array:
+        return mx.array(np.array(a.astype(mx.float32))).astype(a.dtype)
+
+    return replace(
+        case,
+        residuals=[[copy(term) for term in branch] for branch in case.residuals],
+        **{name: copy(getattr(case, name)) for name in ("x", "shift", "scale", "anchor", "weights", "state")},
+    )
+
+
+def strided(a: mx.array) -> mx.array:
+    """A view whose last axis is not the fastest."""
+    out = mx.contiguous(mx.swapaxes(a, -1, -2))
+    mx.eval(out)
+    return mx.swapaxes(out, -1, -2)
+
+
+def batch_inside(a: mx.array) -> mx.array:
+    """A view whose rows are packed, but in the order [S, B, D]."""
+    out = mx.contiguous(mx.swapaxes(a, 0, 1))
+    mx.eval(out)
+    return mx.swapaxes(out, 0, 1)
+
+
+def offset(a: mx.array) -> mx.array:
+    """A slice out of a larger array of NaN: every neighbour in memory is NaN."""
+    parent = np.full([n + 5 for n in a.shape], np.nan, np.float32)
+    inside = tuple(slice(2, 2 + n) for n in a.shape)
+    parent[inside] = np.array(a.astype(mx.float32))
+    whole = mx.array(parent).astype(a.dtype)
+    mx.eval(whole)
+    return whole[inside]
+
+
+def every_second(a: mx.array) -> mx.array:
+    """A slice with a step along the last axis, NaN between."""
+    parent = np.full((*a.shape[:-1], 2 * a.shape[-1]), np.nan, np.float32)
+    parent[..., ::2] = np.array(a.astype(mx.float32))
+    whole = mx.array(parent).astype(a.dtype)
+    mx.eval(whole)
+    return whole[..., ::2]
+
+
+@DTYPES
+@pytest.mark.parametrize("view", [strided, batch_inside, offset, every_second])
+@pytest.mark.parametrize("which", ["x", "shift", "scale", "anchor", "residuals", "weights", "all"])
+def test_views(which: str, view: Callable[[mx.array], mx.array], dtype: mx.Dtype) -> None:
+    case = random_case((2, 5, 255), dtype, branches=2, terms=2)
+    changes: dict[str, Any] = {}
+    for name in ("x", "shift", "scale", "anchor", "weights"):
+        if which in (name, "all"):
+            changes[name] = view(getattr(case, name))
+    if which in ("residuals", "all"):
+        changes["residuals"] = [[view(term) for term in branch] for branch in case.residuals]
+    if which == "all" and view in (offset, every_second):
+        changes["state"] = view(case.state)
+    assert_same_bits(replace(case, **changes).run(), case.run())
+
+
+@DTYPES
+def test_broadcast_views(dtype: mx.Dtype) -> None:
+    shape = (2, 5, 64)
+    case = random_case(shape, dtype)
+    row = case.x[:1, :1]
+    case = replace(
+        case,
+        x=mx.broadcast_to(row, shape),
+        shift=mx.broadcast_to(case.shift, shape),
+        scale=mx.broadcast_to(mx.array(0.5, dtype), shape),
+        anchor=mx.broadcast_to(case.anchor[:, :1], shape),
+        residuals=[[mx.broadcast_to(mx.array(2.0, dtype), shape)]],
+        weights=mx.broadcast_to(mx.array(0.5), (1, 1)),
+        state=mx.broadcast_to(mx.array(1.0), (8,)),
+    )
+    assert_same_bits(case.run(), packed(case).run())
+
+
+def test_shift_and_scale_as_parts_of_one_projection() -> None:
+    # mflux splits one [B, 1, 6 D] array: each part starts inside it, and its batch stride is 6 D.
+    case = random_case((2, 5, 64), mx.bfloat16)
+    projection = mx.random.normal((2, 1, 6 * 64), key=mx.random.key(2)).astype(mx.bfloat16)
+    shift, scale, *_ = mx.split(projection, 6, axis=-1)
+    case = replace(case, shift=shift, scale=scale)
+    assert_same_bits(case.run(), packed(case).run())
+
+
+def test_one_array_in_every_place() -> None:
+    x = mx.random.normal((1, 7, 64), key=mx.random.key(3))
+    case = replace(
+        random_case((1, 7, 64)), x=x, shift=x, scale=x, anchor=x, residuals=[[x, x]], weights=mx.ones((1, 2))
+    )
+    assert_same_bits(case.run(), packed(case).run())
+
+
+@DTYPES
+def test_inputs_are_left_as_they_are(dtype: mx.Dtype) -> None:
+    case = random_case((2, 5, 255), dtype, branches=2, terms=2)
+    inputs = [case.x, case.shift, case.scale, case.anchor, *case.residuals[0], *case.residuals[1], case.weights]
+    mx.eval(inputs, case.state)
+    before = to_bytes(*inputs, case.state)
+    case.run()
+    assert to_bytes(*inputs, case.state) == before
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["f32", "bf16"])
+def test_lazy_chain_is_the_same_as_step_by_step(dtype: mx.Dtype) -> None:
+    """Steps left lazy hand temporaries over, whose memory the op may take for its outputs."""
+    case = random_case((1, 7, 255), dtype)
+    noise = mx.random.normal((6, *case.x.shape), key=mx.random.key(1)).astype(dtype)
+    mx.eval(noise)
+
+    def steps(evaluate: bool) -> list[Any]:
+        x, anchor, residual, state = case.x, case.anchor, case.residuals[0][0], case.state
+        kept = []
+        for step in range(6):
+            x = x + 0.1 * noise[step]
+            force = mx.array(0, mx.int32)
+            anchor, (x,), state = ops.gate(
+                x, case.shift, case.scale, anchor, [[residual]], mx.ones((1, 1)), state, force, **case.options
+            )
+            residual = 0.5 * residual
+            kept.append(state)
+            if evaluate:
+                mx.eval(x, anchor, state, residual)
+        mx.eval(x, anchor, kept)
+        return [x, anchor, *kept]
+
+    assert to_bytes(*steps(evaluate=False)) == to_bytes(*steps(evaluate=True))
+
+
+def test_outputs_may_be_asked_for_alone() -> None:
+    case = random_case((1, 7, 64))
+    modulated, reused, state = case.run()
+    for index, expected in enumerate([modulated, reused[0], state]):
+        outputs = ops.gate(*case.arrays, **case.options)
+        alone = [outputs[0], outputs[1][0], outputs[2]][index]
+        assert to_bytes(alone) == to_bytes(expected)
+
+
+# ---- Determinism
+
+# Enough elements for more threads than one, in rows that no number of them divides. Prints each digest it has seen.
+TWENTY_RUNS = """
+import hashlib
+import mlx.core as mx
+from mlx_teacache_fast import ops
+
+x, anchor, residual = mx.random.normal((3, 1, 611, 1025), key=mx.random.key(0)).astype(mx.bfloat16)
+shift, scale = mx.random.normal((2, 1, 1025), key=mx.random.key(1)).astype(mx.bfloat16)
+state = mx.array([0, 0, 0, 0, 0, 0, 1, 1], mx.float32)
+seen = set()
+for _ in range(20):
+    modulated, (reused,), new_state = ops.gate(
+        x, shift, scale, anchor, [[residual]], mx.ones((1, 1)), state, mx.array(0, mx.int32),
+        coefficients=(0, 0, 0, 1, 0), threshold=0.5,
+    )
+    outputs = b"".join(bytes(a.view(mx.uint8)) for a in (modulated, reused, new_state))
+    seen.add(hashlib.sha256(outputs).hexdigest())
+print(*seen)
+"""
+
+
+def test_same_bits_every_run_and_for_any_number_of_threads() -> None:
+    digests = set()
+    for threads in ("1", "2", "3", "7", None):
+        environment = {name: v for name, v in os.environ.items() if name != "MLX_TEACACHE_FAST_NUM_THREADS"}
+        if threads is not None:
+            environment["MLX_TEACACHE_FAST_NUM_THREADS"] = threads
+        done = subprocess.run([sys.executable, "-c", TWENTY_RUNS], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        digests.update(done.stdout.split())
+    assert len(digests) == 1
+
+
+# ---- Inside mx.compile
+
+
+def compiled(case: Case, **kwargs: Any) -> Callable[..., Any]:
+    branches, terms = len(case.residuals), len(case.residuals[0])
+
+    def step(x: Any, shift: Any, scale: Any, anchor: Any, weights: Any, state: Any, force: Any, *flat: Any) -> Any:
+        residuals = [list(flat[b * terms : (b + 1) * terms]) for b in range(branches)]
+        modulated, reused, state = ops.gate(x, shift, scale, anchor, residuals, weights, state, force, **case.options)
+        return [modulated, *reused, state]
+
+    return mx.compile(step, **kwargs)
+
+
+def call(step: Callable[..., Any], case: Case) -> tuple[mx.array, list[mx.array], mx.array]:
+    x, shift, scale, anchor, residuals, weights, state, force = case.arrays
+    flat = [term for branch in residuals for term in branch]
+    modulated, *reused, state = step(x, shift, scale, anchor, weights, state, force, *flat)
+    mx.eval(modulated, reused, state)
+    return modulated, reused, state
+
+
+@DTYPES
+@pytest.mark.parametrize("shapeless", [False, True])
+def test_compiled_is_the_same_as_eager(shapeless: bool, dtype: mx.Dtype) -> None:
+    case = random_case((2, 5, 255), dtype, branches=2, terms=2)
+    step = compiled(case, shapeless=shapeless)
+    for force in (GATED, LEADING, TRAILING):
+        forced = replace(case, force=force)
+        assert_same_bits(call(step, forced), forced.run())
+    for shape in ((2, 9, 255), (1, 4, 64)):  # A second resolution, then another width.
+        other = random_case(shape, dtype, branches=2, terms=2, seed=1)
+        assert_same_bits(call(step, other), other.run())
+
+
+def test_compiled_shapeless_with_rank_2_modulation() -> None:
+    case = random_case((2, 5, 64))
+    case = replace(case, shift=case.shift[:, 0], scale=case.scale[:, 0])
+    step = compiled(case, shapeless=True)
+    assert_same_bits(call(step, case), case.run())
+    longer = random_case((2, 11, 64), seed=1)
+    longer = replace(longer, shift=longer.shift[:, 0], scale=longer.scale[:, 0])
+    assert_same_bits(call(step, longer), longer.run())
+
+
+def test_reference_compiles() -> None:
+    case = random_case((2, 5, 255))
+    step = mx.compile(lambda *arrays: reference.gate(*arrays, **case.options), shapeless=True)
+    eager, fused = case.run(reference.gate), step(*case.arrays)
+    assert np.allclose(np.array(fused[0]), np.array(eager[0]), atol=1e-5)
+    assert fused[2].tolist() == pytest.approx(eager[2].tolist(), rel=1e-5)
+
+
+# A case in which every parameter shows in the outputs.
+SENSITIVE: dict[str, Any] = {
+    "coefficients": (1.0, 1.0, 1.0, 1.0, 0.01),
+    "threshold": 0.9,
+    "calibrated_range": (0.3, 0.4),
+    "max_consecutive_skips": 8,
+    "eps": 1e-6,
+}
+FLIPS: dict[str, dict[str, Any]] = {
+    "c4": {"coefficients": (2.0, 1.0, 1.0, 1.0, 0.01)},
+    "c3": {"coefficients": (1.0, 2.0, 1.0, 1.0, 0.01)},
+    "c2": {"coefficients": (1.0, 1.0, 2.0, 1.0, 0.01)},
+    "c1": {"coefficients": (1.0, 1.0, 1.0, 2.0, 0.01)},
+    "c0": {"coefficients": (1.0, 1.0, 1.0, 1.0, 0.02)},
+    "threshold": {"threshold": 0.5},
+    "threshold off": {"threshold": 0.0},
+    "no range": {"calibrated_range": None},
+    "range start": {"calibrated_range": (0.35, 0.4)},
+    "range end": {"calibrated_range": (0.05, 0.06)},
+    "max_consecutive_skips": {"max_consecutive_skips": 1},
+    "eps": {"eps": 1e-2},
+}
+
+
+@pytest.mark.parametrize("name", FLIPS)
+def test_gates_that_differ_are_not_merged(name: str) -> None:
+    """mx.compile merges equal nodes: is_equivalent has to look at every parameter."""
+    first = replace(random_case((1, 7, 64)), **SENSITIVE)
+    second = replace(first, **FLIPS[name])
+
+    def step(x: Any, shift: Any, scale: Any, anchor: Any, residual: Any, weights: Any, state: Any, force: Any) -> Any:
+        results = []
+        for case in (first, second, first):
+            m, (r,), s = ops.gate(x, shift, scale, anchor, [[residual]], weights, state, force, **case.options)
+            results += [m, r, s]
+        return results
+
+    x, shift, scale, anchor, residuals, weights, state, force = first.arrays
+    got = mx.compile(step)(x, shift, scale, anchor, residuals[0][0], weights, state, force)
+    mx.eval(got)
+    expected_first, expected_second = first.run(), second.run()
+    assert to_bytes(*got[0:3]) != to_bytes(*got[3:6]), "the parameter does not show: the test proves nothing"
+    assert_same_bits((got[0], [got[1]], got[2]), expected_first)
+    assert_same_bits((got[3], [got[4]], got[5]), expected_second)
+    assert_same_bits((got[6], [got[7]], got[8]), expected_first)
+
+
+def test_gates_with_different_branches_are_not_merged() -> None:
+    # The same input arrays in the same order: one branch of two terms, or two branches of one.
+    case = random_case((1, 3, 64), terms=2)
+    a, b = case.residuals[0]
+    weights = mx.ones((1, 2))
+
+    def step(*arrays: Any) -> Any:
+        *others, state, force, a, b, weights = arrays
+        one = ops.gate(*others, [[a, b]], weights, state, force, **case.options)[1]
+        two = ops.gate(*others, [[a], [b]], weights.reshape(2, 1), state, force, **case.options)[1]
+        return [*one, *two]
+
+    got = mx.compile(step)(*case.arrays[:4], *case.arrays[6:], a, b, weights)
+    for array, expected in zip(got, [case.x + a + b, case.x + a, case.x + b], strict=True):
+        assert np.allclose(np.array(array), np.array(expected), atol=1e-5)
+
+
+# ---- What it refuses
+
+
+def small_case(**changes: Any) -> Case:
+    return replace(random_case((2, 5, 64), branches=2, terms=2), **changes)
+
+
+def zeros(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.zeros(shape, dtype)
+
+
+ONE = zeros(2, 5, 64)
+ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"x": zeros(5, 64)}, "x must have shape (batch, tokens, channels), got (5,64)"),
+    ({"x": zeros(2, 5, 64, dtype=mx.int32)}, "x must be float32, float16 or bfloat16, got int32"),
+    ({"x": zeros(2, 5, 64, dtype=mx.complex64)}, "x must be float32, float16 or bfloat16, got complex64"),
+    ({"shift": zeros(2, 64, dtype=mx.int32)}, "shift must be float32, float16 or bfloat16, got int32"),
+    ({"shift": zeros(2, 63)}, "shift must have shape (2,64), (2,1,64) or (2,5,64), got (2,63)"),
+    ({"shift": zeros(64)}, "shift must have shape (2,64), (2,1,64) or (2,5,64), got (64)"),
+    ({"scale": zeros(2, 5, 64, dtype=mx.bool_)}, "scale must be float32, float16 or bfloat16, got bool"),
+    ({"scale": zeros(2, 4, 64)}, "scale must have shape (2,64), (2,1,64) or (2,5,64), got (2,4,64)"),
+    ({"scale": zeros(3, 1, 64)}, "scale must have shape (2,64), (2,1,64) or (2,5,64), got (3,1,64)"),
+    (
+        {"scale": zeros(2, 5, 64)},
+        "shift and scale must have one shape and dtype, got float32 (2,1,64) and float32 (2,5,64)",
+    ),
+    (
+        {"scale": zeros(2, 1, 64, dtype=mx.float16)},
+        "shift and scale must have one shape and dtype, got float32 (2,1,64) and float16 (2,1,64)",
+    ),
+    ({"anchor": zeros(1, 5, 64)}, "anchor must have x's shape (2,5,64), got (1,5,64)"),
+    (
+        {"anchor": zeros(2, 5, 64, dtype=mx.bfloat16)},
+        "anchor must have the modulated input's dtype float32, got bfloat16",
+    ),
+    ({"residuals": []}, "residuals must be a list of 1 or 2 branches, got 0"),
+    ({"residuals": [[ONE]] * 3}, "residuals must be a list of 1 or 2 branches, got 3"),
+    ({"residuals": [[], []]}, "a branch must have 1 to 4 residual terms, got 0"),
+    ({"residuals": [[ONE] * 5] * 2}, "a branch must have 1 to 4 residual terms, got 5"),
+    (
+        {"residuals": [[ONE, ONE], [ONE]]},
+        "every branch must have as many residual terms as the first, 2, got 1",
+    ),
+    (
+        {"residuals": [[ONE, ONE], [ONE, zeros(2, 5, 32)]]},
+        "residuals[1][1] must have x's shape (2,5,64), got (2,5,32)",
+    ),
+    (
+        {"residuals": [[ONE, ONE.astype(mx.float16)], [ONE, ONE]]},
+        "residuals[0][1] must have the first residual's dtype float32, got float16",
+    ),
+    (
+        {"residuals": [[ONE.astype(mx.int8)] * 2] * 2},
+        "residuals[0][0] must be float32, float16 or bfloat16, got int8",
+    ),
+    ({"weights": zeros(1, 2)}, "weights must be float32 of shape (2,2), got float32 (1,2)"),
+    ({"weights": zeros(2, 2, dtype=mx.float16)}, "weights must be float32 of shape (2,2), got float16 (2,2)"),
+    ({"state": zeros(7)}, "state must be float32 of shape (8), got float32 (7)"),
+    ({"state": zeros(8, dtype=mx.int32)}, "state must be float32 of shape (8), got int32 (8)"),
+    ({"coefficients": (1, 2, 3)}, "coefficients must be 5 numbers, c4 first, got 3"),
+    ({"coefficients": (1, 2, 3, 4, NAN)}, "coefficients must be finite, got nan at 4"),
+    ({"threshold": NAN}, "threshold must be finite, got nan"),
+    ({"threshold": INF}, "threshold must be finite, got inf"),
+    ({"calibrated_range": (0.5, 0.25)}, "calibrated_range must be (lo, hi) with lo <= hi, got (0.5, 0.25)"),
+    ({"calibrated_range": (NAN, 0.25)}, "calibrated_range must be (lo, hi) with lo <= hi, got (nan, 0.25)"),
+    ({"max_consecutive_skips": -1}, "max_consecutive_skips must not be negative, got -1"),
+    ({"eps": -1.0}, "eps must be finite and not negative, got -1"),
+    ({"eps": NAN}, "eps must be finite and not negative, got nan"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS, ids=[message[:60] for _, message in ERRORS])
+def test_value_errors(changes: dict[str, Any], message: str) -> None:
+    case = small_case(**changes)
+    with pytest.raises(ValueError, match=r"^\[gate\]") as raised:
+        ops.gate(*case.arrays, **case.options)  # At the call: nothing is evaluated.
+    assert str(raised.value) == f"[gate] {message}"
+
+
+@pytest.mark.parametrize(
+    ("force", "got"),
+    [
+        (mx.array([0]), "int32 (1)"),
+        (mx.array(True), "bool ()"),
+        (mx.array(0.0), "float32 ()"),
+        (mx.array(0, mx.int64), "int64 ()"),
+    ],
+    ids=["int32 of rank 1", "bool", "float32", "int64"],
+)
+def test_force_must_be_an_int32_scalar(force: mx.array, got: str) -> None:
+    case = small_case()
+    with pytest.raises(ValueError, match=r"^\[gate\]") as raised:
+        ops.gate(*case.arrays[:7], force, **case.options)
+    assert str(raised.value) == f"[gate] force must be an int32 scalar, got {got}"
+
+
+@pytest.mark.parametrize("missing", ["coefficients", "threshold"])
+def test_rules_have_no_defaults(missing: str) -> None:
+    case = small_case()
+    options = {name: value for name, value in case.options.items() if name != missing}
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        ops.gate(*case.arrays, **options)
+
+
+def test_is_not_differentiable() -> None:
+    case = small_case()
+
+    def total(x: mx.array) -> mx.array:
+        return ops.gate(x, *case.arrays[1:], **case.options)[0].sum()
+
+    message = r"^\[gate\] is not differentiable: gate and skip steps at inference only$"
+    with pytest.raises(RuntimeError, match=message):
+        mx.grad(total)(case.x)
+    with pytest.raises(RuntimeError, match=message):
+        mx.jvp(total, [case.x], [case.x])
+
+
+def test_has_no_vmap() -> None:
+    case = small_case()
+
+    def modulated(x: mx.array) -> mx.array:
+        return ops.gate(x, *case.arrays[1:], **case.options)[0]
+
+    with pytest.raises(RuntimeError, match=r"^\[gate\] has no vmap: one decision holds for the whole batch"):
+        mx.vmap(modulated)(mx.stack([case.x, case.x]))
+
+
+@pytest.mark.skipif(mx.is_available(mx.gpu), reason="MLX can use a GPU here")
+def test_a_gpu_stream_without_a_gpu_is_one_error() -> None:
+    case = small_case()
+    with pytest.raises(ValueError, match="Cannot get gpu stream without gpu backend"):
+        ops.gate(*case.arrays, **case.options, stream=mx.gpu)
+
+
+def test_stream_of_its_own() -> None:
+    case = small_case()
+    modulated, reused, state = ops.gate(*case.arrays, **case.options, stream=mx.new_stream(mx.cpu))
+    mx.eval(modulated, reused, state)
+    assert_same_bits((modulated, reused, state), case.run())
