@@ -8,6 +8,10 @@
 #include <limits>
 #include <thread>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "gate.h"
 #include "mlx/backend/cpu/encoder.h"
 
@@ -40,37 +44,58 @@ ALWAYS_INLINE Floats absolute(Floats v) {
   return floats(bits(v) & 0x7fffffffu);
 }
 
-// A dtype: how its elements are widened to float32 and rounded back (to nearest, ties to even, as MLX does).
+// The dtypes. Two elements of a 16-bit one share a 32-bit word: widening takes the low or the high one out of it,
+// packing makes the half of a word out of a value that is rounded already. Rounding is to nearest, ties to even, as MLX
+// does.
 struct Float32 {
-  using Raw = Floats;
   static constexpr int size = 4;
-  static ALWAYS_INLINE Floats widen(Raw v) {
-    return v;
-  }
-  static ALWAYS_INLINE Raw narrow(Floats v) {
+  static ALWAYS_INLINE Floats rounded(Floats v) {
     return v;
   }
 };
 
 struct BFloat16 {
-  using Raw = Halves;
   static constexpr int size = 2;
-  static ALWAYS_INLINE Floats widen(Raw v) {
-    return floats(__builtin_convertvector(v, Bits) << 16);
+  static ALWAYS_INLINE Floats widen_low(Bits word) {
+    return floats(word << 16);
+  }
+  static ALWAYS_INLINE Floats widen_high(Bits word) {
+    return floats(word & 0xffff0000u);
   }
   // A NaN must have a free low half, else the carry could reach its sign. Those here do: they come from bfloat16
-  // elements, whose low half is 0, or from arithmetic, which makes the canonical NaN.
-  static ALWAYS_INLINE Raw narrow(Floats v) {
+  // elements, whose low half is 0, from weights, which are cleaned, or from arithmetic, which makes the canonical NaN.
+  static ALWAYS_INLINE Floats rounded(Floats v) {
     Bits b = bits(v);
-    return __builtin_convertvector((b + 0x7fffu + ((b >> 16) & 1u)) >> 16, Halves);
+    return floats((b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u);
+  }
+  static ALWAYS_INLINE Bits pack_low(Floats v) {
+    return bits(v) >> 16;
+  }
+  static ALWAYS_INLINE Bits pack_high(Floats v) {
+    return bits(v);
   }
 };
 
 struct Float16 {
-  using Raw = Halves;
   static constexpr int size = 2;
-  static ALWAYS_INLINE Floats widen(Raw v) {
-    Bits h = __builtin_convertvector(v, Bits);
+  static ALWAYS_INLINE Floats widen_low(Bits word) {
+    return widen(word & 0xffffu);
+  }
+  static ALWAYS_INLINE Floats widen_high(Bits word) {
+    return widen(word >> 16);
+  }
+  static ALWAYS_INLINE Floats rounded(Floats v) {
+    return widen(narrow(v));
+  }
+  static ALWAYS_INLINE Bits pack_low(Floats v) {
+    return narrow(v);
+  }
+  static ALWAYS_INLINE Bits pack_high(Floats v) {
+    return narrow(v) << 16;
+  }
+
+ private:
+  static ALWAYS_INLINE Floats widen(Bits h) {
     Bits magnitude = (h & 0x7fffu) << 13;
     // Scaling by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals on the way.
     Bits finite = bits(floats(magnitude) * 0x1p112f);
@@ -78,7 +103,7 @@ struct Float16 {
     Bits is_special = Bits(magnitude >= 0x0f800000u);
     return floats((is_special & special) | (~is_special & finite) | ((h & 0x8000u) << 16));
   }
-  static ALWAYS_INLINE Raw narrow(Floats v) {
+  static ALWAYS_INLINE Bits narrow(Floats v) {
     Bits sign = (bits(v) >> 16) & 0x8000u;
     Bits b = bits(v) & 0x7fffffffu;
     Bits normal = (b - (112u << 23) + 0xfffu + ((b >> 13) & 1u)) >> 13;
@@ -89,44 +114,74 @@ struct Float16 {
     Bits is_nan = Bits(b > 0x7f800000u);
     Bits h = (is_subnormal & subnormal) | (~is_subnormal & normal);
     h = (is_large & 0x7c00u) | (~is_large & h);
-    return __builtin_convertvector(h | (is_nan & 0x0200u) | sign, Halves);
+    return h | (is_nan & 0x0200u) | sign;
   }
 };
 
-template <typename T>
-ALWAYS_INLINE Floats load(const char* row, int i) {
-  typename T::Raw v;
-  std::memcpy(&v, row + size_t(i) * T::size, sizeof v);
-  return T::widen(v);
-}
-template <typename T>
-ALWAYS_INLINE void store(char* row, int i, Floats v) {
-  auto raw = T::narrow(v);
-  std::memcpy(row + size_t(i) * T::size, &raw, sizeof raw);
-}
-// The last n < kLanes elements; the rest reads as 0 and is not written.
-template <typename T>
-ALWAYS_INLINE Floats load_tail(const char* row, int i, int n) {
-  typename T::Raw v{};
-  std::memcpy(&v, row + size_t(i) * T::size, size_t(n) * T::size);
-  return T::widen(v);
-}
-template <typename T>
-ALWAYS_INLINE void store_tail(char* row, int i, int n, Floats v) {
-  auto raw = T::narrow(v);
-  std::memcpy(row + size_t(i) * T::size, &raw, size_t(n) * T::size);
-}
-template <typename T>
-ALWAYS_INLINE Floats rounded(Floats v) {
-  return T::widen(T::narrow(v));
+// 2 * kLanes neighbouring elements of a row. Where all arrays of a loop have 16-bit elements, `interleaved`, a holds
+// the even and b the odd ones, which takes no shuffle; else a holds the first half and b the second.
+constexpr int kPair = 2 * kLanes;
+struct Pair {
+  Floats a, b;
+};
+
+template <typename T, bool interleaved>
+ALWAYS_INLINE Pair load(const char* from) {
+  if constexpr (T::size == 4) {
+    static_assert(!interleaved);
+    Pair p;
+    std::memcpy(&p, from, sizeof p);
+    return p;
+  } else if constexpr (interleaved) {
+    Bits words;
+    std::memcpy(&words, from, sizeof words);
+    return {T::widen_low(words), T::widen_high(words)};
+  } else {
+    Halves h[2];
+    std::memcpy(&h, from, sizeof h);
+    return {T::widen_low(__builtin_convertvector(h[0], Bits)), T::widen_low(__builtin_convertvector(h[1], Bits))};
+  }
 }
 
-ALWAYS_INLINE Floats first(int n, Floats v) {
-  for (int l = n; l < kLanes; l++) {
-    v[l] = 0;
+// p must be rounded to T.
+template <typename T, bool interleaved>
+ALWAYS_INLINE void store(char* to, Pair p) {
+  if constexpr (T::size == 4) {
+    std::memcpy(to, &p, sizeof p);
+  } else if constexpr (interleaved) {
+    Bits words = T::pack_low(p.a) | T::pack_high(p.b);
+    std::memcpy(to, &words, sizeof words);
+  } else {
+    Halves h[2] = {
+        __builtin_convertvector(T::pack_low(p.a), Halves), __builtin_convertvector(T::pack_low(p.b), Halves)};
+    std::memcpy(to, &h, sizeof h);
   }
-  return v;
 }
+
+// The last n < kPair elements of a row; the rest reads as 0 and is not written.
+template <typename T, bool interleaved>
+ALWAYS_INLINE Pair load_tail(const char* from, int n) {
+  char padded[kPair * T::size] = {};
+  std::memcpy(padded, from, size_t(n) * T::size);
+  return load<T, interleaved>(padded);
+}
+template <typename T, bool interleaved>
+ALWAYS_INLINE void store_tail(char* to, Pair p, int n) {
+  char padded[kPair * T::size];
+  store<T, interleaved>(padded, p);
+  std::memcpy(to, padded, size_t(n) * T::size);
+}
+
+// Zero in the lanes past the first n elements.
+template <bool interleaved>
+ALWAYS_INLINE Pair first(int n, Pair p) {
+  for (int l = 0; l < kLanes; l++) {
+    p.a[l] = (interleaved ? 2 * l : l) < n ? p.a[l] : 0;
+    p.b[l] = (interleaved ? 2 * l + 1 : l + kLanes) < n ? p.b[l] : 0;
+  }
+  return p;
+}
+
 // Halving tree: the same order everywhere.
 ALWAYS_INLINE float sum(Floats v) {
   float t[kLanes];
@@ -137,6 +192,29 @@ ALWAYS_INLINE float sum(Floats v) {
     }
   }
   return t[0];
+}
+
+// Sum of f over a row. Four partial sums: one would wait for its own last addition, 4 cycles for 16 elements.
+template <typename T, bool interleaved, typename F>
+ALWAYS_INLINE float sum_over(const char* row, int d, F&& f) {
+  Floats partial[4] = {};
+  int i = 0;
+  for (; i + 2 * kPair <= d; i += 2 * kPair) {
+    Pair p = load<T, interleaved>(row + size_t(i) * T::size);
+    Pair q = load<T, interleaved>(row + size_t(i + kPair) * T::size);
+    partial[0] += f(p.a);
+    partial[1] += f(p.b);
+    partial[2] += f(q.a);
+    partial[3] += f(q.b);
+  }
+  for (; i < d; i += kPair) {
+    const int n = std::min(d - i, kPair);
+    Pair p = load_tail<T, interleaved>(row + size_t(i) * T::size, n);
+    p = first<interleaved>(n, {f(p.a), f(p.b)});
+    partial[0] += p.a;
+    partial[1] += p.b;
+  }
+  return sum((partial[0] + partial[1]) + (partial[2] + partial[3]));
 }
 
 template <typename A, typename B>
@@ -177,7 +255,7 @@ struct Job {
   const char* scale;
   size_t mod_batch_stride, mod_token_stride;  // in elements; 0 where broadcast
   const char* anchor;
-  const float* weights;
+  float weights[kMaxBranches * kMaxTerms];
   char* modulated;
   int n_branches, n_terms;
   const char* residuals[kMaxBranches * kMaxTerms];
@@ -188,62 +266,59 @@ template <typename X, typename M>
 ALWAYS_INLINE RowSums modulate_row(
     const char* x, const char* scale, const char* shift, const char* anchor, char* modulated, int d, float eps) {
   using O = Promoted<X, M>;
-  const int whole = d - d % kLanes;
-  const int rest = d - whole;
+  constexpr bool x16 = X::size == 2;
+  constexpr bool all16 = O::size == 2;
 
   // LayerNorm statistics in two passes: E[x^2] - mean^2 cancels for a large mean.
-  Floats total{};
-  for (int i = 0; i < whole; i += kLanes) {
-    total += load<X>(x, i);
-  }
-  if (rest) {
-    total += load_tail<X>(x, whole, rest);
-  }
-  const float mean = sum(total) / float(d);
-  Floats squares{};
-  for (int i = 0; i < whole; i += kLanes) {
-    Floats c = load<X>(x, i) - mean;
-    squares += c * c;
-  }
-  if (rest) {
-    Floats c = first(rest, load_tail<X>(x, whole, rest) - mean);
-    squares += c * c;
-  }
-  const float rstd = 1.0f / std::sqrt(sum(squares) / float(d) + eps);
+  const float mean = sum_over<X, x16>(x, d, [](Floats v) __attribute__((always_inline)) { return v; }) / float(d);
+  auto squared = [mean](Floats v) __attribute__((always_inline)) {
+    Floats c = v - mean;
+    return c * c;
+  };
+  const float rstd = 1.0f / std::sqrt(sum_over<X, x16>(x, d, squared) / float(d) + eps);
 
   // Modulation, rounded to the result's dtype after each operation as the unfused ops do, and both sums.
-  Floats diff_sum{}, anchor_sum{};
+  Pair diff_sum{}, anchor_sum{};
   Bits not_finite{};
-  auto step = [&](Floats xv, Floats scale_v, Floats shift_v, Floats a) __attribute__((always_inline)) {
-    Floats norm = rounded<X>((xv - mean) * rstd);
-    Floats m = rounded<O>(rounded<O>(rounded<M>(1.0f + scale_v) * norm) + shift_v);
-    diff_sum += absolute(rounded<O>(m - a));
-    anchor_sum += absolute(a);
-    not_finite |= Bits((bits(m) & 0x7fffffffu) >= 0x7f800000u);
-    return m;
+  auto half = [&](Floats xv, Floats scale_v, Floats shift_v) __attribute__((always_inline)) {
+    Floats norm = X::rounded((xv - mean) * rstd);
+    return O::rounded(O::rounded(M::rounded(1.0f + scale_v) * norm) + shift_v);
   };
-  for (int i = 0; i < whole; i += kLanes) {
-    store<O>(modulated, i, step(load<X>(x, i), load<M>(scale, i), load<M>(shift, i), load<O>(anchor, i)));
+  auto distance = [](Floats m, Floats a) __attribute__((always_inline)) { return absolute(O::rounded(m - a)); };
+  auto is_not_finite = [](Floats m)
+                           __attribute__((always_inline)) { return Bits((bits(m) & 0x7fffffffu) >= 0x7f800000u); };
+  int i = 0;
+  for (; i + kPair <= d; i += kPair) {
+    Pair xv = load<X, all16>(x + size_t(i) * X::size);
+    Pair scale_v = load<M, all16>(scale + size_t(i) * M::size);
+    Pair shift_v = load<M, all16>(shift + size_t(i) * M::size);
+    Pair av = load<O, all16>(anchor + size_t(i) * O::size);
+    Pair m{half(xv.a, scale_v.a, shift_v.a), half(xv.b, scale_v.b, shift_v.b)};
+    store<O, all16>(modulated + size_t(i) * O::size, m);
+    diff_sum.a += distance(m.a, av.a);
+    diff_sum.b += distance(m.b, av.b);
+    anchor_sum.a += absolute(av.a);
+    anchor_sum.b += absolute(av.b);
+    not_finite |= is_not_finite(m.a) | is_not_finite(m.b);
   }
-  if (rest) {
-    // Lanes past the end must add nothing: keep the sums of the whole part and mask what the tail adds.
-    Floats diff_before = diff_sum, anchor_before = anchor_sum;
-    Bits not_finite_before = not_finite;
-    Floats m = step(
-        load_tail<X>(x, whole, rest), load_tail<M>(scale, whole, rest), load_tail<M>(shift, whole, rest),
-        load_tail<O>(anchor, whole, rest));
-    store_tail<O>(modulated, whole, rest, m);
-    for (int l = rest; l < kLanes; l++) {
-      diff_sum[l] = diff_before[l];
-      anchor_sum[l] = anchor_before[l];
-      not_finite[l] = not_finite_before[l];
-    }
+  if (const int n = d - i; n > 0) {
+    Pair xv = load_tail<X, all16>(x + size_t(i) * X::size, n);
+    Pair scale_v = load_tail<M, all16>(scale + size_t(i) * M::size, n);
+    Pair shift_v = load_tail<M, all16>(shift + size_t(i) * M::size, n);
+    Pair av = load_tail<O, all16>(anchor + size_t(i) * O::size, n);
+    Pair m = first<all16>(n, {half(xv.a, scale_v.a, shift_v.a), half(xv.b, scale_v.b, shift_v.b)});
+    store_tail<O, all16>(modulated + size_t(i) * O::size, m, n);
+    diff_sum.a += distance(m.a, av.a);
+    diff_sum.b += distance(m.b, av.b);
+    anchor_sum.a += absolute(av.a);
+    anchor_sum.b += absolute(av.b);
+    not_finite |= is_not_finite(m.a) | is_not_finite(m.b);
   }
   bool finite = true;
   for (int l = 0; l < kLanes; l++) {
     finite &= !not_finite[l];
   }
-  return {sum(diff_sum), sum(anchor_sum), finite};
+  return {sum(diff_sum.a + diff_sum.b), sum(anchor_sum.a + anchor_sum.b), finite};
 }
 
 // x + sum_k weights[k] * residual_k: float32, rounded once.
@@ -251,21 +326,34 @@ template <typename X, typename R, int n_terms>
 ALWAYS_INLINE void reuse_row(
     const char* x, const char* const* residuals, size_t offset, const float* weights, char* reused, int d) {
   using O = Promoted<X, R>;
-  const int whole = d - d % kLanes;
-  const int rest = d - whole;
-  for (int i = 0; i < whole; i += kLanes) {
-    Floats change = weights[0] * load<R>(residuals[0] + offset, i);
+  constexpr bool all16 = O::size == 2;
+  auto sum_terms = [&](Pair xv, auto&& term) __attribute__((always_inline)) {
+    Pair first_term = term(0);
+    Pair change{weights[0] * first_term.a, weights[0] * first_term.b};
     for (int k = 1; k < n_terms; k++) {
-      change += weights[k] * load<R>(residuals[k] + offset, i);
+      Pair t = term(k);
+      change.a += weights[k] * t.a;
+      change.b += weights[k] * t.b;
     }
-    store<O>(reused, i, load<X>(x, i) + change);
+    return Pair{O::rounded(xv.a + change.a), O::rounded(xv.b + change.b)};
+  };
+  int i = 0;
+  for (; i + kPair <= d; i += kPair) {
+    store<O, all16>(
+        reused + size_t(i) * O::size,
+        sum_terms(load<X, all16>(x + size_t(i) * X::size), [&](int k) __attribute__((always_inline)) {
+          return load<R, all16>(residuals[k] + offset + size_t(i) * R::size);
+        }));
   }
-  if (rest) {
-    Floats change = weights[0] * load_tail<R>(residuals[0] + offset, whole, rest);
-    for (int k = 1; k < n_terms; k++) {
-      change += weights[k] * load_tail<R>(residuals[k] + offset, whole, rest);
-    }
-    store_tail<O>(reused, whole, rest, load_tail<X>(x, whole, rest) + change);
+  if (const int n = d - i; n > 0) {
+    store_tail<O, all16>(
+        reused + size_t(i) * O::size,
+        sum_terms(
+            load_tail<X, all16>(x + size_t(i) * X::size, n),
+            [&](int k) __attribute__((always_inline)) {
+              return load_tail<R, all16>(residuals[k] + offset + size_t(i) * R::size, n);
+            }),
+        n);
   }
 }
 
@@ -358,6 +446,20 @@ void run(const Job& job, RowSums* sums) {
   run_rows(job, 0, first_row(1), sums);
 }
 
+// Fresh memory costs a page fault for each page that is first written. In transparent huge pages that is 512 times
+// fewer.
+void allocate(mx::array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = 1 << 21;
+  const auto begin = (reinterpret_cast<uintptr_t>(out.data<char>()) + kHugePage - 1) & ~(kHugePage - 1);
+  const auto end = (reinterpret_cast<uintptr_t>(out.data<char>()) + out.nbytes()) & ~(kHugePage - 1);
+  if (end > begin) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failing changes nothing
+  }
+#endif
+}
+
 }  // namespace
 
 void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
@@ -384,10 +486,10 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   if (anchor.is_donatable()) {
     outputs[kModulated].copy_shared_buffer(anchor);
   } else {
-    outputs[kModulated].set_data(mx::allocator::malloc(outputs[kModulated].nbytes()));
+    allocate(outputs[kModulated]);
   }
   for (size_t i = kNewState; i < outputs.size(); i++) {
-    outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
+    allocate(outputs[i]);
   }
 
   job.x = x.data<char>();
@@ -397,7 +499,6 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   job.mod_token_stride = mod.shape(1) == 1 ? 0 : job.channels;
   job.mod_batch_stride = mod.shape(0) == 1 ? 0 : size_t(mod.shape(1)) * job.channels;
   job.anchor = anchor.data<char>();
-  job.weights = inputs[kWeights].data<float>();
   job.modulated = outputs[kModulated].data<char>();
   for (int i = 0; i < n_branches_ * n_terms_; i++) {
     job.residuals[i] = inputs[kResiduals + i].data<char>();
@@ -413,8 +514,14 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   for (auto& out : outputs) {
     encoder.set_output_array(out);
   }
-  encoder.dispatch([job, rules = rules_, state = inputs[kState].data<float>(), force = inputs[kForce].data<int32_t>(),
+  encoder.dispatch([prepared = job, rules = rules_, weights = inputs[kWeights].data<float>(),
+                    state = inputs[kState].data<float>(), force = inputs[kForce].data<int32_t>(),
                     new_state = outputs[kNewState].data<float>()]() {
+    Job job = prepared;
+    for (int i = 0; i < job.n_branches * job.n_terms; i++) {
+      // The canonical NaN, whatever the NaN: see BFloat16::rounded.
+      job.weights[i] = std::isnan(weights[i]) ? std::numeric_limits<float>::quiet_NaN() : weights[i];
+    }
     std::vector<RowSums> sums(job.n_rows);
     run(job, sums.data());
     double diff = 0, anchor = 0;

@@ -126,8 +126,11 @@ def test_same_steps_and_image_as_the_peer(
     guidance: float,
     seed: int,
 ) -> None:
-    """mlx-teacache 0.14.1 on the same pipeline. It runs eagerly, so float32 rounding differs, and the latents are
-    bfloat16: a last bit there is up to 2 of 255 levels, and the steps after can spread it."""
+    """mlx-teacache 0.14.1 on the same pipeline.
+
+    It runs eagerly, so float32 rounding differs, and mflux rounds the latents to bfloat16 (8 bits) after each step. A
+    last bit there moves a pixel by 1 of 255 levels (1 was seen), and the small steps between late latents by up to 1 %.
+    """
     arguments: dict[str, Any] = dict(
         prompt="rocket", guidance=guidance, seed=seed, num_inference_steps=50, height=64, width=64
     )
@@ -140,14 +143,14 @@ def test_same_steps_and_image_as_the_peer(
     for step, theirs_step in zip(generation.steps, decisions, strict=True):
         assert (step.rel_l1 is None) == (theirs_step.rel_l1 is None)
         if step.rel_l1 is not None:
-            assert step.rel_l1 == pytest.approx(theirs_step.rel_l1, rel=2e-3)
-        assert step.accumulated == pytest.approx(theirs_step.accumulated_distance, abs=2e-3)
+            assert step.rel_l1 == pytest.approx(theirs_step.rel_l1, rel=1e-2)
+        assert step.accumulated == pytest.approx(theirs_step.accumulated_distance, abs=1e-2)
     difference = np.abs(ours.astype(int) - theirs.astype(int))
     record_property("skipped", generation.skipped)
     record_property("max_difference", int(difference.max()))
     record_property("mean_difference", float(difference.mean()))
-    assert difference.mean() < 0.25
-    assert difference.max() <= 8
+    assert difference.mean() < 0.1
+    assert difference.max() <= 2
 
 
 # ---- What it costs

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -448,11 +447,11 @@ def test_exit_is_clean_in_any_order_of_deletion(order: str) -> None:
 def test_another_thread_evaluates_its_own_branches() -> None:
     import threading
 
-    body: Callable[[], ops.Body] = lambda: ops.Body(lambda x: [mx.sort(x)])  # noqa: E731
     results: list[list[float]] = []
 
     def work() -> None:
-        step = mx.compile(lambda x, b=body(): ops.branch(mx.sum(x) > 0, [x], b, [x])[0])
+        body = ops.Body(lambda x: [mx.sort(x)])
+        step = mx.compile(lambda x: ops.branch(mx.sum(x) > 0, [x], body, [x])[0])
         results.append(step(mx.array([0.0, -1.0])).tolist())
 
     threads = [threading.Thread(target=work) for _ in range(4)]

@@ -17,11 +17,12 @@ import pytest
 
 pytest.importorskip("mflux", reason="the demo needs mflux")
 
+from PIL import Image
+
 import mlx_teacache_fast
 from mlx_teacache_fast import cli, demo
 from mlx_teacache_fast.demo import compare as compare_module
 from mlx_teacache_fast.demo import output, report
-from PIL import Image
 
 COMMAND = [sys.executable, "-m", "mlx_teacache_fast"]
 QUICK = ["--steps", "8", "--size", "32", "--guidance", "1", "--seed", "3"]  # 4 tokens: a step in milliseconds
@@ -259,13 +260,16 @@ def test_ctrl_c(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stdout_on_a_full_disk():
+def test_stdout_on_a_full_disk(tmp_path):
+    # Buffered, as for users: the text is refused when it is flushed, and Python would try again at exit.
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    command = [*COMMAND, "demo", "sun", "--steps", "3", "--size", "32", "--guidance", "1", "--output", tmp_path]
     with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [*COMMAND, "demo", "--list-words"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
     assert result.returncode == 1
-    assert result.stderr == "mlx-teacache-fast demo: error: [Errno 28] No space left on device\n"
+    last = result.stderr.replace("\r", "\n").splitlines()[-1]
+    assert last == "mlx-teacache-fast demo: error: [Errno 28] No space left on device"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.png", "plot.png"]
 
 
 # ---- Help

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlx_teacache_fast import ops
 from mlx_teacache_fast.stats import KINDS
 from mlx_teacache_fast.variants import VARIANTS

@@ -16,26 +16,22 @@ import pytest
 pytest.importorskip("mflux", reason="the demo needs mflux")
 
 import mlx.core as mx
-import mlx_teacache_fast
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
+from PIL import Image
+
+import mlx_teacache_fast
 from mlx_teacache_fast import demo
 from mlx_teacache_fast.demo import compare as compare_module
 from mlx_teacache_fast.demo import output, report
 from mlx_teacache_fast.demo._extra import demo_extra
 from mlx_teacache_fast.demo.compare import Comparison, Settings, Summary, check_prompts, compare
 from mlx_teacache_fast.stats import GenerationStats, StepRecord
-from PIL import Image
 
 # 4 tokens instead of 64 and no guidance: a step in milliseconds. At 0.5 some of 8 steps are skipped, some computed.
 QUICK = Settings(steps=8, seed=3, guidance=1.0, size=32, threshold=0.5)
 
 
-@pytest.fixture(scope="module")
-def flux():
-    return demo.pipeline()
-
-
-def generate(flux, prompt, settings):
+def picture(flux, prompt, settings):
     image = flux.generate_image(
         seed=settings.seed,
         prompt=prompt,
@@ -59,7 +55,7 @@ def test_generate_image_is_mflux_own(flux):
 @pytest.mark.parametrize(("prompt", "channel"), [("red circle", 0), ("green square", 1)])
 def test_draws_what_the_prompt_says(flux, prompt, channel):
     settings = Settings(steps=5, seed=1, guidance=1.0)
-    centre = generate(flux, prompt, settings)[48:80, 48:80].mean(axis=(0, 1))
+    centre = picture(flux, prompt, settings)[48:80, 48:80].mean(axis=(0, 1))
     others = np.delete(centre, channel)
     assert centre[channel] > others.max() + 40  # of 255 levels; the emoji's own are 60 and more
 
@@ -170,9 +166,9 @@ def test_compare_is_plain_and_gated_generate_image(flux):
     comparisons = compare(flux, prompts, QUICK)
     assert [c.prompt for c in comparisons] == prompts
     for c in comparisons:
-        np.testing.assert_array_equal(c.plain, generate(flux, c.prompt, QUICK))
+        np.testing.assert_array_equal(c.plain, picture(flux, c.prompt, QUICK))
         with mlx_teacache_fast.apply(flux, rel_l1_thresh=QUICK.threshold) as handle:
-            np.testing.assert_array_equal(c.gated, generate(flux, c.prompt, QUICK))
+            np.testing.assert_array_equal(c.gated, picture(flux, c.prompt, QUICK))
         assert c.generation == handle.stats.last_generation
         assert 0 < c.generation.skipped < 6
         assert c.threshold == 0.5

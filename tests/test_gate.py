@@ -1,5 +1,6 @@
 """ops.gate against the plain-MLX reference, against numpy in float64, and against numbers written out by hand."""
 
+import io
 import math
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlx_teacache_fast import ops, reference
 from mlx_teacache_fast.stats import KINDS
 
@@ -850,11 +852,11 @@ def test_reference_compiles() -> None:
     assert fused[2].tolist() == pytest.approx(eager[2].tolist(), rel=1e-5)
 
 
-# A case in which every parameter shows in the outputs.
+# With these every parameter shows in the outputs: rel_l1 is about 0.08, inside the range.
 SENSITIVE: dict[str, Any] = {
     "coefficients": (1.0, 1.0, 1.0, 1.0, 0.01),
     "threshold": 0.9,
-    "calibrated_range": (0.3, 0.4),
+    "calibrated_range": (0.05, 0.4),
     "max_consecutive_skips": 8,
     "eps": 1e-6,
 }
@@ -864,54 +866,48 @@ FLIPS: dict[str, dict[str, Any]] = {
     "c2": {"coefficients": (1.0, 1.0, 2.0, 1.0, 0.01)},
     "c1": {"coefficients": (1.0, 1.0, 1.0, 2.0, 0.01)},
     "c0": {"coefficients": (1.0, 1.0, 1.0, 1.0, 0.02)},
-    "threshold": {"threshold": 0.5},
+    "threshold": {"threshold": 0.3},
     "threshold off": {"threshold": 0.0},
-    "no range": {"calibrated_range": None},
-    "range start": {"calibrated_range": (0.35, 0.4)},
+    "range start": {"calibrated_range": (0.3, 0.4)},
     "range end": {"calibrated_range": (0.05, 0.06)},
     "max_consecutive_skips": {"max_consecutive_skips": 1},
     "eps": {"eps": 1e-2},
+    "no range": {"calibrated_range": None},
 }
+# A range of zeros, which a gate without a range holds too.
+FIRST = {"no range": {"calibrated_range": (0.0, 0.0)}}
+
+
+def nodes_of_gates(outputs: list[mx.array]) -> int:
+    text = io.StringIO()
+    mx.export_to_dot(text, *outputs)
+    return text.getvalue().count("TeaCacheGate")
 
 
 @pytest.mark.parametrize("name", FLIPS)
 def test_gates_that_differ_are_not_merged(name: str) -> None:
-    """mx.compile merges equal nodes: is_equivalent has to look at every parameter."""
-    first = replace(random_case((1, 7, 64)), **SENSITIVE)
+    """mx.compile merges equal nodes: is_equivalent has to look at every parameter, and to see equal ones as equal."""
+    first = replace(random_case((1, 7, 64)), **(SENSITIVE | FIRST.get(name, {})))
     second = replace(first, **FLIPS[name])
 
     def step(x: Any, shift: Any, scale: Any, anchor: Any, residual: Any, weights: Any, state: Any, force: Any) -> Any:
         results = []
         for case in (first, second, first):
             m, (r,), s = ops.gate(x, shift, scale, anchor, [[residual]], weights, state, force, **case.options)
-            results += [m, r, s]
+            results += [-m, -r, -s]  # Only nodes whose outputs are used inside are merged.
         return results
 
     x, shift, scale, anchor, residuals, weights, state, force = first.arrays
     got = mx.compile(step)(x, shift, scale, anchor, residuals[0][0], weights, state, force)
-    mx.eval(got)
+    assert nodes_of_gates(got) == 2
+    results = [-a for a in got]
+    mx.eval(results)
     expected_first, expected_second = first.run(), second.run()
-    assert to_bytes(*got[0:3]) != to_bytes(*got[3:6]), "the parameter does not show: the test proves nothing"
-    assert_same_bits((got[0], [got[1]], got[2]), expected_first)
-    assert_same_bits((got[3], [got[4]], got[5]), expected_second)
-    assert_same_bits((got[6], [got[7]], got[8]), expected_first)
-
-
-def test_gates_with_different_branches_are_not_merged() -> None:
-    # The same input arrays in the same order: one branch of two terms, or two branches of one.
-    case = random_case((1, 3, 64), terms=2)
-    a, b = case.residuals[0]
-    weights = mx.ones((1, 2))
-
-    def step(*arrays: Any) -> Any:
-        *others, state, force, a, b, weights = arrays
-        one = ops.gate(*others, [[a, b]], weights, state, force, **case.options)[1]
-        two = ops.gate(*others, [[a], [b]], weights.reshape(2, 1), state, force, **case.options)[1]
-        return [*one, *two]
-
-    got = mx.compile(step)(*case.arrays[:4], *case.arrays[6:], a, b, weights)
-    for array, expected in zip(got, [case.x + a + b, case.x + a, case.x + b], strict=True):
-        assert np.allclose(np.array(array), np.array(expected), atol=1e-5)
+    assert to_bytes(*results[0:3]) != to_bytes(*results[3:6]), "the parameter does not show: the test proves nothing"
+    for i, expected in enumerate([expected_first, expected_second, expected_first]):
+        modulated, reused, new_state = results[3 * i : 3 * i + 3]
+        assert to_bytes(modulated, reused) == to_bytes(expected[0], *expected[1])
+        np.testing.assert_array_equal(np.array(new_state), np.array(expected[2]))  # NaN may have changed its sign
 
 
 # ---- What it refuses

@@ -16,9 +16,10 @@ import mlx.core as _mx
 from ._build import MLX_VERSION as _BUILT_FOR
 
 # MLX's C++ ABI changes in patch releases: with another MLX the extension loads and then fails or crashes.
-if _mx.__version__ != _BUILT_FOR:
+_installed: str = _mx.__version__  # type: ignore[attr-defined]
+if _installed != _BUILT_FOR:
     raise ImportError(
-        f"mlx_teacache_fast was built for mlx {_BUILT_FOR}, but mlx {_mx.__version__} is installed. "
+        f"mlx_teacache_fast was built for mlx {_BUILT_FOR}, but mlx {_installed} is installed. "
         f"Fix: pip install mlx=={_BUILT_FOR}"
     )
 

@@ -123,9 +123,7 @@ def apply(
     if threshold is None:
         threshold = variant.rel_l1_thresh if own_coefficients is None else DEFAULT_THRESHOLD
     if threshold == 0.0:
-        warnings.warn(
-            "rel_l1_thresh=0.0 turns gating off: every step computes", category=DisabledWarning, stacklevel=2
-        )
+        warnings.warn("rel_l1_thresh=0.0 turns gating off: every step computes", category=DisabledWarning, stacklevel=2)
     elif variant.distilled and own_coefficients is None:
         warnings.warn(
             f"{variant.variant_id} is distilled to a few steps that differ too much for any to be skipped: "
@@ -169,4 +167,4 @@ def _coefficients(value: object) -> Coefficients:
         numbers_ = ()
     if len(numbers_) != 5 or not all(math.isfinite(c) for c in numbers_):
         raise TeaCacheValueError(f"coefficients must be five finite numbers, fourth degree first, got {value!r}")
-    return cast(Coefficients, numbers_)
+    return numbers_

@@ -12,8 +12,8 @@ from types import FunctionType
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
-from mlx import nn
 
 from .. import ops
 from ..errors import TeaCacheError
@@ -174,7 +174,7 @@ def _blocks_replaced(transformer: Any, image_tokens: Callable[[_BlockInputs], mx
         transformer.transformer_blocks, transformer.single_transformer_blocks = joint_blocks, single_blocks
 
 
-class _JointBlocks(nn.Module):  # type: ignore[misc]
+class _JointBlocks(nn.Module):  # type: ignore[misc, name-defined]
     """Notes what the joint blocks are given and returns their inputs."""
 
     def __call__(
@@ -194,7 +194,7 @@ class _JointBlocks(nn.Module):  # type: ignore[misc]
         return encoder_hidden_states, hidden_states
 
 
-class _SingleBlocks(nn.Module):  # type: ignore[misc]
+class _SingleBlocks(nn.Module):  # type: ignore[misc, name-defined]
     """Stands for all blocks: mflux calls it last, when it has computed what both lists need."""
 
     def __init__(self, joint: _JointBlocks, image_tokens: Callable[[_BlockInputs], mx.array]) -> None:
@@ -203,7 +203,8 @@ class _SingleBlocks(nn.Module):  # type: ignore[misc]
         object.__setattr__(self, "image_tokens", image_tokens)
 
     def __call__(self, hidden_states: mx.array, temb_mod_params: Any, image_rotary_emb: Any, **_: Any) -> Any:
-        inputs = _BlockInputs(*self.joint.given, temb_mod_params, image_rotary_emb)
+        x, context, image_modulation, text_modulation = self.joint.given
+        inputs = _BlockInputs(x, context, image_modulation, text_modulation, temb_mod_params, image_rotary_emb)
         return _ImageTokens(self.image_tokens(inputs), n_text=inputs.context.shape[1])
 
 
@@ -218,4 +219,3 @@ class _ImageTokens:
         if index != self._slice:
             raise TeaCacheError(f"mflux's FLUX.2 forward takes {index} of the tokens; {self._slice} was expected")
         return self._tokens
-

@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -44,7 +44,8 @@ def match(flux: Any) -> Variant:
 
 def live_handle(flux: Any) -> Handle | None:
     """The handle of a gated pipeline."""
-    return vars(flux).get(_HANDLE)
+    handle: Handle | None = vars(flux).get(_HANDLE)
+    return handle
 
 
 @functools.cache
@@ -73,7 +74,9 @@ class Generation:
     def stats(self) -> GenerationStats:
         return GenerationStats(
             tuple(
-                StepRecord(i, "computed", None, None, 0.0) if state is None else step_record(i, state.tolist())
+                StepRecord(i, "computed", None, None, 0.0)
+                if state is None
+                else step_record(i, cast(list[float], state.tolist()))
                 for i, state in enumerate(self.states)
             )
         )
@@ -153,7 +156,7 @@ class Patch:
     # ---- During a generation
 
     def _generate_image(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        flux = self._flux()
+        flux: Any = self._flux()
         if not any(callback is self for callback in flux.callbacks.before_loop):
             raise PatchLostError(
                 "the pipeline's callbacks were replaced after apply(), so gating cannot follow the schedule: "

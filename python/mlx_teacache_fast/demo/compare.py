@@ -1,0 +1,215 @@
+"""Generates each prompt with plain mflux and gated, timed, and measures how far the pictures differ."""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import apply
+from ..errors import TeaCacheValueError
+from ..stats import GenerationStats, bound
+from . import SIZE, TinyKlein
+from ._extra import demo_extra
+
+with demo_extra():
+    from mflux.utils.exceptions import StopImageGenerationException
+    from skimage.metrics import structural_similarity
+    from tqdm import tqdm
+
+Image = npt.NDArray[np.uint8]
+
+# Enough steps for both outcomes: the forced first and last compute, and those between skip at WARM_UP_THRESHOLD.
+WARM_UP_STEPS = 5
+WARM_UP_THRESHOLD = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What all pictures of a comparison have in common. ``size`` is the side in pixels, a multiple of 16.
+
+    ``threshold`` is ``apply``'s ``rel_l1_thresh``; None is the model's default.
+    """
+
+    steps: int = 50
+    seed: int = 1
+    guidance: float = 4.0
+    size: int = SIZE
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One prompt, both ways. Pictures are RGB, shape ``(size, size, 3)``; times are seconds of ``generate_image``."""
+
+    prompt: str
+    plain: Image
+    gated: Image
+    plain_seconds: float
+    gated_seconds: float
+    threshold: float
+    generation: GenerationStats
+
+    @property
+    def speedup(self) -> float:
+        return self.plain_seconds / self.gated_seconds
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio of the gated picture against the plain one, in dB; ``inf`` when identical."""
+        error = np.mean((self.plain.astype(np.float64) - self.gated) ** 2)
+        return 10 * math.log10(255**2 / error) if error else math.inf
+
+    @property
+    def ssim(self) -> float:
+        """Structural similarity of the two pictures, at most 1 (identical); 7x7 windows, mean over the channels."""
+        return float(structural_similarity(self.plain, self.gated, channel_axis=2, data_range=255))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """All prompts together: sums of steps and seconds, medians of PSNR and SSIM."""
+
+    steps: int
+    skipped: int
+    plain_seconds: float
+    gated_seconds: float
+    psnr: float
+    ssim: float
+
+    @classmethod
+    def of(cls, comparisons: Sequence[Comparison]) -> "Summary":
+        return cls(
+            steps=sum(c.generation.num_steps for c in comparisons),
+            skipped=sum(c.generation.skipped for c in comparisons),
+            plain_seconds=sum(c.plain_seconds for c in comparisons),
+            gated_seconds=sum(c.gated_seconds for c in comparisons),
+            psnr=statistics.median(c.psnr for c in comparisons),
+            ssim=statistics.median(c.ssim for c in comparisons),
+        )
+
+    @property
+    def speedup(self) -> float:
+        return self.plain_seconds / self.gated_seconds
+
+    @property
+    def bound(self) -> float:
+        return bound(self.steps, self.skipped)
+
+
+def check_prompts(flux: TinyKlein, prompts: Sequence[str]) -> None:
+    """Refuse what the word table would silently turn into another prompt.
+
+    Raises:
+        TeaCacheValueError: A prompt has a word that the model does not know, too many words, or none.
+    """
+    known = set(flux.words)
+    unknown: dict[str, None] = {}  # in order, each once
+    for prompt in prompts:
+        words = flux.text_encoder.split(prompt)
+        if not words:
+            raise TeaCacheValueError(f"prompt {prompt!r} has no words that count; --list-words shows prompts that work")
+        if len(words) > flux.text_encoder.context:
+            raise TeaCacheValueError(
+                f"prompt {prompt!r} has {len(words)} words; the demo model reads at most {flux.text_encoder.context}"
+            )
+        unknown |= dict.fromkeys(word for word in words if word not in known)
+    if unknown:
+        named = []
+        for word in unknown:
+            near = get_close_matches(word, known, n=2, cutoff=0.7)
+            named.append(repr(word) + (f" (near: {', '.join(near)})" if near else ""))
+        raise TeaCacheValueError(
+            f"the demo model does not know {', '.join(named)}; --list-words shows prompts that work"
+        )
+
+
+def compare(flux: TinyKlein, prompts: Sequence[str], settings: Settings, *, progress: bool = False) -> list[Comparison]:
+    """Generate each prompt with plain mflux and gated, alternating which of the two goes first.
+
+    A short generation of each kind goes before, untimed: MLX compiles its CPU kernels at first use.
+
+    Args:
+        flux: The pipeline; left as it was.
+        prompts: See ``check_prompts``.
+        settings: Steps, seed, guidance, size and threshold.
+        progress: Show one progress bar on stderr for the steps of all pictures.
+    Returns:
+        list[Comparison]: One per prompt, in order.
+    """
+    warm_up_steps = min(WARM_UP_STEPS, settings.steps)
+    total = 2 * warm_up_steps + 2 * settings.steps * len(prompts)
+    # Before anything slow: does the pipeline take this threshold?
+    apply(flux, rel_l1_thresh=settings.threshold).restore()
+    with _progress_bar(flux, total) if progress else nullcontext() as bar:
+
+        def generate(label: str, prompt: str, steps: int) -> tuple[Image, float]:
+            if bar is not None:
+                bar.set_description_str(label)
+            start = time.perf_counter()
+            try:
+                generated = flux.generate_image(
+                    seed=settings.seed,
+                    prompt=prompt,
+                    num_inference_steps=steps,
+                    height=settings.size,
+                    width=settings.size,
+                    guidance=settings.guidance,
+                )
+            except StopImageGenerationException as error:  # what mflux makes of Ctrl-C inside its loop
+                raise KeyboardInterrupt from error
+            seconds = time.perf_counter() - start
+            return np.asarray(generated.image.convert("RGB")), seconds
+
+        generate("warm-up", prompts[0], warm_up_steps)
+        with apply(flux, rel_l1_thresh=0.0 if settings.threshold == 0.0 else WARM_UP_THRESHOLD):
+            generate("warm-up", prompts[0], warm_up_steps)
+
+        comparisons = []
+        for i, prompt in enumerate(prompts):
+            if i % 2 == 0:
+                plain, plain_seconds = generate(f"{prompt}, plain", prompt, settings.steps)
+            with apply(flux, rel_l1_thresh=settings.threshold) as handle:
+                gated, gated_seconds = generate(f"{prompt}, gated", prompt, settings.steps)
+            if i % 2 == 1:
+                plain, plain_seconds = generate(f"{prompt}, plain", prompt, settings.steps)
+            generation = handle.stats.last_generation
+            assert generation is not None  # generate_image returned, so the handle has committed it
+            comparisons.append(
+                Comparison(prompt, plain, gated, plain_seconds, gated_seconds, handle.rel_l1_thresh, generation)
+            )
+    return comparisons
+
+
+class _StepCounter:
+    """mflux callback: advances one bar over all generations, in place of mflux's own bar for each."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def call_before_loop(self, *, config: Any, **_: object) -> None:
+        # mflux makes its bar at the first use of config.time_steps, which comes after this call.
+        config._time_steps = tqdm(range(config.init_time_step, config.num_inference_steps), disable=True)
+
+    def call_in_loop(self, **_: object) -> None:
+        self._bar.update()
+
+
+@contextmanager
+def _progress_bar(flux: TinyKlein, total: int) -> Iterator[Any]:
+    """A tqdm bar of ``total`` steps while the block runs; the pipeline's callbacks are as before afterwards."""
+    bar_format = "{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}, {remaining} left: {desc}"
+    with tqdm(total=total, bar_format=bar_format, mininterval=0.5) as bar:
+        counter = _StepCounter(bar)
+        flux.callbacks.register(counter)
+        try:
+            yield bar
+        finally:
+            flux.callbacks.before_loop.remove(counter)
+            flux.callbacks.in_loop.remove(counter)

@@ -1,0 +1,230 @@
+"""The demo's table, picture sheet and plot."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..stats import Kind, StepRecord
+from ._extra import demo_extra
+from .compare import Comparison, Settings, Summary
+
+with demo_extra():
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from PIL import Image, ImageDraw, ImageFont
+
+DIFFERENCE_GAIN = 16  # 1 level of 255 is invisible; times 16 it shows as dark grey
+# The sheet's layout, in pixels. PANEL is the least side of a picture.
+PANEL = 256
+MARGIN = 16
+HEAD = 92
+CAPTION = 26
+GAP = 18
+
+COLOURS: dict[Kind, str] = {
+    "computed": "#2f6fb0",
+    "skipped": "#f08a24",
+    "forced": "#8a8a8a",
+    "numerical-miss": "#c0272d",
+}
+LABELS: dict[Kind, str] = {
+    "computed": "computed",
+    "skipped": "skipped",
+    "forced": "forced (first and last)",
+    "numerical-miss": "computed: not a number",
+}
+
+
+def decibels(value: float) -> str:
+    """``inf`` is spelt out, for identical pictures."""
+    return f"{value:.1f}" if math.isfinite(value) else "identical"
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """One line per prompt and a last one for all of them, columns aligned."""
+    head: tuple[str, ...] = ("prompt", "steps", "skipped", "plain s", "gated s", "speedup", "bound", "PSNR dB", "SSIM")
+    rows = [head]
+    for c in comparisons:
+        generation = c.generation
+        rows.append((c.prompt, *_numbers(generation.num_steps, generation.skipped, generation.bound, c)))
+    summary = Summary.of(comparisons)
+    rows.append(("all (sum, median)", *_numbers(summary.steps, summary.skipped, summary.bound, summary)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _numbers(steps: int, skipped: int, bound: float, of: Comparison | Summary) -> tuple[str, ...]:
+    return (
+        str(steps),
+        str(skipped),
+        f"{of.plain_seconds:.2f}",
+        f"{of.gated_seconds:.2f}",
+        f"{of.speedup:.2f}x",
+        f"{bound:.2f}x",
+        decibels(of.psnr),
+        f"{of.ssim:.4f}",
+    )
+
+
+def settings_line(settings: Settings, threshold: float) -> str:
+    """The settings that all pictures share, with the threshold in force."""
+    return (
+        f"{settings.steps} steps, guidance {settings.guidance:g}, seed {settings.seed}, threshold {threshold:g}, "
+        f"{settings.size}x{settings.size} pixels"
+    )
+
+
+def images_png(comparisons: Sequence[Comparison], settings: Settings) -> bytes:
+    """A PNG with a row per prompt: plain mflux, gated, and their difference times ``DIFFERENCE_GAIN``.
+
+    The pictures are enlarged by whole factors without smoothing, so every pixel is as generated.
+    """
+    scale = max(1, -(-PANEL // settings.size))
+    side = settings.size * scale
+    width = 3 * side + 4 * MARGIN
+    height = HEAD + len(comparisons) * (side + CAPTION + GAP)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    title, text, bold = _font(15, bold=True), _font(13), _font(13, bold=True)
+    draw.text((MARGIN, MARGIN - 2), "TinyKlein, a demonstration model: plain mflux against gated", "black", title)
+    draw.text((MARGIN, MARGIN + 20), settings_line(settings, comparisons[0].threshold), "#555555", text)
+    columns = [MARGIN + i * (side + MARGIN) for i in range(3)]
+    for x, label in zip(columns, ("plain mflux", "gated", f"difference × {DIFFERENCE_GAIN}"), strict=True):
+        draw.text((x, HEAD - 22), label, "black", bold)
+    for i, c in enumerate(comparisons):
+        y = HEAD + i * (side + CAPTION + GAP)
+        difference = np.abs(c.plain.astype(np.int16) - c.gated) * DIFFERENCE_GAIN
+        for x, pixels in zip(columns, (c.plain, c.gated, np.minimum(difference, 255).astype(np.uint8)), strict=True):
+            sheet.paste(Image.fromarray(np.repeat(np.repeat(pixels, scale, axis=0), scale, axis=1)), (x, y))
+            draw.rectangle((x - 1, y - 1, x + side, y + side), outline="#cccccc")
+        below = y + side + 6
+        quality = "identical" if math.isinf(c.psnr) else f"PSNR {c.psnr:.1f} dB, SSIM {c.ssim:.4f}"
+        draw.text((columns[0], below), _fitted(f"{c.prompt}: {c.plain_seconds:.2f} s", side, text), "black", text)
+        gated = f"{c.gated_seconds:.2f} s, {c.generation.skipped} of {c.generation.num_steps} steps skipped"
+        draw.text((columns[1], below), _fitted(gated, side, text), "black", text)
+        draw.text((columns[2], below), _fitted(quality, side, text), "black", text)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"  # both come with matplotlib
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf" / name, size)
+
+
+def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """``text``, cut to ``width`` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _colours(steps: Sequence[StepRecord]) -> list[str]:
+    return [COLOURS[step.kind] for step in steps]
+
+
+def plot_png(comparisons: Sequence[Comparison], settings: Settings) -> bytes:
+    """``plot`` as a PNG, 1200 pixels wide."""
+    buffer = io.BytesIO()
+    plot(comparisons, settings).savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def plot(comparisons: Sequence[Comparison], settings: Settings) -> Figure:
+    """A row per prompt: each step's relative L1 distance, and what the gate compared with the threshold."""
+    rows = len(comparisons)
+    figure = Figure(figsize=(12, 1.35 + 2.55 * rows), dpi=100, layout="constrained")
+    figure.suptitle(
+        "What the gate saw at each step (TinyKlein, a demonstration model)\n"
+        + settings_line(settings, comparisons[0].threshold),
+        fontsize=12,
+    )
+    grid = figure.subplots(rows, 2, squeeze=False)
+    kinds: set[Kind] = set()
+    safeguard = False
+    for (left, right), c in zip(grid, comparisons, strict=True):
+        steps = c.generation.steps
+        kinds |= {step.kind for step in steps}
+        measured = [step for step in steps if step.rel_l1 is not None]
+        left.plot([s.index for s in measured], [s.rel_l1 for s in measured], color="#bbbbbb", linewidth=1, zorder=1)
+        left.scatter(
+            [s.index for s in measured],
+            [s.rel_l1 for s in measured],
+            c=_colours(measured),
+            s=18,
+            zorder=2,
+        )
+        left.set_ylim(bottom=0)
+        left.set_ylabel("relative L1 distance\nto the step before")
+        left.set_title(c.prompt, loc="left", fontsize=11, fontweight="bold")
+
+        # A computed step resets the sum, so the gate saw the sum after the step before plus this step's share.
+        before = [0.0, *(step.accumulated for step in steps[:-1])]
+        seen = [total + (step.predicted or 0.0) for total, step in zip(before, steps, strict=True)]
+        bars = right.bar(
+            [s.index for s in measured], [seen[s.index] for s in measured], color=_colours(measured), width=0.8
+        )
+        for bar, step in zip(bars, measured, strict=True):
+            if step.kind == "computed" and seen[step.index] < c.threshold:
+                bar.set(hatch="////", edgecolor="white", linewidth=0)
+                safeguard = True
+        unmeasured = [step for step in steps if step.rel_l1 is None]
+        right.scatter(
+            [s.index for s in unmeasured],
+            [0.0] * len(unmeasured),
+            c=_colours(unmeasured),
+            s=40,
+            marker="s",
+            clip_on=False,
+        )
+        right.axhline(c.threshold, color="black", linestyle="--", linewidth=1)
+        right.set_ylim(bottom=0)
+        right.set_ylabel("accumulated distance\nat the decision")
+        right.set_title(
+            f"{c.generation.skipped} of {len(steps)} steps skipped", loc="right", fontsize=10, color="#555555"
+        )
+        for axes in (left, right):
+            axes.set_xlim(-1, len(steps))
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(axis="y", color="#eeeeee")
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("denoising step")
+    handles: list[Any] = [
+        Line2D([], [], marker="s", linestyle="", markersize=8, color=colour, label=LABELS[kind])
+        for kind, colour in COLOURS.items()
+        if kind in kinds
+    ]
+    if safeguard:
+        style: dict[str, Any] = {
+            "facecolor": COLOURS["computed"],
+            "hatch": "////",
+            "edgecolor": "white",
+            "linewidth": 0,
+        }
+        handles.append(Patch(**style, label="computed by a safeguard"))
+    handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="threshold"))
+    handles.append(
+        Line2D(
+            [], [], marker="s", linestyle="", markersize=6, color="black", fillstyle="none", label="not measured (at 0)"
+        )
+    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
+    return figure
