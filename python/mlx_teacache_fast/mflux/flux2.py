@@ -1,8 +1,8 @@
 """FLUX.2: one denoising step with gate and branch, inside one ``mx.compile``, around mflux's own forward pass.
 
-While a step is traced, stand-ins take the place of the transformer's two lists of blocks. mflux's forward runs as it is:
-embeddings, modulation, rotary embeddings, tail and guidance are its own. The first stand-in notes what the joint blocks
-were given; the second one runs the gate and the branch, whose body is the real blocks of both lists.
+While a step is traced, stand-ins take the place of the transformer's two lists of blocks. mflux's forward runs as it
+is: embeddings, modulation, rotary embeddings, tail and guidance are its own. The first stand-in notes what the joint
+blocks were given; the second one runs the gate and the branch, whose body is the real blocks of both lists.
 """
 
 from collections.abc import Callable, Iterator, Sequence
