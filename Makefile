@@ -1,12 +1,13 @@
 # Each target does all of its own set-up: an environment in .venv, dependencies, the build.
-# Needs Python 3.11 to 3.14 (with venv), a C++20 compiler, make. `make help` lists the targets.
+# Needs Python 3.11 to 3.14 with venv and headers (Debian: python3-venv python3-dev), a C++20 compiler, make.
+# `make help` lists the targets.
 
 PYTHON ?= python3
 UV := $(shell command -v uv || echo .tools/bin/uv)
 SYNC = $(UV) sync --quiet --python $(PYTHON) --no-editable
 RUN = $(UV) run --no-sync
 
-.PHONY: help demo test test-full bench lint clean
+.PHONY: help headers demo test test-full bench lint clean
 
 help:
 	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/"
@@ -16,25 +17,25 @@ help:
 	@echo "make lint        ruff, mypy --strict, clang-format"
 	@echo "make clean       remove the environment and the build"
 
-demo: $(UV)
+demo: $(UV) headers
 	$(SYNC) --extra demo
 	$(RUN) mlx-teacache-fast demo --force
 
 # Two workers: MLX runs its CPU kernels on one thread.
-test: $(UV)
+test: $(UV) headers
 	$(SYNC) --extra demo --group test
 	$(RUN) pytest -n 2 -m "not slow"
 
-test-full: $(UV)
+test-full: $(UV) headers
 	$(SYNC) --extra demo --group test
 	$(RUN) pytest -n 2
 
-bench: $(UV)
+bench: $(UV) headers
 	$(SYNC) --extra demo --group test
 	$(RUN) python bench/bench_gate.py
 	$(RUN) python bench/bench_step.py
 
-lint: $(UV)
+lint: $(UV) headers
 	$(SYNC) --extra demo --group test --group lint
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -44,6 +45,10 @@ lint: $(UV)
 
 clean:
 	rm -rf .venv .tools build uv.lock
+
+headers:
+	@$(PYTHON) -c "import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path('include') + '/Python.h'))" \
+	  || { echo "Python's C headers are needed (Debian: apt install python3-dev)"; exit 1; }
 
 # uv resolves with the overrides of pyproject.toml, which pip has no way to say.
 .tools/bin/uv:

@@ -1,8 +1,9 @@
 """What one denoising step costs: mflux's compiled step, ours, and mlx-teacache's, on the embedded model.
 
-Whole images through mflux's own generate_image, the kinds in turn and each time in another order, in several processes.
-A step's time ends when its latents are evaluated. The first step of an image traces and compiles and is left out. A ratio
-is that of two images of the same turn, each by its median step; printed are the median over all turns and the quartiles.
+Whole images through mflux's own generate_image, the kinds in turn and each time in another order, in several
+processes. A step's time ends when its latents are evaluated. The first step of an image traces and compiles and is left
+out. A ratio is that of two images of the same turn, each by its median step; printed are the median over all turns and
+the quartiles. It runs on the CPU.
 
     python bench/bench_step.py
     python bench/bench_step.py --size 256 --guidance 4 --repetitions 3
@@ -42,6 +43,7 @@ def measure(size: int, guidance: float, steps: int) -> list[dict[str, float]]:
     from mlx_teacache_fast import demo
 
     warnings.simplefilter("ignore")
+    mx.set_default_device(mx.cpu)
     flux = demo.pipeline()
 
     class Clock:

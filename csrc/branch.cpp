@@ -1,6 +1,7 @@
 // BRANCH: evaluates a captured body, or nothing, by one bool that is read on the host.
 #include "branch.h"
 
+#include <algorithm>
 #include <sstream>
 
 #include "mlx/backend/cpu/encoder.h"
@@ -55,7 +56,13 @@ Arrays branch(
     }
   }
 
-  // On the CPU also when the work is on a GPU: see the class. The decision's own stream is where it waits.
+  auto on_gpu = [](const mx::array& a) {
+    return a.has_primitive() && a.primitive().stream().device == mx::Device::gpu;
+  };
+  if (on_gpu(skip) || std::any_of(on_skip.begin(), on_skip.end(), on_gpu) ||
+      std::any_of(inputs.begin(), inputs.end(), on_gpu) || body->runs_on_gpu()) {
+    reject_gpu("branch");
+  }
   const auto stream = mx::default_stream(mx::Device::cpu);
   const auto work = skip.has_primitive() ? skip.primitive().stream() : stream;
   Arrays all{mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(stream, work), {skip})};
@@ -68,7 +75,7 @@ Arrays branch(
 // ---- The decision
 
 void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  // This stream has been told to wait for inputs of other streams; a GPU's work has to be committed first.
+  // The first wait is for work that was queued elsewhere; this stream has been told to wait for its inputs already.
   if (work_ != stream()) {
     mx::synchronize(work_);
   }
@@ -80,7 +87,7 @@ void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 }
 
 void Decide::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error(message("runs on the CPU stream only"));
+  reject_gpu(op_name());
 }
 
 bool Decide::is_equivalent(const mx::Primitive& other) const {
@@ -94,6 +101,9 @@ std::vector<mx::Shape> Decide::output_shapes(const Arrays&) {
 // ---- The conditional
 
 void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  if (!inputs[0].data_shared_ptr()) {  // see `nothing` below
+    reject_second_try();
+  }
   const bool skip = inputs[0].data<bool>()[0];  // written on this thread by Decide
   const size_t n_outputs = outputs.size();
   if (skip) {
@@ -125,7 +135,8 @@ void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     }
   }
   mx::cpu::get_command_encoder(stream()).dispatch([until_here = std::move(until_here)] {});
-  const mx::array nothing(mx::Shape{}, mx::bool_, nullptr, {});
+  mx::array nothing(mx::Shape{}, mx::bool_, nullptr, {});
+  nothing.set_status(mx::array::Status::available);
   for (auto& out : outputs) {
     if (!out.is_tracer()) {
       for (auto& in : out.inputs()) {  // `inputs` is one of these
@@ -153,7 +164,7 @@ void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 }
 
 void Branch::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error(message("runs on the CPU stream only"));
+  reject_gpu(op_name());
 }
 
 bool Branch::is_equivalent(const mx::Primitive& other) const {

@@ -10,6 +10,9 @@ namespace teacache {
 
 namespace mx = mlx::core;
 
+// Throws std::runtime_error: this build has no GPU code for the op.
+[[noreturn]] void reject_gpu(const char* op_name);
+
 class ForwardOnly : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
@@ -33,6 +36,10 @@ class ForwardOnly : public mx::Primitive {
  protected:
   std::string message(const char* what) const {
     return std::string("[") + op_name() + "] " + what;
+  }
+  // An evaluation gives up references to its inputs, so one that has failed cannot be repeated on the same arrays.
+  [[noreturn]] void reject_second_try() const {
+    throw std::runtime_error(message("an earlier evaluation of this step failed: build it again from its inputs"));
   }
   virtual const char* op_name() const = 0;
 };

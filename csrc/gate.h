@@ -66,7 +66,4 @@ class Gate : public ForwardOnly {
   int n_terms_;
 };
 
-// Throws std::runtime_error, naming what is missing, where this build has no GPU kernel.
-void require_gpu_gate();
-
 }  // namespace teacache

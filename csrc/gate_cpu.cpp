@@ -17,7 +17,7 @@
 
 // One body, compiled for each level of x86-64 and chosen at load. The order of every sum is fixed by kLanes and the
 // build contracts no multiply-add, so that all levels give the same bits. (On Arm the baseline has NEON.)
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
 #define FOR_EACH_CPU __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define FOR_EACH_CPU
@@ -433,17 +433,20 @@ void run(const Job& job, RowSums* sums) {
   const int n_threads =
       int(std::clamp<int64_t>(elements / kElementsPerThread, 1, std::min(max_threads(), std::max(1, job.n_rows))));
   auto first_row = [&](int t) { return int(int64_t(job.n_rows) * t / n_threads); };
-  std::vector<std::jthread> threads;
+  std::vector<std::thread> threads;
   int started = 1;
   try {
     for (; started < n_threads; started++) {
       threads.emplace_back(run_rows, std::cref(job), first_row(started), first_row(started + 1), sums);
     }
-  } catch (const std::system_error&) {
+  } catch (...) {
     // The system gives no more threads: this one does the rest.
     run_rows(job, first_row(started), job.n_rows, sums);
   }
   run_rows(job, 0, first_row(1), sums);
+  for (auto& thread : threads) {
+    thread.join();
+  }
 }
 
 // Fresh memory costs a page fault for each page that is first written. In transparent huge pages that is 512 times
@@ -463,6 +466,9 @@ void allocate(mx::array& out) {
 }  // namespace
 
 void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  if (inputs.empty()) {  // a sibling cleared them
+    reject_second_try();
+  }
   const auto& x = inputs[kX];
   Job job{};
   job.n_rows = x.shape(0) * x.shape(1);

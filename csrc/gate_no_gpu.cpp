@@ -1,15 +1,16 @@
-// GATE where the build has no GPU kernel.
+// The ops where the build has no GPU code.
 #include "gate.h"
 
 namespace teacache {
 
-void require_gpu_gate() {
+void reject_gpu(const char* op_name) {
   throw std::runtime_error(
-      "[gate] this build has no GPU kernel: run on the CPU with mx.set_default_device(mx.cpu) or stream=mx.cpu");
+      std::string("[") + op_name +
+      "] this build has no GPU code: run on the CPU with mx.set_default_device(mx.cpu) or stream=mx.cpu");
 }
 
 void Gate::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  require_gpu_gate();
+  reject_gpu(op_name());
 }
 
 }  // namespace teacache

@@ -1,6 +1,7 @@
 // A traced body as a pure function of its inputs, replayed without Python.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <set>
@@ -38,6 +39,9 @@ class CapturedGraph {
   }
   bool reads_input(int i) const {
     return input_read_[i];
+  }
+  bool runs_on_gpu() const {
+    return std::any_of(streams_.begin(), streams_.end(), [](auto& s) { return s.device == mx::Device::gpu; });
   }
   // Whether every node runs on s.
   bool runs_on(mx::Stream s) const {

@@ -10,9 +10,12 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _gpu_tests_need_one(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and not mx.metal.is_available() and mx.default_device() != mx.gpu:
+def _device(request: pytest.FixtureRequest) -> None:
+    """The CPU, also on a Mac, but for tests marked ``gpu``."""
+    wanted = mx.Device(mx.gpu if request.node.get_closest_marker("gpu") else mx.cpu)
+    if not mx.is_available(wanted):
         pytest.skip("no GPU that MLX can use")
+    mx.set_default_device(wanted)
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +23,7 @@ def flux() -> Any:
     """The demo pipeline, ungated; a test that gates it must restore it."""
     from mlx_teacache_fast import demo
 
+    mx.set_default_device(mx.cpu)
     return demo.pipeline()
 
 

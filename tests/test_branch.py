@@ -25,7 +25,8 @@ def equal(a: mx.array, b: mx.array) -> bool:
 
 def run(source: str, *args: object) -> subprocess.CompletedProcess[str]:
     """A program in a process of its own: its memory and its exit are what is tested."""
-    command = [sys.executable, "-c", textwrap.dedent(source), *map(str, args)]
+    on_cpu = "import mlx.core; mlx.core.set_default_device(mlx.core.cpu)\n"
+    command = [sys.executable, "-c", on_cpu + textwrap.dedent(source), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -316,6 +317,23 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     assert str(error.value) == "[branch] " + message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(skip=True), "skip must be an array, got bool: mx.array(True), for example"),
+        (dict(body=lambda x: [x]), "body must be an ops.Body, got function: wrap the function once"),
+        (dict(inputs=mx.ones((2, 3))), "inputs must be a list of arrays, got array"),
+        (dict(inputs=[1.0]), "inputs must be a list of arrays, got list of ['float']"),
+        (dict(on_skip=mx.ones((2, 3))), "on_skip must be a list of arrays, got array"),
+    ],
+)
+def test_arguments_of_another_type(arguments: dict[str, object], message: str) -> None:
+    good = dict(skip=FALSE, on_skip=[mx.zeros((2, 3))], body=ops.Body(lambda x: [x]), inputs=[mx.ones((2, 3))])
+    with pytest.raises(TypeError) as error:
+        ops.branch(**{**good, **arguments})  # type: ignore[arg-type]
+    assert str(error.value) == "[branch] " + message
+
+
 def test_an_exception_while_tracing_is_the_users_own() -> None:
     class Mine(Exception):
         pass
@@ -344,6 +362,31 @@ def test_an_exception_while_evaluating_surfaces_and_mlx_stays_usable(compiled: b
     with pytest.raises(RuntimeError):
         mx.eval(function(mx.zeros((2, 2))))
     assert equal(function(mx.eye(2) * 2), mx.eye(2) * 0.5)
+
+
+def test_the_same_outputs_cannot_be_evaluated_again_after_a_failure() -> None:
+    """The branch has given up its inputs by then; the second evaluation says so."""
+    done = run("""
+        import mlx.core as mx
+        from mlx_teacache_fast import ops
+
+        inner = ops.Body(lambda x: [mx.linalg.inv(x, stream=mx.cpu)])
+        # the inner branch reads its decision from what failed, so that the failure is met while the body is scheduled
+        body = ops.Body(lambda x: ops.branch(mx.sum(mx.linalg.inv(x, stream=mx.cpu)) > 0, [x], inner, [x]))
+        (out,) = ops.branch(mx.array(False), [mx.zeros((2, 2))], body, [mx.zeros((2, 2))])
+        for _ in range(2):
+            try:
+                mx.eval(out)
+                print("evaluated")
+            except RuntimeError as error:
+                print(error)
+        print(mx.sum(mx.ones(3)).item())
+    """)
+    assert done.returncode == 0, done.stderr
+    first, second, alive = done.stdout.splitlines()
+    assert "[Inverse::eval_cpu]" in first or "inv" in first.lower()
+    assert second == ("[branch] an earlier evaluation of this step failed: build it again from its inputs")
+    assert alive == "3.0"
 
 
 def test_transformations_are_refused() -> None:

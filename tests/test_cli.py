@@ -260,6 +260,7 @@ def test_ctrl_c(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 def test_stdout_on_a_full_disk(tmp_path):
     # Buffered, as for users: the text is refused when it is flushed, and Python would try again at exit.
     environment = os.environ | {"PYTHONUNBUFFERED": ""}

@@ -241,7 +241,7 @@ def hand_case(dtype: mx.Dtype = mx.bfloat16) -> Case:
     )
 
 
-# ---- Every row of the table in docs/gate.md. The hand case has rel = 0.2; a constant polynomial makes p = 0.5 exact.
+# ---- Every rule of csrc/gate_decision.h. The hand case has rel = 0.2; a constant polynomial makes p = 0.5 exact.
 
 HALF = (0.0, 0.0, 0.0, 0.0, 0.5)
 LINEAR = (0.0, 0.0, 0.0, 1.0, 0.0)

@@ -34,6 +34,7 @@ from .errors import (
     TeaCacheError,
     TeaCacheValueError,
     TeaCacheWarning,
+    UncalibratedWarning,
     UntestedVersionWarning,
 )
 from .handle import Handle, apply
@@ -57,6 +58,7 @@ __all__ = [
     "TeaCacheError",
     "TeaCacheValueError",
     "TeaCacheWarning",
+    "UncalibratedWarning",
     "UntestedVersionWarning",
     "Variant",
     "__version__",

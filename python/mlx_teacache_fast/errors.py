@@ -18,11 +18,15 @@ class IncompatibleModelError(TeaCacheError, TypeError):
 
 
 class AlreadyPatchedError(TeaCacheError):
-    """``apply`` was called on a pipeline that a live handle has patched already."""
+    """``apply`` was called on a gated pipeline. ``handle`` is the live handle, whose ``restore()`` ends the gating."""
+
+    def __init__(self, message: str, handle: object = None) -> None:
+        super().__init__(message)
+        self.handle = handle
 
 
 class PatchLostError(TeaCacheError):
-    """Something replaced what ``apply`` had put in place (callbacks, for example), so gating cannot work."""
+    """Something replaced what ``apply`` had put in place (callbacks, blocks), so gating cannot work."""
 
 
 class TeaCacheWarning(UserWarning):
@@ -35,6 +39,10 @@ class DisabledWarning(TeaCacheWarning):
 
 class NoBenefitWarning(TeaCacheWarning):
     """Nothing can be skipped: a distilled model's few steps, or a schedule as short as the forced steps."""
+
+
+class UncalibratedWarning(TeaCacheWarning):
+    """The coefficients were fitted on another model: on the one that this checkpoint was made from."""
 
 
 class UntestedVersionWarning(TeaCacheWarning):

@@ -1,6 +1,5 @@
 """``apply``: its arguments, and the handle that says what happened and undoes it."""
 
-import math
 import numbers
 import operator
 import warnings
@@ -13,13 +12,18 @@ from .errors import (
     DisabledWarning,
     IncompatibleModelError,
     NoBenefitWarning,
+    TeaCacheError,
     TeaCacheValueError,
+    UncalibratedWarning,
 )
 from .stats import Stats
 from .variants import DEFAULT_THRESHOLD, Coefficients, Variant
 
 if TYPE_CHECKING:
     from .mflux.patch import Patch
+
+
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 class Handle:
@@ -51,7 +55,12 @@ class Handle:
         self.skip_first_n_steps = skip_first_n_steps
         self.skip_last_n_steps = skip_last_n_steps
         self.stats = Stats()
-        self._patch: Patch | None = None
+        self._patch: Patch | None = None  # set by Patch, which it undoes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and hasattr(self, name):
+            raise AttributeError(f"{name} is fixed by apply(): call restore() and apply() again to change it")
+        super().__setattr__(name, value)
 
     def restore(self) -> None:
         """Undo ``apply``: every attribute and callback of the pipeline is as before. May be called again."""
@@ -60,6 +69,8 @@ class Handle:
             self._patch = None
 
     def __enter__(self) -> Self:
+        if self._patch is None:
+            raise TeaCacheError(f"{self!r} gates nothing any more: call apply() again")
         return self
 
     def __exit__(
@@ -82,8 +93,8 @@ def apply(
 ) -> Handle:
     """Skip denoising steps of an mflux FLUX.2 pipeline whose input has hardly changed since the step before.
 
-    ``flux.generate_image`` is used as before: text-to-image and image-to-image, any guidance. mflux's forward pass is
-    its own; a step whose transformer blocks are skipped adds what they added last time.
+    ``flux.generate_image`` is used as before: text-to-image and image-to-image, any guidance, one thread at a time.
+    mflux's forward pass is its own; a step whose transformer blocks are skipped adds what they added last time.
 
     Args:
         flux: An mflux ``Flux2Klein`` (klein-4b, klein-9b, base-4b, base-9b).
@@ -118,7 +129,9 @@ def apply(
     variant = patch.match(flux)
     if (existing := patch.live_handle(flux)) is not None:
         raise AlreadyPatchedError(
-            f"this {type(flux).__name__} is gated already ({existing!r}): call restore() on that handle first"
+            f"this {type(flux).__name__} is gated already ({existing!r}): call restore() on that handle first "
+            "(this error has it as its attribute `handle`)",
+            existing,
         )
     if threshold is None:
         threshold = variant.rel_l1_thresh if own_coefficients is None else DEFAULT_THRESHOLD
@@ -131,6 +144,13 @@ def apply(
             category=NoBenefitWarning,
             stacklevel=2,
         )
+    if own_coefficients is None and threshold > 0 and (base := patch.finetuned_from(flux)) is not None:
+        warnings.warn(
+            f"{flux.model_config.model_name} is used with the coefficients of {variant.variant_id}, fitted on {base}: "
+            "they may not fit it, compare a few pictures with ungated ones",
+            category=UncalibratedWarning,
+            stacklevel=2,
+        )
     handle = Handle(
         variant,
         rel_l1_thresh=threshold,
@@ -140,7 +160,7 @@ def apply(
         skip_last_n_steps=last,
     )
     patch.warn_if_untested()
-    handle._patch = patch.Patch(flux, handle)
+    patch.Patch(flux, handle)
     return handle
 
 
@@ -155,16 +175,18 @@ def _step_count(name: str, value: object) -> int:
 
 
 def _threshold(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0.0 <= float(value) <= 1.0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= cast(float, value) <= 1:
         raise TeaCacheValueError(f"rel_l1_thresh must be a number from 0.0 to 1.0, got {value!r}")
     return float(value)
 
 
 def _coefficients(value: object) -> Coefficients:
     try:
-        numbers_ = tuple(float(c) for c in cast(Any, value)) if not isinstance(value, str) else ()
-    except (TypeError, ValueError):
-        numbers_ = ()
-    if len(numbers_) != 5 or not all(math.isfinite(c) for c in numbers_):
-        raise TeaCacheValueError(f"coefficients must be five finite numbers, fourth degree first, got {value!r}")
-    return numbers_
+        five = tuple(float(c) for c in cast(Any, value)) if not isinstance(value, str) else ()
+    except (OverflowError, TypeError, ValueError):
+        five = ()
+    if len(five) != 5 or not all(abs(c) <= _FLOAT32_MAX for c in five):  # false for NaN
+        raise TeaCacheValueError(
+            f"coefficients must be five finite numbers of float32's range, fourth degree first, got {value!r}"
+        )
+    return five

@@ -63,5 +63,16 @@ def branch(skip: mx.array, on_skip: Sequence[mx.array], body: Body, inputs: Sequ
 
     Raises:
         ValueError: ``skip`` or ``on_skip`` does not fit, or the body cannot be traced (see ``Body``).
+        TypeError: An argument is of another type than those above.
+        RuntimeError: An input or the body is on a GPU; this build evaluates branches on the CPU.
     """
+    if not isinstance(skip, mx.array):
+        raise TypeError(f"[branch] skip must be an array, got {type(skip).__name__}: mx.array(True), for example")
+    if not isinstance(body, Body):
+        raise TypeError(f"[branch] body must be an ops.Body, got {type(body).__name__}: wrap the function once")
+    for name, arrays in (("on_skip", on_skip), ("inputs", inputs)):
+        if not isinstance(arrays, list | tuple) or not all(isinstance(a, mx.array) for a in arrays):
+            kind = type(arrays).__name__
+            kind += f" of {sorted({type(a).__name__ for a in arrays})}" if isinstance(arrays, list | tuple) else ""
+            raise TypeError(f"[branch] {name} must be a list of arrays, got {kind}")
     return _branch(skip, list(on_skip), body.trace(inputs), list(inputs))

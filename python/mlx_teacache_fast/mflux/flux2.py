@@ -8,12 +8,12 @@ blocks were given; the second one runs the gate and the branch, whose body is th
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
+from mflux.utils.apple_silicon import AppleSiliconUtil
 
 from .. import ops
 from ..errors import TeaCacheError
@@ -73,10 +73,12 @@ def gated_predict(
 
         with _blocks_replaced(transformer, image_tokens):
             noise = inner(**kwargs)
+        if len(new_residuals) != len(residuals):
+            raise _unexpected_calls(len(new_residuals), len(residuals))
         return noise, [state, anchor, *new_residuals]
 
     # mflux leaves the step uncompiled on some Macs; where it compiles, the gated step is one compiled function too.
-    run = step if type(inner) is FunctionType else mx.compile(step)  # isinstance says yes to both
+    run = step if AppleSiliconUtil.is_m1_or_m2() else mx.compile(step)
     forces = [mx.array(force, dtype=mx.int32) for force in (0, 1, 2)]
     arrays: list[mx.array] = []
 
@@ -98,7 +100,8 @@ def _initial_arrays(transformer: Any, inner: Predict, body: ops.Body, kwargs: di
     """What goes from step to step, before the first: state, anchor, and one residual for each branch.
 
     Shapes and dtypes follow from mflux's prelude and from the body, which are traced for that; nothing is evaluated,
-    and the traced body is the one that the steps use.
+    and the traced body is the one that the steps use. The trace is one of mx.compile, so that a compiled function
+    within ``inner`` sees tracers and keeps nothing of what it meets here.
     """
     arrays = [mx.zeros(8)]
 
@@ -111,9 +114,21 @@ def _initial_arrays(transformer: Any, inner: Predict, body: ops.Body, kwargs: di
         arrays.append(mx.zeros(graph.output_shapes[1], graph.output_dtypes[1]))
         return inputs.x
 
-    with _blocks_replaced(transformer, image_tokens):
-        inner(**kwargs)
+    def trace(kwargs: dict[str, Any]) -> mx.array:
+        with _blocks_replaced(transformer, image_tokens):
+            return inner(**kwargs)
+
+    mx.compile(trace)(kwargs)
+    if len(arrays) == 1:
+        raise _unexpected_calls(0, 1)
     return arrays
+
+
+def _unexpected_calls(found: int, expected: int) -> TeaCacheError:
+    return TeaCacheError(
+        f"a step called the transformer's blocks {found} times where {expected} were expected: something between "
+        "generate_image and the transformer (a wrapped _predict, another patch) keeps its own trace of the step"
+    )
 
 
 @dataclass(frozen=True)
@@ -166,9 +181,9 @@ def _blocks_replaced(transformer: Any, image_tokens: Callable[[_BlockInputs], mx
     """Until the end of the block, a call of ``transformer`` gets its image tokens from ``image_tokens``."""
     joint_blocks, single_blocks = transformer.transformer_blocks, transformer.single_transformer_blocks
     joint = _JointBlocks()
-    transformer.transformer_blocks = [joint]
-    transformer.single_transformer_blocks = [_SingleBlocks(joint, image_tokens)]
     try:
+        transformer.transformer_blocks = [joint]
+        transformer.single_transformer_blocks = [_SingleBlocks(joint, image_tokens)]
         yield
     finally:
         transformer.transformer_blocks, transformer.single_transformer_blocks = joint_blocks, single_blocks

@@ -1,6 +1,7 @@
 """What ``apply`` changes on a pipeline, and how it is undone. Instances are patched, never classes or modules."""
 
 import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -35,7 +36,12 @@ def match(flux: Any) -> Variant:
         raise IncompatibleModelError(f"apply gates mflux's Flux2Klein pipelines, got {name}")
     aliases = getattr(getattr(flux, "model_config", None), "aliases", ())
     for alias in aliases:
-        if alias in VARIANTS and alias in flux2.VARIANT_IDS:
+        if alias in flux2.VARIANT_IDS:
+            if flux.transformer is None:
+                raise IncompatibleModelError(
+                    f"this {name} has no transformer any more (mflux's low-memory mode drops it after a generation): "
+                    "load the pipeline again"
+                )
             return VARIANTS[alias]
     raise IncompatibleModelError(
         f"{name} has a model configuration with aliases {list(aliases)}, and apply knows {', '.join(flux2.VARIANT_IDS)}"
@@ -48,6 +54,12 @@ def live_handle(flux: Any) -> Handle | None:
     return handle
 
 
+def finetuned_from(flux: Any) -> str | None:
+    """The model that a checkpoint was made from; None for that model itself, whose configuration names no base."""
+    base: str | None = getattr(flux.model_config, "base_model", None)
+    return base
+
+
 @functools.cache
 def warn_if_untested() -> None:
     """Once in a process, if mflux is newer than what was verified."""
@@ -56,7 +68,7 @@ def warn_if_untested() -> None:
         warnings.warn(
             f"mflux {installed} is newer than {NEWEST_VERIFIED_MFLUX}, the newest that was verified with this package",
             category=UntestedVersionWarning,
-            stacklevel=4,
+            stacklevel=3,  # functools.cache adds no frame: the caller of apply()
         )
 
 
@@ -95,6 +107,7 @@ class Patch:
             raise TeaCacheError(
                 "this build has no GPU kernel for the gate: run on the CPU with mx.set_default_device(mx.cpu)"
             )
+        handle._patch = self  # first, so that restore() undoes a patch that was interrupted
         self._handle = handle
         self._flux = weakref.ref(flux)
         self._generation: Generation | None = None
@@ -103,7 +116,8 @@ class Patch:
         try:
             self._wrap(flux, "generate_image", self._generate_image)
             self._wrap(flux, "_predict", self._predict)
-            self._register(flux.callbacks)
+            flux.callbacks.register(self)
+            self._undo.append(self._unregister)
             self._set(flux, _HANDLE, handle)
         except BaseException:
             self.undo()
@@ -116,11 +130,9 @@ class Patch:
 
     def _set(self, flux: Any, name: str, value: Any) -> None:
         before = vars(flux).get(name, _ABSENT)
-        object.__setattr__(flux, name, value)
-        alive = weakref.ref(flux)
 
         def undo() -> None:
-            target = alive()
+            target = self._flux()
             if target is None or vars(target).get(name) is not value:
                 return  # gone, or replaced by somebody else: not ours to change
             if before is _ABSENT:
@@ -129,39 +141,48 @@ class Patch:
                 object.__setattr__(target, name, before)
 
         self._undo.append(undo)
+        object.__setattr__(flux, name, value)
 
     def _wrap(self, flux: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        # The class's function and a weak reference instead of a bound method: a cycle through the pipeline would keep
-        # gigabytes alive until the garbage collector runs.
-        own = vars(flux).get(name)
-        if own is not None:
-            original = own
+        current = getattr(flux, name)
+        original: Callable[..., Any]
+        if name in vars(flux):
+            original = current
         else:
-            unbound = getattr(type(flux), name)
-            static = isinstance(_class_attribute(type(flux), name), staticmethod)
-            alive = weakref.ref(flux)
-            original = unbound if static else (lambda *args, **kwargs: unbound(alive(), *args, **kwargs))
+            # Bound again at each call, to a weak reference: a cycle through the pipeline would keep gigabytes alive
+            # until the garbage collector runs.
+            attribute = next(vars(c)[name] for c in type(flux).__mro__ if name in vars(c))
 
-        @functools.wraps(getattr(flux, name))
+            def original(*args: Any, **kwargs: Any) -> Any:
+                target = self._flux()
+                return attribute.__get__(target, type(target))(*args, **kwargs)
+
         def replacement(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
-        del replacement.__wrapped__  # the bound method, and with it the pipeline
+        functools.update_wrapper(replacement, current)
+        del replacement.__wrapped__  # type: ignore[attr-defined]  # a bound method, and with it the pipeline
+        replacement.__signature__ = inspect.signature(current)  # type: ignore[attr-defined]
         self._set(flux, name, replacement)
 
-    def _register(self, callbacks: Any) -> None:
-        callbacks.register(self)
-        self._undo.append(lambda: _remove(callbacks.before_loop, self))
+    def _unregister(self) -> None:
+        flux: Any = self._flux()
+        if flux is not None:
+            registered = flux.callbacks.before_loop
+            registered[:] = [callback for callback in registered if callback is not self]
 
     # ---- During a generation
 
     def _generate_image(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         flux: Any = self._flux()
+        if not self._undo:  # restored, and called by somebody who wrapped generate_image in between
+            return original(*args, **kwargs)
         if not any(callback is self for callback in flux.callbacks.before_loop):
             raise PatchLostError(
                 "the pipeline's callbacks were replaced after apply(), so gating cannot follow the schedule: "
                 "call restore() on the handle and apply() again"
             )
+        enclosing = self._generation  # a callback may generate too
         self._generation = None
         try:
             image = original(*args, **kwargs)
@@ -170,7 +191,7 @@ class Patch:
                 self._handle.stats.commit(generation.stats())
             return image
         finally:
-            self._generation = None
+            self._generation = enclosing
 
     def call_before_loop(self, config: Any, **_: Any) -> None:
         """mflux's callback: the schedule is known now."""
@@ -211,14 +232,3 @@ def _counted(inner: Callable[..., mx.array], generation: Generation) -> Callable
         return noise
 
     return predict
-
-
-def _class_attribute(cls: type, name: str) -> Any:
-    return next(vars(c)[name] for c in cls.__mro__ if name in vars(c))
-
-
-def _remove(items: list[Any], item: Any) -> None:
-    for i, candidate in enumerate(items):
-        if candidate is item:
-            del items[i]
-            return
