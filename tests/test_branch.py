@@ -190,6 +190,28 @@ def test_inputs_and_constants_as_outputs() -> None:
     assert [o.tolist() for o in out] == [[3, 4], [7, 8], [14, 16], [1, 2], [1, 2]]
 
 
+def test_nested_bodies_with_fused_operations() -> None:
+    """Element-wise chains become fused kernels in the outer function and in both bodies."""
+    inner = ops.Body(lambda x, y: [mx.tanh(mx.exp(-x * x) + y) * 0.5])
+
+    def outer(x: mx.array, y: mx.array) -> list[mx.array]:
+        z = mx.sin(x) * mx.cos(y) + 1.0
+        (w,) = ops.branch(mx.sum(z) > 1e9, [z], inner, [mx.abs(z) + x, y * 2.0])
+        return [mx.sqrt(mx.abs(w - z)) / (1.0 + w * w), w]
+
+    def plain(x: mx.array, y: mx.array) -> list[mx.array]:
+        z = mx.sin(x) * mx.cos(y) + 1.0
+        w = mx.tanh(mx.exp(-(mx.abs(z) + x) * (mx.abs(z) + x)) + y * 2.0) * 0.5
+        return [mx.sqrt(mx.abs(w - z)) / (1.0 + w * w), w]
+
+    body = ops.Body(outer)
+    step = mx.compile(lambda x, y: ops.branch(mx.sum(x) > 1e9, [x, y], body, [x, y]))
+    x, y = (mx.random.normal((33, 7), key=mx.random.key(i)) for i in (0, 1))
+    for got, want in zip(step(x, y), plain(x, y), strict=True):
+        assert mx.allclose(got, want, rtol=1e-6, atol=1e-6).item()  # fused kernels may round exp and tanh otherwise
+    assert ops.counters() == {"reads": 2, "computed": 2, "reused": 0}
+
+
 def test_donated_buffers() -> None:
     """What the branch hands over may be overwritten by the body, but never what somebody still holds."""
     body = ops.Body(lambda x: [mx.exp(x) + 1.0])
@@ -263,6 +285,27 @@ def test_memory_of_what_only_a_skip_needs_is_free_while_the_body_runs() -> None:
     # full() and cumsum() before the branch, then cumsum() and sort() in the body: two at a time, not three
     assert peak(False) == 2
     assert peak(True) == 2
+
+
+def test_the_body_may_overwrite_an_input_that_nobody_else_holds() -> None:
+    n = 1 << 20
+    body = ops.Body(lambda x: [mx.sin(mx.cos(mx.sin(x)))])
+    on_skip = mx.zeros(n)
+    mx.eval(on_skip)
+
+    def extra(hold: bool) -> int:
+        x = mx.random.uniform(shape=(n,), key=mx.random.key(0))
+        mx.eval(x)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        (out,) = ops.branch(FALSE, [on_skip], body, [x])
+        held = x if hold else None
+        del x
+        mx.eval(out)
+        del held
+        return round((mx.get_peak_memory() - before) / (4 * n))
+
+    assert (extra(hold=False), extra(hold=True)) == (0, 1)
 
 
 # ---- Errors
