@@ -2,7 +2,6 @@
 #include "branch.h"
 
 #include <algorithm>
-#include <sstream>
 
 #include "mlx/backend/cpu/encoder.h"
 
@@ -16,14 +15,6 @@ struct Spec {
 };
 std::ostream& operator<<(std::ostream& os, const Spec& spec) {
   return os << spec.dtype << " " << spec.shape;
-}
-
-template <typename... Parts>
-[[noreturn]] void reject(const Parts&... parts) {
-  std::ostringstream message;
-  message << "[branch] ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
 }
 
 bool is_state(const mx::array& a) {
@@ -41,17 +32,20 @@ Arrays branch(
     const mx::array& skip, const Arrays& on_skip, std::shared_ptr<const CapturedGraph> body, const Arrays& inputs) {
   if (!is_state(skip) && !(skip.dtype() == mx::bool_ && skip.ndim() == 0)) {
     reject(
-        "skip must be a bool scalar or a gate's state (float32 of shape (8)), got ", Spec{skip.shape(), skip.dtype()});
+        "[branch] skip must be a bool scalar or a gate's state (float32 of shape (8)), got ",
+        Spec{skip.shape(), skip.dtype()});
   }
   const auto& shapes = body->output_shapes();
   const auto& dtypes = body->output_dtypes();
   if (on_skip.size() != shapes.size()) {
-    reject("on_skip must have one array for each of the body's ", shapes.size(), " outputs, got ", on_skip.size());
+    reject(
+        "[branch] on_skip must have one array for each of the body's ", shapes.size(), " outputs, got ",
+        on_skip.size());
   }
   for (size_t i = 0; i < shapes.size(); i++) {
     if (on_skip[i].shape() != shapes[i] || on_skip[i].dtype() != dtypes[i]) {
       reject(
-          "on_skip[", i, "] must be what the body returns, ", Spec{shapes[i], dtypes[i]}, ", got ",
+          "[branch] on_skip[", i, "] must be what the body returns, ", Spec{shapes[i], dtypes[i]}, ", got ",
           Spec{on_skip[i].shape(), on_skip[i].dtype()});
     }
   }
@@ -179,7 +173,7 @@ std::vector<mx::Shape> Branch::output_shapes(const Arrays& inputs) {
     const auto& got = inputs[1 + n_outputs + i].shape();
     if (got != traced[i]) {
       reject(
-          "the body was traced with inputs[", i, "] of shape ", traced[i], " and cannot take ", got,
+          "[branch] the body was traced with inputs[", i, "] of shape ", traced[i], " and cannot take ", got,
           ": compile without shapeless=True");
     }
   }

@@ -1,6 +1,7 @@
-// Base of this package's primitives: evaluation only, with errors that say so.
+// Base of this package's primitives: evaluation only, with errors that say so. And how the ops refuse arguments.
 #pragma once
 
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -9,6 +10,14 @@
 namespace teacache {
 
 namespace mx = mlx::core;
+
+// Throws std::invalid_argument with the parts as its text, "[op] argument rule, got value".
+template <typename... Parts>
+[[noreturn]] void reject(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
 
 // Throws std::runtime_error: this build has no GPU code for the op.
 [[noreturn]] void reject_gpu(const char* op_name);

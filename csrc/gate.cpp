@@ -3,24 +3,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <sstream>
 
 namespace teacache {
 
 namespace {
 
-template <typename... Parts>
-[[noreturn]] void reject(const Parts&... parts) {
-  std::ostringstream message;
-  message << "[gate] ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
 void check_floating(const char* name, const mx::array& a) {
   auto t = a.dtype();
   if (t != mx::float32 && t != mx::float16 && t != mx::bfloat16) {
-    reject(name, " must be float32, float16 or bfloat16, got ", t);
+    reject("[gate] ", name, " must be float32, float16 or bfloat16, got ", t);
   }
 }
 
@@ -32,8 +23,8 @@ mx::array modulation(const char* name, const mx::array& a, const mx::array& x, m
   if (m.ndim() != 3 || (m.shape(0) != b && m.shape(0) != 1) || (m.shape(1) != n && m.shape(1) != 1) ||
       m.shape(2) != d) {
     reject(
-        name, " must have shape ", mx::Shape{b, d}, ", ", mx::Shape{b, 1, d}, " or ", mx::Shape{b, n, d}, ", got ",
-        a.shape());
+        "[gate] ", name, " must have shape ", mx::Shape{b, d}, ", ", mx::Shape{b, 1, d}, " or ", mx::Shape{b, n, d},
+        ", got ", a.shape());
   }
   return mx::contiguous(m, false, s);
 }
@@ -61,89 +52,91 @@ GateOutputs gate(
   }
 
   if (x.ndim() != 3) {
-    reject("x must have shape (batch, tokens, channels), got ", x.shape());
+    reject("[gate] x must have shape (batch, tokens, channels), got ", x.shape());
   }
   check_floating("x", x);
   auto shift3 = modulation("shift", shift, x, s);
   auto scale3 = modulation("scale", scale, x, s);
   if (shift3.shape() != scale3.shape() || shift3.dtype() != scale3.dtype()) {
     reject(
-        "shift and scale must have one shape and dtype, got ", shift.dtype(), " ", shift.shape(), " and ",
+        "[gate] shift and scale must have one shape and dtype, got ", shift.dtype(), " ", shift.shape(), " and ",
         scale.dtype(), " ", scale.shape());
   }
   auto modulated_dtype = mx::result_type(x, shift3);
   if (anchor.shape() != x.shape()) {
-    reject("anchor must have x's shape ", x.shape(), ", got ", anchor.shape());
+    reject("[gate] anchor must have x's shape ", x.shape(), ", got ", anchor.shape());
   }
   if (anchor.dtype() != modulated_dtype) {
-    reject("anchor must have the modulated input's dtype ", modulated_dtype, ", got ", anchor.dtype());
+    reject("[gate] anchor must have the modulated input's dtype ", modulated_dtype, ", got ", anchor.dtype());
   }
 
   const int n_branches = residuals.size();
   if (n_branches < 1 || n_branches > kMaxBranches) {
-    reject("residuals must be a list of 1 or 2 branches, got ", n_branches);
+    reject("[gate] residuals must be a list of 1 or 2 branches, got ", n_branches);
   }
   const int n_terms = residuals[0].size();
   if (n_terms < 1 || n_terms > kMaxTerms) {
-    reject("a branch must have 1 to ", kMaxTerms, " residual terms, got ", n_terms);
+    reject("[gate] a branch must have 1 to ", kMaxTerms, " residual terms, got ", n_terms);
   }
   for (int b = 0; b < n_branches; b++) {
     if (int(residuals[b].size()) != n_terms) {
-      reject("every branch must have as many residual terms as the first, ", n_terms, ", got ", residuals[b].size());
+      reject(
+          "[gate] every branch must have as many residual terms as the first, ", n_terms, ", got ",
+          residuals[b].size());
     }
     for (int k = 0; k < n_terms; k++) {
       auto& r = residuals[b][k];
       std::string name = "residuals[" + std::to_string(b) + "][" + std::to_string(k) + "]";
       check_floating(name.c_str(), r);
       if (r.shape() != x.shape()) {
-        reject(name, " must have x's shape ", x.shape(), ", got ", r.shape());
+        reject("[gate] ", name, " must have x's shape ", x.shape(), ", got ", r.shape());
       }
       if (r.dtype() != residuals[0][0].dtype()) {
-        reject(name, " must have the first residual's dtype ", residuals[0][0].dtype(), ", got ", r.dtype());
+        reject("[gate] ", name, " must have the first residual's dtype ", residuals[0][0].dtype(), ", got ", r.dtype());
       }
     }
   }
   if (weights.shape() != mx::Shape{n_branches, n_terms} || weights.dtype() != mx::float32) {
     reject(
-        "weights must be float32 of shape ", mx::Shape{n_branches, n_terms}, ", got ", weights.dtype(), " ",
+        "[gate] weights must be float32 of shape ", mx::Shape{n_branches, n_terms}, ", got ", weights.dtype(), " ",
         weights.shape());
   }
   if (state.shape() != mx::Shape{8} || state.dtype() != mx::float32) {
-    reject("state must be float32 of shape (8), got ", state.dtype(), " ", state.shape());
+    reject("[gate] state must be float32 of shape (8), got ", state.dtype(), " ", state.shape());
   }
   if (force.ndim() != 0 || force.dtype() != mx::int32) {
-    reject("force must be an int32 scalar, got ", force.dtype(), " ", force.shape());
+    reject("[gate] force must be an int32 scalar, got ", force.dtype(), " ", force.shape());
   }
 
   GateRules rules{};
   if (coefficients.size() != 5) {
-    reject("coefficients must be 5 numbers, c4 first, got ", coefficients.size());
+    reject("[gate] coefficients must be 5 numbers, c4 first, got ", coefficients.size());
   }
   for (int i = 0; i < 5; i++) {
     if (!std::isfinite(coefficients[i])) {
-      reject("coefficients must be finite, got ", coefficients[i], " at ", i);
+      reject("[gate] coefficients must be finite, got ", coefficients[i], " at ", i);
     }
     rules.coefficients[i] = coefficients[i];
   }
   if (!std::isfinite(threshold)) {
-    reject("threshold must be finite, got ", threshold);
+    reject("[gate] threshold must be finite, got ", threshold);
   }
   rules.threshold = threshold;
   if (calibrated_range) {
     auto [lo, hi] = *calibrated_range;
     if (!(std::isfinite(lo) && std::isfinite(hi) && lo <= hi)) {
-      reject("calibrated_range must be (lo, hi) with lo <= hi, got (", lo, ", ", hi, ")");
+      reject("[gate] calibrated_range must be (lo, hi) with lo <= hi, got (", lo, ", ", hi, ")");
     }
     rules.has_range = 1;
     rules.range_lo = lo;
     rules.range_hi = hi;
   }
   if (max_consecutive_skips < 0) {
-    reject("max_consecutive_skips must not be negative, got ", max_consecutive_skips);
+    reject("[gate] max_consecutive_skips must not be negative, got ", max_consecutive_skips);
   }
   rules.max_consecutive_skips = max_consecutive_skips;
   if (!(std::isfinite(eps) && eps >= 0)) {
-    reject("eps must be finite and not negative, got ", eps);
+    reject("[gate] eps must be finite and not negative, got ", eps);
   }
 
   // contiguous() copies only what is not packed; the flags are known at evaluation, not here.

@@ -1,10 +1,10 @@
 // A traced body as a pure function of its inputs, replayed without Python.
 #include "graph_capture.h"
 
-#include <sstream>
 #include <unordered_map>
 #include <unordered_set>
 
+#include "forward_only.h"
 #include "mlx/compile.h"
 #include "mlx/primitives.h"
 
@@ -64,10 +64,9 @@ void freeze_constants(const Arrays& inputs, const Arrays& outputs) {
   for (size_t i = 0; i < outputs.size(); i++) {
     visit_lazy({outputs[i]}, input_ids, [&](const mx::array& a) {
       if (!a.has_primitive()) {
-        std::ostringstream message;
-        message << "[branch] the body's output " << i << " depends on an array of shape " << a.shape()
-                << " that belongs to an enclosing trace: pass that array in inputs instead of closing over it";
-        throw std::invalid_argument(message.str());
+        reject(
+            "[branch] the body's output ", i, " depends on an array of shape ", a.shape(),
+            " that belongs to an enclosing trace: pass that array in inputs instead of closing over it");
       }
       bool depends = false;
       for (auto& in : a.inputs()) {

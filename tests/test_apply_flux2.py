@@ -779,17 +779,3 @@ def test_a_newer_mflux_warns_once(monkeypatch: pytest.MonkeyPatch, flux: Any) ->
             tc.apply(flux).restore()
     finally:
         patch.warn_if_untested.cache_clear()
-
-
-def test_another_mlx_is_refused_at_import() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", 'import mlx.core as mx; mx.__version__ = "0.33.0"; import mlx_teacache_fast'],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == (
-        "ImportError: mlx_teacache_fast was built for mlx 0.32.2, but mlx 0.33.0 is installed. "
-        "Fix: pip install mlx==0.32.2"
-    )
