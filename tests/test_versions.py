@@ -1,4 +1,4 @@
-"""The exact versions: written in pyproject.toml, checked by CMake before a build and by ``__init__`` before an import."""
+"""The exact versions: written in pyproject.toml, checked by CMake before a build and by ``__init__`` at import."""
 
 import re
 import shutil
