@@ -262,9 +262,47 @@ struct Job {
   char* reused[kMaxBranches];
 };
 
+// 1 + scale, rounded to its dtype. Most often one row serves all tokens.
+template <typename M>
+ALWAYS_INLINE void plus_one_row(const char* scale, char* out, int d) {
+  constexpr bool all16 = M::size == 2;
+  auto plus_one = [](Pair p)
+                      __attribute__((always_inline)) { return Pair{M::rounded(1.0f + p.a), M::rounded(1.0f + p.b)}; };
+  int i = 0;
+  for (; i + kPair <= d; i += kPair) {
+    const size_t at = size_t(i) * M::size;
+    store<M, all16>(out + at, plus_one(load<M, all16>(scale + at)));
+  }
+  if (const int n = d - i; n > 0) {
+    const size_t at = size_t(i) * M::size;
+    store_tail<M, all16>(out + at, plus_one(load_tail<M, all16>(scale + at, n)), n);
+  }
+}
+
+template <typename T>
+bool all_finite(const char* row, int d) {
+  constexpr bool all16 = T::size == 2;
+  Bits not_finite{};
+  for (int i = 0; i < d; i += kPair) {
+    Pair p = load_tail<T, all16>(row + size_t(i) * T::size, std::min(d - i, kPair));
+    not_finite |= Bits((bits(p.a) & 0x7fffffffu) >= 0x7f800000u) | Bits((bits(p.b) & 0x7fffffffu) >= 0x7f800000u);
+  }
+  bool finite = true;
+  for (int l = 0; l < kLanes; l++) {
+    finite &= !not_finite[l];
+  }
+  return finite;
+}
+
 template <typename X, typename M>
 ALWAYS_INLINE RowSums modulate_row(
-    const char* x, const char* scale, const char* shift, const char* anchor, char* modulated, int d, float eps) {
+    const char* x,
+    const char* scale_plus_one,
+    const char* shift,
+    const char* anchor,
+    char* modulated,
+    int d,
+    float eps) {
   using O = Promoted<X, M>;
   constexpr bool x16 = X::size == 2;
   constexpr bool all16 = O::size == 2;
@@ -279,46 +317,38 @@ ALWAYS_INLINE RowSums modulate_row(
 
   // Modulation, rounded to the result's dtype after each operation as the unfused ops do, and both sums.
   Pair diff_sum{}, anchor_sum{};
-  Bits not_finite{};
-  auto half = [&](Floats xv, Floats scale_v, Floats shift_v) __attribute__((always_inline)) {
+  auto modulate = [&](Floats xv, Floats scale_v, Floats shift_v) __attribute__((always_inline)) {
     Floats norm = X::rounded((xv - mean) * rstd);
-    return O::rounded(O::rounded(M::rounded(1.0f + scale_v) * norm) + shift_v);
+    return O::rounded(O::rounded(scale_v * norm) + shift_v);
   };
-  auto distance = [](Floats m, Floats a) __attribute__((always_inline)) { return absolute(O::rounded(m - a)); };
-  auto is_not_finite = [](Floats m)
-                           __attribute__((always_inline)) { return Bits((bits(m) & 0x7fffffffu) >= 0x7f800000u); };
+  auto add = [&](Pair m, Pair a) __attribute__((always_inline)) {
+    diff_sum.a += absolute(O::rounded(m.a - a.a));
+    diff_sum.b += absolute(O::rounded(m.b - a.b));
+    anchor_sum.a += absolute(a.a);
+    anchor_sum.b += absolute(a.b);
+  };
   int i = 0;
   for (; i + kPair <= d; i += kPair) {
     Pair xv = load<X, all16>(x + size_t(i) * X::size);
-    Pair scale_v = load<M, all16>(scale + size_t(i) * M::size);
+    Pair scale_v = load<M, all16>(scale_plus_one + size_t(i) * M::size);
     Pair shift_v = load<M, all16>(shift + size_t(i) * M::size);
     Pair av = load<O, all16>(anchor + size_t(i) * O::size);
-    Pair m{half(xv.a, scale_v.a, shift_v.a), half(xv.b, scale_v.b, shift_v.b)};
+    Pair m{modulate(xv.a, scale_v.a, shift_v.a), modulate(xv.b, scale_v.b, shift_v.b)};
     store<O, all16>(modulated + size_t(i) * O::size, m);
-    diff_sum.a += distance(m.a, av.a);
-    diff_sum.b += distance(m.b, av.b);
-    anchor_sum.a += absolute(av.a);
-    anchor_sum.b += absolute(av.b);
-    not_finite |= is_not_finite(m.a) | is_not_finite(m.b);
+    add(m, av);
   }
   if (const int n = d - i; n > 0) {
     Pair xv = load_tail<X, all16>(x + size_t(i) * X::size, n);
-    Pair scale_v = load_tail<M, all16>(scale + size_t(i) * M::size, n);
+    Pair scale_v = load_tail<M, all16>(scale_plus_one + size_t(i) * M::size, n);
     Pair shift_v = load_tail<M, all16>(shift + size_t(i) * M::size, n);
     Pair av = load_tail<O, all16>(anchor + size_t(i) * O::size, n);
-    Pair m = first<all16>(n, {half(xv.a, scale_v.a, shift_v.a), half(xv.b, scale_v.b, shift_v.b)});
+    Pair m = first<all16>(n, {modulate(xv.a, scale_v.a, shift_v.a), modulate(xv.b, scale_v.b, shift_v.b)});
     store_tail<O, all16>(modulated + size_t(i) * O::size, m, n);
-    diff_sum.a += distance(m.a, av.a);
-    diff_sum.b += distance(m.b, av.b);
-    anchor_sum.a += absolute(av.a);
-    anchor_sum.b += absolute(av.b);
-    not_finite |= is_not_finite(m.a) | is_not_finite(m.b);
+    add(m, av);
   }
-  bool finite = true;
-  for (int l = 0; l < kLanes; l++) {
-    finite &= !not_finite[l];
-  }
-  return {sum(diff_sum.a + diff_sum.b), sum(anchor_sum.a + anchor_sum.b), finite};
+  const float diff = sum(diff_sum.a + diff_sum.b);
+  // An element that is not finite makes the sum so; the row is looked at again only then.
+  return {diff, sum(anchor_sum.a + anchor_sum.b), gate_is_finite(diff) || all_finite<O>(modulated, d)};
 }
 
 // x + sum_k weights[k] * residual_k: float32, rounded once.
@@ -376,15 +406,23 @@ FOR_EACH_CPU void run_rows(const Job& job, int begin, int end, RowSums* sums) {
   const size_t out_size = job.x_type == job.mod_type ? x_size : 4;
   const size_t residual_size = size_of_type(job.residual_type);
   const size_t reused_size = job.x_type == job.residual_type ? x_size : 4;
+  std::vector<char> scale_plus_one(d * mod_size);
+  size_t scale_at = SIZE_MAX;
   for (int row = begin; row < end; row++) {
     const char* x = job.x + row * d * x_size;
     const size_t mod =
         mod_size * ((row / job.tokens) * job.mod_batch_stride + (row % job.tokens) * job.mod_token_stride);
+    if (mod != scale_at) {
+      scale_at = mod;
+      with_type(job.mod_type, [&](auto mt) __attribute__((always_inline)) {
+        plus_one_row<decltype(mt)>(job.scale + mod, scale_plus_one.data(), int(d));
+      });
+    }
     sums[row] = with_type(job.x_type, [&](auto xt) __attribute__((always_inline)) {
       return with_type(job.mod_type, [&](auto mt) __attribute__((always_inline)) {
         return modulate_row<decltype(xt), decltype(mt)>(
-            x, job.scale + mod, job.shift + mod, job.anchor + row * d * out_size, job.modulated + row * d * out_size,
-            int(d), job.eps);
+            x, scale_plus_one.data(), job.shift + mod, job.anchor + row * d * out_size,
+            job.modulated + row * d * out_size, int(d), job.eps);
       });
     });
     for (int b = 0; b < job.n_branches; b++) {
