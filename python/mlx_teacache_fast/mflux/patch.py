@@ -116,8 +116,9 @@ class Patch:
         try:
             self._wrap(flux, "generate_image", self._generate_image)
             self._wrap(flux, "_predict", self._predict)
+            registry = weakref.ref(flux.callbacks)
+            self._undo.append(lambda: _remove(registry(), self))
             flux.callbacks.register(self)
-            self._undo.append(self._unregister)
             self._set(flux, _HANDLE, handle)
         except BaseException:
             self.undo()
@@ -165,12 +166,6 @@ class Patch:
         replacement.__signature__ = inspect.signature(current)  # type: ignore[attr-defined]
         self._set(flux, name, replacement)
 
-    def _unregister(self) -> None:
-        flux: Any = self._flux()
-        if flux is not None:
-            registered = flux.callbacks.before_loop
-            registered[:] = [callback for callback in registered if callback is not self]
-
     # ---- During a generation
 
     def _generate_image(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -195,6 +190,8 @@ class Patch:
 
     def call_before_loop(self, config: Any, **_: Any) -> None:
         """mflux's callback: the schedule is known now."""
+        if not self._undo:  # restored while a generation was being prepared
+            return
         handle = self._handle
         num_steps = max(0, config.num_inference_steps - config.init_time_step)
         forced = handle.skip_first_n_steps + handle.skip_last_n_steps
@@ -232,3 +229,8 @@ def _counted(inner: Callable[..., mx.array], generation: Generation) -> Callable
         return noise
 
     return predict
+
+
+def _remove(registry: Any, callback: Any) -> None:
+    if registry is not None:  # the pipeline, and its registry with it, may be gone
+        registry.before_loop[:] = [c for c in registry.before_loop if c is not callback]
