@@ -182,6 +182,23 @@ def test_body_on_another_stream() -> None:
         assert equal(total, mx.sum(want))
 
 
+def test_body_on_another_stream_waits_for_its_inputs() -> None:
+    """Slow work between the decision and the second branch, whose body runs elsewhere."""
+    other = mx.new_stream(mx.cpu)
+    first = ops.Body(lambda x: [x + 1.0])
+    second = ops.Body(lambda x: [mx.add(x, x, stream=other)])
+
+    @mx.compile
+    def step(x: mx.array) -> mx.array:
+        skip = x[0] > 1e9
+        (a,) = ops.branch(skip, [x], first, [x])
+        slow = mx.sort(mx.sin(mx.sort(a)))
+        return ops.branch(skip, [x], second, [slow])[0]
+
+    x = mx.random.normal((1 << 18,), key=mx.random.key(0))
+    assert mx.allclose(step(x), 2 * mx.sort(mx.sin(mx.sort(x + 1.0))), atol=1e-6).item()
+
+
 def test_inputs_and_constants_as_outputs() -> None:
     constant = mx.array([7.0, 8.0])
     body = ops.Body(lambda x, y: [y, constant, constant * 2, x, x])
