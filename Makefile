@@ -10,7 +10,7 @@ RUN = $(UV) run --no-sync
 .PHONY: help headers demo test test-full bench lint clean
 
 help:
-	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/"
+	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/ (overwritten)"
 	@echo "make test        the tests"
 	@echo "make test-full   the tests, with every combination of what make test covers in part (about 20 minutes)"
 	@echo "make bench       the gate against its rivals and against a copy"

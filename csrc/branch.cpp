@@ -50,6 +50,19 @@ Arrays branch(
     }
   }
 
+  const auto& in_shapes = body->input_shapes();
+  const auto& in_dtypes = body->input_dtypes();
+  if (inputs.size() != in_shapes.size()) {
+    reject("[branch] inputs must be the ", in_shapes.size(), " that the body was traced with, got ", inputs.size());
+  }
+  for (size_t i = 0; i < inputs.size(); i++) {
+    if (inputs[i].shape() != in_shapes[i] || inputs[i].dtype() != in_dtypes[i]) {
+      reject(
+          "[branch] inputs[", i, "] must be as the body was traced, ", Spec{in_shapes[i], in_dtypes[i]}, ", got ",
+          Spec{inputs[i].shape(), inputs[i].dtype()});
+    }
+  }
+
   auto on_gpu = [](const mx::array& a) {
     return a.has_primitive() && a.primitive().stream().device == mx::Device::gpu;
   };

@@ -97,7 +97,7 @@ CapturedGraph::CapturedGraph(
     const std::function<Arrays(const Arrays&)>& fn,
     const std::vector<mx::Shape>& shapes,
     const std::vector<mx::Dtype>& dtypes)
-    : input_shapes_(shapes), input_read_(shapes.size(), false) {
+    : input_shapes_(shapes), input_dtypes_(dtypes), input_read_(shapes.size(), false) {
   Arrays placeholders;
   for (size_t i = 0; i < shapes.size(); i++) {
     placeholders.emplace_back(shapes[i], dtypes[i], nullptr, Arrays{});

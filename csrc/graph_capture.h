@@ -31,6 +31,9 @@ class CapturedGraph {
   const std::vector<mx::Shape>& input_shapes() const {
     return input_shapes_;
   }
+  const std::vector<mx::Dtype>& input_dtypes() const {
+    return input_dtypes_;
+  }
   const std::vector<mx::Shape>& output_shapes() const {
     return output_shapes_;
   }
@@ -60,6 +63,7 @@ class CapturedGraph {
   void record(const Arrays& placeholders, const Arrays& outputs);
 
   std::vector<mx::Shape> input_shapes_;
+  std::vector<mx::Dtype> input_dtypes_;
   std::vector<bool> input_read_;
   Arrays constants_;
   std::vector<Node> nodes_;

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mflux.models.common.config.model_config import ModelConfig
 from mlx.utils import tree_flatten
 
 import mlx_teacache_fast as tc
@@ -686,16 +687,10 @@ def test_another_pipeline_class() -> None:
     assert str(error.value) == "apply gates mflux's Flux2Klein pipelines, got Flux2KleinEdit"
 
 
-def test_another_model(flux: Any) -> None:
-    from mflux.models.common.config.model_config import ModelConfig
-
-    config = flux.model_config
-    flux.model_config = ModelConfig.flux2_klein_9b_kv()
-    try:
-        with pytest.raises(tc.IncompatibleModelError) as error:
-            tc.apply(flux)
-    finally:
-        flux.model_config = config
+def test_another_model(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flux, "model_config", ModelConfig.flux2_klein_9b_kv())
+    with pytest.raises(tc.IncompatibleModelError) as error:
+        tc.apply(flux)
     assert str(error.value) == (
         f"TinyKlein has a model configuration with aliases {ModelConfig.flux2_klein_9b_kv().aliases}, and apply knows "
         "flux2-klein-4b, flux2-klein-9b, flux2-klein-base-4b, flux2-klein-base-9b"
@@ -703,16 +698,10 @@ def test_another_model(flux: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["flux2_klein_4b", "flux2_klein_9b"])
-def test_distilled_variants_warn(flux: Any, name: str) -> None:
-    from mflux.models.common.config.model_config import ModelConfig
-
-    config = flux.model_config
-    flux.model_config = getattr(ModelConfig, name)()
-    try:
-        with pytest.warns(tc.NoBenefitWarning) as warned:
-            tc.apply(flux).restore()
-    finally:
-        flux.model_config = config
+def test_distilled_variants_warn(flux: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(flux, "model_config", getattr(ModelConfig, name)())
+    with pytest.warns(tc.NoBenefitWarning) as warned:
+        tc.apply(flux).restore()
     assert str(warned[0].message) == (
         f"{name.replace('_', '-')} is distilled to a few steps that differ too much for any to be skipped: "
         "expect no speedup"
@@ -720,19 +709,14 @@ def test_distilled_variants_warn(flux: Any, name: str) -> None:
     assert warned[0].filename == __file__
 
 
-def test_a_finetune_warns(flux: Any) -> None:
-    from mflux.models.common.config.model_config import ModelConfig
-
-    config = flux.model_config
-    flux.model_config = ModelConfig.from_name("somebody/finetune", base_model="flux2-klein-base-4b")
-    try:
-        with pytest.warns(tc.UncalibratedWarning) as warned:
-            tc.apply(flux).restore()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            tc.apply(flux, coefficients=[0, 0, 0, 1, 0]).restore()
-    finally:
-        flux.model_config = config
+def test_a_finetune_warns(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.from_name("somebody/finetune", base_model="flux2-klein-base-4b")
+    monkeypatch.setattr(flux, "model_config", config)
+    with pytest.warns(tc.UncalibratedWarning) as warned:
+        tc.apply(flux).restore()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tc.apply(flux, coefficients=[0, 0, 0, 1, 0]).restore()
     assert str(warned[0].message) == (
         "somebody/finetune is used with the coefficients of flux2-klein-base-4b, fitted on "
         "black-forest-labs/FLUX.2-klein-base-4B: they may not fit it, compare a few pictures with ungated ones"
@@ -753,16 +737,10 @@ def test_a_pipeline_without_its_transformer(flux: Any) -> None:
     )
 
 
-def test_base_9b_is_known(flux: Any) -> None:
-    from mflux.models.common.config.model_config import ModelConfig
-
-    config = flux.model_config
-    flux.model_config = ModelConfig.flux2_klein_base_9b()
-    try:
-        with tc.apply(flux) as handle:
-            assert handle.variant_id == "flux2-klein-base-9b"
-    finally:
-        flux.model_config = config
+def test_base_9b_is_known(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flux, "model_config", ModelConfig.flux2_klein_base_9b())
+    with tc.apply(flux) as handle:
+        assert handle.variant_id == "flux2-klein-base-9b"
 
 
 def test_a_newer_mflux_warns_once(monkeypatch: pytest.MonkeyPatch, flux: Any) -> None:

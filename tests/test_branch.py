@@ -378,6 +378,21 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([], "inputs must be the 1 that the body was traced with, got 0"),
+        ([mx.zeros((3, 2))], "inputs[0] must be as the body was traced, float32 (2,3), got float32 (3,2)"),
+        ([mx.zeros((2, 3), mx.int32)], "inputs[0] must be as the body was traced, float32 (2,3), got int32 (2,3)"),
+    ],
+)
+def test_inputs_that_a_graph_was_not_traced_with(inputs: list[mx.array], message: str) -> None:
+    graph = ops.Body(lambda x: [x]).trace([mx.zeros((2, 3))])
+    with pytest.raises(ValueError) as error:
+        ops._branch(FALSE, [mx.zeros((2, 3))], graph, inputs)
+    assert str(error.value) == "[branch] " + message
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (dict(skip=True), "skip must be an array, got bool: mx.array(True), for example"),
