@@ -7,12 +7,13 @@ UV := $(shell command -v uv || echo .tools/bin/uv)
 SYNC = $(UV) sync --quiet --python $(PYTHON) --no-editable
 RUN = $(UV) run --no-sync
 
-.PHONY: help headers demo test test-full bench lint clean
+.PHONY: help headers demo test test-full check-mac bench lint clean
 
 help:
 	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/ (overwritten)"
 	@echo "make test        the tests"
 	@echo "make test-full   the tests, with every combination of what make test covers in part (about 20 minutes)"
+	@echo "make check-mac   on any system: compile and link the extension for macOS, with each MLX of cmake/versions.cmake"
 	@echo "make bench       the gate against its rivals and against a copy"
 	@echo "make lint        ruff, mypy --strict, clang-format"
 	@echo "make clean       remove the environment and the build"
@@ -30,6 +31,9 @@ test-full: $(UV) headers
 	$(SYNC) --extra demo --group test
 	$(RUN) pytest -n 2
 
+check-mac: $(UV) headers
+	$(UV) run --quiet --script --python $(PYTHON) --no-python-downloads tests/mac_link/check.py
+
 bench: $(UV) headers
 	$(SYNC) --extra demo --group test
 	$(RUN) python bench/bench_gate.py
@@ -39,7 +43,7 @@ lint: $(UV) headers
 	$(SYNC) --extra demo --group test --group lint
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	$(RUN) clang-format --dry-run -Werror csrc/*.cpp csrc/*.h metal/* tests/metal_host/*.cpp tests/metal_host/*.h
 	cp .venv/lib/python3*/site-packages/mlx_teacache_fast/_ext.pyi python/mlx_teacache_fast/
 	$(RUN) mypy
 

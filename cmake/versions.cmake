@@ -1,7 +1,9 @@
 # MLX's Python module shares nanobind's type registry with this extension, so both must be built with the same nanobind
 # internals. A mismatch builds, links and loads, and then every call raises a TypeError. Checked here instead.
+# The first row is the one that pyproject.toml pins.
 set(MLX_NANOBIND_TABLE
     "0.32.2=2.15.0"
+    "0.32.4=3.1.0"
 )
 
 function(check_versions mlx_version nanobind_version)
@@ -22,8 +24,8 @@ function(check_versions mlx_version nanobind_version)
         "  fix:    ${Python_EXECUTABLE} -m pip install nanobind==${nanobind}")
     endif()
   endforeach()
-  list(GET MLX_NANOBIND_TABLE -1 newest)
-  string(REPLACE "=" ";" pair "${newest}")
+  list(GET MLX_NANOBIND_TABLE 0 pinned)
+  string(REPLACE "=" ";" pair "${pinned}")
   list(GET pair 0 mlx)
   list(GET pair 1 nanobind)
   list(JOIN supported "; " supported)

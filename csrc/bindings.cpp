@@ -76,7 +76,7 @@ NB_MODULE(_ext, m) {
                 polynomial, and a step above ``hi`` computes.
             max_consecutive_skips (int): A step computes after so many skips.
             eps (float): Of the layer norm.
-            stream (Stream or Device, optional): Where it runs; the CPU is the only one in this build.
+            stream (Stream or Device, optional): Where it runs: the CPU, or a Mac's GPU.
 
         Returns:
             tuple: ``modulated`` (``x``'s shape, dtype of ``layer_norm(x) * scale``), ``reused`` (one array for each
@@ -84,7 +84,7 @@ NB_MODULE(_ext, m) {
 
         Raises:
             ValueError: An argument has the wrong shape, dtype or value.
-            RuntimeError: The stream is a GPU's and this build has no kernel for it.
+            RuntimeError: The stream is a GPU's, and there is none or this build has no kernel for it.
       )pbdoc");
 
   nb::class_<CapturedGraph>(m, "CapturedGraph", R"pbdoc(
@@ -145,6 +145,28 @@ NB_MODULE(_ext, m) {
       nb::sig(
           "def branch(skip: mlx.core.array, on_skip: collections.abc.Sequence[mlx.core.array], "
           "body: CapturedGraph, inputs: collections.abc.Sequence[mlx.core.array]) -> list[mlx.core.array]"));
+
+  m.def(
+      "decide", &decide, "skip"_a, nb::sig("def decide(skip: mlx.core.array) -> mlx.core.array"),
+      R"pbdoc(
+        A decision as ``branch`` takes it, read on the host once for all branches on it.
+
+        ``branch`` does this itself. Several branches of one step need it where they run outside ``mx.compile``, which
+        would merge their reads: else the second branch waits for the whole body of the first.
+
+        Args:
+            skip (array): Bool scalar, or the state that ``gate`` returns (float32 ``(8,)``).
+
+        Returns:
+            array: Bool scalar.
+
+        Raises:
+            ValueError: ``skip`` is neither.
+      )pbdoc");
+
+  m.def(
+      "gpu_supported", &gpu_supported, nb::sig("def gpu_supported() -> bool"),
+      "Whether ``gate`` and ``branch`` run on the GPU that MLX has here.");
 
   m.def(
       "counters",

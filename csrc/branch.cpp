@@ -1,7 +1,7 @@
 // BRANCH: evaluates a captured body, or nothing, by one bool that is read on the host.
 #include "branch.h"
 
-#include <algorithm>
+#include <cstdlib>
 
 #include "mlx/backend/cpu/encoder.h"
 
@@ -21,6 +21,43 @@ bool is_state(const mx::array& a) {
   return a.dtype() == mx::float32 && a.shape() == mx::Shape{8};
 }
 
+bool is_decision(const mx::array& a) {
+  if (!a.has_primitive()) {
+    return false;
+  }
+  auto& primitive = a.primitive();
+  return typeid(primitive) == typeid(Decide);
+}
+
+Arrays relay(const Arrays& arrays, mx::Stream to) {
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  for (auto& a : arrays) {
+    shapes.push_back(a.shape());
+    dtypes.push_back(a.dtype());
+  }
+  return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<Relay>(to), arrays);
+}
+
+// What runs on a GPU, for a primitive that will wait on the host for what `roots` depend on.
+std::set<mx::Stream> pending_gpu_streams(const Arrays& roots) {
+  auto streams = pending_streams(roots);
+  std::erase_if(streams, [](const mx::Stream& s) { return s.device != mx::Device::gpu; });
+  if (!streams.empty()) {
+    require_gpu("branch");
+  }
+  return streams;
+}
+
+// A GPU runs what has been committed to it, and MLX commits at the end of an evaluation. Whoever waits in the middle of
+// one for something that a stream has yet to do must have that stream's work committed first. An evaluation of nothing
+// on the stream does.
+void send_off(const std::set<mx::Stream>& streams) {
+  for (auto& s : streams) {
+    mx::async_eval(relay({mx::array(true)}, s));
+  }
+}
+
 }  // namespace
 
 BranchCounters& branch_counters() {
@@ -30,11 +67,6 @@ BranchCounters& branch_counters() {
 
 Arrays branch(
     const mx::array& skip, const Arrays& on_skip, std::shared_ptr<const CapturedGraph> body, const Arrays& inputs) {
-  if (!is_state(skip) && !(skip.dtype() == mx::bool_ && skip.ndim() == 0)) {
-    reject(
-        "[branch] skip must be a bool scalar or a gate's state (float32 of shape (8)), got ",
-        Spec{skip.shape(), skip.dtype()});
-  }
   const auto& shapes = body->output_shapes();
   const auto& dtypes = body->output_dtypes();
   if (on_skip.size() != shapes.size()) {
@@ -63,30 +95,55 @@ Arrays branch(
     }
   }
 
-  auto on_gpu = [](const mx::array& a) {
-    return a.has_primitive() && a.primitive().stream().device == mx::Device::gpu;
-  };
-  if (on_gpu(skip) || std::any_of(on_skip.begin(), on_skip.end(), on_gpu) ||
-      std::any_of(inputs.begin(), inputs.end(), on_gpu) || body->runs_on_gpu()) {
-    reject_gpu("branch");
+  const auto own = mx::default_stream(mx::Device::cpu);
+  const auto work = body->output_stream().value_or(own);
+  if (work.device == mx::Device::gpu) {
+    require_gpu("branch");
+    if (const char* set = std::getenv("MLX_METAL_FAST_SYNCH"); set && std::string(set) == "1") {
+      throw std::runtime_error(
+          "[branch] MLX_METAL_FAST_SYNCH=1 does not order a branch before its readers on other streams: unset it");
+    }
   }
-  const auto stream = mx::default_stream(mx::Device::cpu);
-  const auto work = skip.has_primitive() ? skip.primitive().stream() : stream;
-  Arrays all{mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(stream, work), {skip})};
+  std::vector<bool> on_work;
+  for (auto& in : inputs) {
+    on_work.push_back(
+        in.status() == mx::array::Status::unscheduled && in.has_primitive() && in.primitive().stream() == work);
+  }
+  Arrays all{is_decision(skip) ? skip : decide(skip)};
   all.insert(all.end(), on_skip.begin(), on_skip.end());
   all.insert(all.end(), inputs.begin(), inputs.end());
-  return mx::array::make_arrays(
-      std::vector<mx::Shape>(shapes), dtypes, std::make_shared<Branch>(stream, std::move(body)), all);
+  auto outputs = mx::array::make_arrays(
+      std::vector<mx::Shape>(shapes), dtypes,
+      std::make_shared<Branch>(own, std::move(body), std::move(on_work), pending_gpu_streams(all)), all);
+  // One relay for all of them: it also keeps those that nobody reads until the body has written them.
+  return work == own ? outputs : relay(outputs, work);
 }
 
 // ---- The decision
 
-void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  // The first wait is for work that was queued elsewhere; this stream has been told to wait for its inputs already.
-  if (work_ != stream()) {
-    mx::synchronize(work_);
+mx::array decide(const mx::array& skip) {
+  if (!is_state(skip) && !(skip.dtype() == mx::bool_ && skip.ndim() == 0)) {
+    reject(
+        "[branch] skip must be a bool scalar or a gate's state (float32 of shape (8)), got ",
+        Spec{skip.shape(), skip.dtype()});
   }
-  mx::synchronize(stream());
+  const auto own = mx::default_stream(mx::Device::cpu);
+  auto work = own;
+  auto sent_off = pending_gpu_streams({skip});
+  if (skip.has_primitive()) {
+    work = skip.primitive().stream();
+  } else if (gpu_supported() && skip.status() == mx::array::Status::unscheduled) {
+    // An argument of an enclosing mx.compile: it may be pending on the GPU when the compiled function is called.
+    sent_off.insert(mx::default_stream(mx::Device::gpu));
+  }
+  sent_off.erase(work);  // waiting for a stream commits it
+  return mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(own, work, std::move(sent_off)), {skip});
+}
+
+void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  send_off(sent_off_);
+  // Where the decision is computed; or this stream, which has been told to wait for its inputs.
+  mx::synchronize(work_);
   const auto& skip = inputs[0];
   outputs[0].set_data(mx::allocator::malloc(sizeof(bool)));
   outputs[0].data<bool>()[0] = is_state(skip) ? skip.data<float>()[0] != 0.0f : skip.data<bool>()[0];
@@ -94,20 +151,44 @@ void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 }
 
 void Decide::eval_gpu(const Arrays&, Arrays&) {
-  reject_gpu(op_name());
+  throw std::runtime_error(message("decisions are read on a CPU stream"));
 }
 
-bool Decide::is_equivalent(const mx::Primitive& other) const {
-  return work_ == static_cast<const Decide&>(other).work_;
+bool Decide::is_equivalent(const mx::Primitive& other_) const {
+  auto& other = static_cast<const Decide&>(other_);
+  return work_ == other.work_ && sent_off_ == other.sent_off_;
 }
 
 std::vector<mx::Shape> Decide::output_shapes(const Arrays&) {
   return {mx::Shape{}};
 }
 
+// ---- Between streams
+
+void Relay::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  for (size_t i = 0; i < outputs.size(); i++) {
+    outputs[i].copy_shared_buffer(inputs[i]);
+  }
+}
+
+void Relay::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  eval_cpu(inputs, outputs);
+}
+
+std::vector<mx::Shape> Relay::output_shapes(const Arrays& inputs) {
+  std::vector<mx::Shape> shapes;
+  for (auto& in : inputs) {
+    shapes.push_back(in.shape());
+  }
+  return shapes;
+}
+
 // ---- The conditional
 
 void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  // Before anything here waits or fails: MLX limits the work in flight by waiting for some of it, and after an error it
+  // waits for this stream, which may be waiting for a GPU.
+  send_off(sent_off_);
   if (!inputs[0].data_shared_ptr()) {  // see `nothing` below
     reject_second_try();
   }
@@ -123,13 +204,17 @@ void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   branch_counters().computed++;
 
   // The body gets views of its inputs without the events of an enclosing async_eval: those are signalled only when that
-  // evaluation ends, so a body on another stream would wait for itself.
+  // evaluation ends, so a body on another stream would wait for itself. Instead, where MLX does not order the body
+  // after an input by itself, the input comes by way of this stream, which has been told to wait for it.
+  const auto work = body_->output_stream().value_or(stream());
+  const bool only_work = body_->runs_on(work);
   Arrays body_inputs;
   for (size_t i = 1 + n_outputs; i < inputs.size(); i++) {
     mx::array view(inputs[i].shape(), inputs[i].dtype(), nullptr, {});
     view.copy_shared_buffer(inputs[i]);
     view.set_status(mx::array::Status::evaluated);
-    body_inputs.push_back(std::move(view));
+    const bool ordered = only_work && (work == stream() || on_work_[i - 1 - n_outputs]);
+    body_inputs.push_back(ordered ? std::move(view) : relay({view}, stream())[0]);
   }
 
   // While the body runs, which is most of a step, nothing here may keep activations alive that only a skip needs, or
@@ -152,16 +237,11 @@ void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     }
   }
 
-  const bool same_stream = body_->runs_on(stream());
-  if (!same_stream) {
-    mx::synchronize(stream());  // the inputs are finished, and so valid on every stream
-  }
   Arrays results = (*body_)(body_inputs);
   body_inputs.clear();
-  if (!same_stream) {
-    // Whoever reads the outputs waits for this stream, so this stream must wait for the body's.
-    for (auto& r : results) {
-      r = mx::contiguous(r, false, stream());
+  for (auto& r : results) {
+    if (r.has_primitive() && r.primitive().stream() != work) {
+      r = mx::contiguous(r, false, work);
     }
   }
   mx::async_eval(results);
@@ -171,11 +251,12 @@ void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 }
 
 void Branch::eval_gpu(const Arrays&, Arrays&) {
-  reject_gpu(op_name());
+  throw std::runtime_error(message("a branch stands on a CPU stream"));
 }
 
-bool Branch::is_equivalent(const mx::Primitive& other) const {
-  return body_ == static_cast<const Branch&>(other).body_;
+bool Branch::is_equivalent(const mx::Primitive& other_) const {
+  auto& other = static_cast<const Branch&>(other_);
+  return body_ == other.body_ && on_work_ == other.on_work_ && sent_off_ == other.sent_off_;
 }
 
 // Called by shapeless compilation: the body's graph holds for the traced shapes only.

@@ -17,16 +17,25 @@ struct BranchCounters {
 };
 BranchCounters& branch_counters();
 
-// skip: bool scalar, or a gate's state (float32[8]). True: on_skip. False: (*body)(inputs).
-// Throws std::invalid_argument where on_skip or inputs do not have the body's shapes and dtypes.
+// skip: bool scalar, or a gate's state (float32[8]), or what decide() made of one. True: on_skip. False:
+// (*body)(inputs). Throws std::invalid_argument where on_skip or inputs do not have the body's shapes and dtypes.
 Arrays branch(
     const mx::array& skip, const Arrays& on_skip, std::shared_ptr<const CapturedGraph> body, const Arrays& inputs);
 
-// Reads the decision on the calling thread, once; every branch on it then needs no wait of its own. Without it the
-// second branch of a step would wait for the whole body of the first.
+// skip, read on the host when it is evaluated: all branches on the result share that read.
+mx::array decide(const mx::array& skip);
+
+// The primitives of a branch stand on the calling thread's default CPU stream, `own`, also where the work is a GPU's:
+// evaluating one there may send off, wait for and extend the GPU's work, which within an eval_gpu is not possible.
+// docs/metal.md goes through MLX's evaluation step by step.
+
+// Reads the decision on the calling thread. A branch on it needs no wait of its own: without this the second branch of
+// a step would wait for the whole body of the first.
 class Decide : public ForwardOnly {
  public:
-  Decide(mx::Stream stream, mx::Stream work) : ForwardOnly(stream), work_(work) {}
+  // work: where the decision is computed. sent_off: the GPU streams that it may depend on.
+  Decide(mx::Stream own, mx::Stream work, std::set<mx::Stream> sent_off)
+      : ForwardOnly(own), work_(work), sent_off_(std::move(sent_off)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
@@ -42,12 +51,42 @@ class Decide : public ForwardOnly {
   }
 
  private:
-  mx::Stream work_;  // where the decision is computed
+  mx::Stream work_;
+  std::set<mx::Stream> sent_off_;
+};
+
+// Hands buffers on to another stream: what reads an output is ordered after the inputs. MLX orders the streams of a
+// primitive and its inputs; this gives it a place to do so.
+class Relay : public ForwardOnly {
+ public:
+  using ForwardOnly::ForwardOnly;
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  bool is_equivalent(const mx::Primitive&) const override {
+    return true;
+  }
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
+  const char* name() const override {
+    return "TeaCacheRelay";
+  }
+
+ protected:
+  const char* op_name() const override {
+    return "branch";
+  }
 };
 
 class Branch : public ForwardOnly {
  public:
-  Branch(mx::Stream stream, std::shared_ptr<const CapturedGraph> body) : ForwardOnly(stream), body_(std::move(body)) {}
+  // on_work: for each input of the body, whether it is computed on the body's stream. sent_off: the GPU streams that
+  // the inputs may depend on.
+  Branch(
+      mx::Stream own,
+      std::shared_ptr<const CapturedGraph> body,
+      std::vector<bool> on_work,
+      std::set<mx::Stream> sent_off)
+      : ForwardOnly(own), body_(std::move(body)), on_work_(std::move(on_work)), sent_off_(std::move(sent_off)) {}
 
   // Inputs: the decision, one array on_skip for each output, the body's inputs.
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
@@ -65,6 +104,8 @@ class Branch : public ForwardOnly {
 
  private:
   std::shared_ptr<const CapturedGraph> body_;
+  std::vector<bool> on_work_;
+  std::set<mx::Stream> sent_off_;
 };
 
 }  // namespace teacache

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "mlx/device.h"
 #include "mlx/primitives.h"
 
 namespace teacache {
@@ -19,8 +20,20 @@ template <typename... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// Throws std::runtime_error: this build has no GPU code for the op.
-[[noreturn]] void reject_gpu(const char* op_name);
+// Whether this build has kernels for the GPU that MLX uses here; false where there is none.
+bool gpu_supported();
+
+// Throws std::runtime_error if not.
+inline void require_gpu(const char* op_name) {
+  if (gpu_supported()) {
+    return;
+  }
+  const bool available = mx::is_available(mx::Device::gpu);
+  throw std::runtime_error(
+      std::string("[") + op_name + "] " +
+      (available ? "this build has no kernel for MLX's GPU" : "MLX has no GPU here") +
+      ": run on the CPU, with mx.set_default_device(mx.cpu) or stream=mx.cpu");
+}
 
 class ForwardOnly : public mx::Primitive {
  public:

@@ -1,4 +1,5 @@
-// GATE: argument checks, promotion and the graph node. Backends are in gate_cpu.cpp and gate_no_gpu.cpp.
+// GATE: argument checks, promotion and the graph node. Backends are in gate_cpu.cpp, gate_metal.cpp and
+// gate_no_gpu.cpp.
 #include "gate.h"
 
 #include <algorithm>
@@ -13,6 +14,17 @@ void check_floating(const char* name, const mx::array& a) {
   if (t != mx::float32 && t != mx::float16 && t != mx::bfloat16) {
     reject("[gate] ", name, " must be float32, float16 or bfloat16, got ", t);
   }
+}
+
+// Asked before MLX looks for a stream, which it does not find where there is no GPU.
+bool asks_for_gpu(const mx::StreamOrDevice& s) {
+  if (auto* type = std::get_if<mx::Device::DeviceType>(&s)) {
+    return *type == mx::Device::gpu;
+  }
+  if (auto* device = std::get_if<mx::Device>(&s)) {
+    return *device == mx::Device::gpu;
+  }
+  return mx::to_stream(s).device == mx::Device::gpu;
 }
 
 // [B, D], [B, 1, D] or [B, S, D] -> [B or 1, 1 or S, D], packed
@@ -46,10 +58,10 @@ GateOutputs gate(
     int max_consecutive_skips,
     float eps,
     mx::StreamOrDevice s_) {
-  auto s = mx::to_stream(s_);
-  if (s.device == mx::Device::gpu) {
-    reject_gpu("gate");
+  if (asks_for_gpu(s_)) {
+    require_gpu("gate");
   }
+  auto s = mx::to_stream(s_);
 
   if (x.ndim() != 3) {
     reject("[gate] x must have shape (batch, tokens, channels), got ", x.shape());
@@ -169,6 +181,29 @@ bool Gate::is_equivalent(const mx::Primitive& other_) const {
          a.has_range == b.has_range && a.range_lo == b.range_lo && a.range_hi == b.range_hi &&
          a.threshold == b.threshold && a.max_consecutive_skips == b.max_consecutive_skips && eps_ == other.eps_ &&
          n_branches_ == other.n_branches_ && n_terms_ == other.n_terms_;
+}
+
+void Gate::allocate_outputs(
+    const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, void (*allocate)(mx::array&)) const {
+  if (inputs.empty()) {  // a sibling cleared them
+    reject_second_try();
+  }
+  // The siblings hold their own references to the inputs; without them the anchor can be donated: each of its elements
+  // is read before that element of the modulated input is written.
+  for (auto& out : outputs) {
+    if (&out.inputs() != &inputs && !out.is_tracer()) {
+      out.inputs().clear();
+    }
+  }
+  const auto& anchor = inputs[kAnchor];
+  if (anchor.is_donatable()) {
+    outputs[kModulated].copy_shared_buffer(anchor);
+  } else {
+    allocate(outputs[kModulated]);
+  }
+  for (size_t i = kNewState; i < outputs.size(); i++) {
+    allocate(outputs[i]);
+  }
 }
 
 std::vector<mx::Shape> Gate::output_shapes(const std::vector<mx::array>& inputs) {

@@ -60,6 +60,10 @@ class Gate : public ForwardOnly {
   }
 
  private:
+  // Gives every output its memory: by `allocate`, but the modulated input has the anchor's where that is free.
+  void allocate_outputs(
+      const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, void (*allocate)(mx::array&)) const;
+
   GateRules rules_;
   float eps_;
   int n_branches_;

@@ -504,9 +504,7 @@ void allocate(mx::array& out) {
 }  // namespace
 
 void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  if (inputs.empty()) {  // a sibling cleared them
-    reject_second_try();
-  }
+  allocate_outputs(inputs, outputs, allocate);
   const auto& x = inputs[kX];
   Job job{};
   job.n_rows = x.shape(0) * x.shape(1);
@@ -519,30 +517,13 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   job.n_branches = n_branches_;
   job.n_terms = n_terms_;
 
-  // The siblings hold their own references to the inputs; without them the anchor can be donated: each of its rows is
-  // read before that row of the modulated input is written.
-  for (auto& out : outputs) {
-    if (&out.inputs() != &inputs && !out.is_tracer()) {
-      out.inputs().clear();
-    }
-  }
-  const auto& anchor = inputs[kAnchor];
-  if (anchor.is_donatable()) {
-    outputs[kModulated].copy_shared_buffer(anchor);
-  } else {
-    allocate(outputs[kModulated]);
-  }
-  for (size_t i = kNewState; i < outputs.size(); i++) {
-    allocate(outputs[i]);
-  }
-
   job.x = x.data<char>();
   job.shift = inputs[kShift].data<char>();
   job.scale = inputs[kScale].data<char>();
   const auto& mod = inputs[kScale];
   job.mod_token_stride = mod.shape(1) == 1 ? 0 : job.channels;
   job.mod_batch_stride = mod.shape(0) == 1 ? 0 : size_t(mod.shape(1)) * job.channels;
-  job.anchor = anchor.data<char>();
+  job.anchor = inputs[kAnchor].data<char>();
   job.modulated = outputs[kModulated].data<char>();
   for (int i = 0; i < n_branches_ * n_terms_; i++) {
     job.residuals[i] = inputs[kResiduals + i].data<char>();

@@ -4,6 +4,7 @@
 #pragma once
 
 #ifdef __METAL_VERSION__
+#include <metal_stdlib>
 #define GATE_FN inline
 #define GATE_FMA(a, b, c) metal::fma(a, b, c)
 #else

@@ -159,6 +159,9 @@ void CapturedGraph::record(const Arrays& placeholders, const Arrays& outputs) {
     nodes_.push_back(std::move(node));
   }
   for (auto& out : outputs) {
+    if (!output_stream_ && is_lazy(out) && out.has_primitive()) {
+      output_stream_ = out.primitive().stream();
+    }
     output_slots_.push_back(slot(out));
     output_shapes_.push_back(out.shape());
     output_dtypes_.push_back(out.dtype());
@@ -188,6 +191,16 @@ Arrays CapturedGraph::operator()(const Arrays& inputs) const {
     outputs.push_back(slots[i]);
   }
   return outputs;
+}
+
+std::set<mx::Stream> pending_streams(const Arrays& roots) {
+  std::set<mx::Stream> streams;
+  visit_lazy(roots, {}, [&](const mx::array& a) {
+    if (a.has_primitive()) {
+      streams.insert(a.primitive().stream());
+    }
+  });
+  return streams;
 }
 
 }  // namespace teacache

@@ -1,9 +1,9 @@
 // A traced body as a pure function of its inputs, replayed without Python.
 #pragma once
 
-#include <algorithm>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <set>
 #include <vector>
 
@@ -43,8 +43,12 @@ class CapturedGraph {
   bool reads_input(int i) const {
     return input_read_[i];
   }
-  bool runs_on_gpu() const {
-    return std::any_of(streams_.begin(), streams_.end(), [](auto& s) { return s.device == mx::Device::gpu; });
+  // Where the outputs are computed: the stream of the first that is; none if all are inputs or constants.
+  std::optional<mx::Stream> output_stream() const {
+    return output_stream_;
+  }
+  const std::set<mx::Stream>& streams() const {
+    return streams_;
   }
   // Whether every node runs on s.
   bool runs_on(mx::Stream s) const {
@@ -71,6 +75,10 @@ class CapturedGraph {
   std::vector<mx::Shape> output_shapes_;
   std::vector<mx::Dtype> output_dtypes_;
   std::set<mx::Stream> streams_;
+  std::optional<mx::Stream> output_stream_;
 };
+
+// Where the arrays that roots depend on and that are not evaluated yet, roots among them, will be computed.
+std::set<mx::Stream> pending_streams(const Arrays& roots);
 
 }  // namespace teacache

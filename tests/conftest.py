@@ -8,6 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+pytest.register_assert_rewrite("gate_cases")
+
 
 @pytest.fixture(autouse=True)
 def _device(request: pytest.FixtureRequest) -> None:

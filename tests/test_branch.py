@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -199,6 +200,52 @@ def test_body_on_another_stream_waits_for_its_inputs() -> None:
     assert mx.allclose(step(x), 2 * mx.sort(mx.sin(mx.sort(x + 1.0))), atol=1e-6).item()
 
 
+@pytest.mark.parametrize("evaluate", [mx.eval, mx.async_eval])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_streams_of_inputs_body_and_consumers(skipped: bool, compiled: bool, evaluate: Callable[..., None]) -> None:
+    """The body on one stream, each input and each consumer on another: every combination of three streams."""
+    streams = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
+
+    def slow(x: mx.array, stream: mx.Stream) -> mx.array:
+        for _ in range(3):
+            x = mx.sort(mx.negative(x, stream=stream), stream=stream)
+        return x
+
+    for at in streams:
+        body = ops.Body(lambda *xs, at=at: [slow(x, at) for x in xs])
+
+        def step(x: mx.array, body: ops.Body = body) -> list[mx.array]:
+            inputs = [slow(x + i, s) for i, s in enumerate(streams)]
+            on_skip = [slow(x - i, s) for i, s in enumerate(streams)]
+            outs = ops.branch(mx.any(x > 1e9) == (not skipped), on_skip, body, inputs)
+            return [slow(outs[(i + j) % 3], s) for i, s in enumerate(streams) for j in range(3)]
+
+        x = mx.random.normal((1 << 14,), key=mx.random.key(0))
+        want = [slow(x - i if skipped else slow(x + i, streams[0]), streams[0]) for i in range(3)]
+        want = [slow(w, streams[0]) for w in want]
+        got = (mx.compile(step) if compiled else step)(x)
+        evaluate(got)
+        for i in range(3):
+            for j in range(3):
+                assert equal(got[3 * i + j], want[(i + j) % 3]), (at, i, j)
+
+
+def test_outputs_that_nobody_reads_of_a_body_on_another_stream() -> None:
+    """Their memory is not given away before the body has written it."""
+    other = mx.new_stream(mx.cpu)
+    size = 1 << 18
+    body = ops.Body(lambda x: [x + 1.0, mx.sort(mx.sort(x, stream=other), stream=other) * 0.0 - 7.0])
+    x = mx.random.normal((size,), key=mx.random.key(0))
+    for _ in range(20):
+        out, _ = ops.branch(FALSE, [x, x], body, [mx.add(x, 0.0, stream=other)])
+        mx.async_eval(out)
+        fresh = [mx.array(np.full(size, i, np.float32)) for i in range(4)]
+        mx.synchronize(other)
+        assert [f[0].item() for f in fresh] == [0.0, 1.0, 2.0, 3.0]
+        assert all(mx.all(f == i).item() for i, f in enumerate(fresh))
+
+
 def test_inputs_and_constants_as_outputs() -> None:
     constant = mx.array([7.0, 8.0])
     body = ops.Body(lambda x, y: [y, constant, constant * 2, x, x])
@@ -249,6 +296,24 @@ def test_a_skipped_body_is_not_evaluated() -> None:
     body = ops.Body(lambda x: [mx.linalg.inv(x, stream=mx.cpu)])
     out = ops.branch(TRUE, [mx.ones((2, 2))], body, [mx.zeros((2, 2))])
     assert equal(out[0], mx.ones((2, 2)))
+
+
+def test_two_branches_on_one_decision_read_once_outside_compile() -> None:
+    body = ops.Body(lambda x: [mx.cumsum(x)])
+    x = mx.ones(4)
+    for make, reads in ((ops.decide, 1), (lambda skip: skip, 2)):
+        ops.reset_counters()
+        skip = make(mx.sum(x) > 100)
+        (a,) = ops.branch(skip, [x], body, [x])
+        (b,) = ops.branch(skip, [a], body, [a])
+        assert b.tolist() == [1.0, 3.0, 6.0, 10.0]
+        assert ops.counters() == {"reads": reads, "computed": 2, "reused": 0}
+
+
+def test_decide_refuses_what_is_no_decision() -> None:
+    for wrong in (mx.zeros(3), mx.array([True]), mx.array(1)):
+        with pytest.raises(ValueError, match=r"^\[branch\] skip must be a bool scalar or a gate's state"):
+            ops.decide(wrong)
 
 
 def test_two_branches_on_one_decision_read_once() -> None:

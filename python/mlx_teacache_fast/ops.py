@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from . import reference
-from ._ext import CapturedGraph, counters, gate, reset_counters
+from ._ext import CapturedGraph, counters, decide, gate, gpu_supported, reset_counters
 from ._ext import branch as _branch
 
-__all__ = ["Body", "branch", "counters", "gate", "reference", "reset_counters"]
+__all__ = ["Body", "branch", "counters", "decide", "gate", "gpu_supported", "reference", "reset_counters"]
 
 
 class Body:
@@ -48,12 +48,13 @@ class Body:
 def branch(skip: mx.array, on_skip: Sequence[mx.array], body: Body, inputs: Sequence[mx.array]) -> list[mx.array]:
     """``on_skip`` if ``skip``, else ``body(*inputs)``: a conditional that evaluates one side only.
 
-    Lazy, in eager code and inside ``mx.compile``. An evaluation reads ``skip`` on the host once; inside ``mx.compile``
-    all branches on the same ``skip`` share that read. A body that is left out costs nothing, and what only it needs is
-    still computed only if it is an input. While a body runs, nothing of ``on_skip`` is kept alive by the branch.
+    Lazy, in eager code and inside ``mx.compile``. An evaluation reads ``skip`` on the host once. All branches on the
+    same ``skip`` share that read inside ``mx.compile``, and on what ``decide`` made of it everywhere. A body that is
+    left out costs nothing, and what only it needs is still computed only if it is an input. While a body runs, nothing
+    of ``on_skip`` is kept alive by the branch.
 
     Args:
-        skip (array): Bool scalar, or the state that ``gate`` returns (float32 ``(8,)``).
+        skip (array): Bool scalar, the state that ``gate`` returns (float32 ``(8,)``), or what ``decide`` made of them.
         on_skip (list of array): One for each output of the body, of the shape and dtype that the body returns.
         body (Body): What to evaluate otherwise.
         inputs (list of array): The body's arguments.
@@ -64,7 +65,7 @@ def branch(skip: mx.array, on_skip: Sequence[mx.array], body: Body, inputs: Sequ
     Raises:
         ValueError: ``skip`` or ``on_skip`` does not fit, or the body cannot be traced (see ``Body``).
         TypeError: An argument is of another type than those above.
-        RuntimeError: An input or the body is on a GPU; this build evaluates branches on the CPU.
+        RuntimeError: An input or the body is on a GPU, and this build has no kernels for it (``gpu_supported``).
     """
     if not isinstance(skip, mx.array):
         raise TypeError(f"[branch] skip must be an array, got {type(skip).__name__}: mx.array(True), for example")

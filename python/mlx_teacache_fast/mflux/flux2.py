@@ -46,10 +46,11 @@ def gated_predict(
     def step(arrays: list[mx.array], force: mx.array, kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
         state, anchor, *residuals = arrays
         reused: list[mx.array] = []
+        skip = state
         new_residuals: list[mx.array] = []
 
         def image_tokens(inputs: _BlockInputs) -> mx.array:
-            nonlocal state, anchor, reused
+            nonlocal state, anchor, reused, skip
             branch = len(new_residuals)  # the n-th call of the transformer is branch n of the guidance
             if branch == 0:  # block 0's modulated input does not depend on the prompt: one gate for all branches
                 shift, scale, _ = inputs.image_modulation[0]
@@ -67,7 +68,8 @@ def gated_predict(
                     calibrated_range=handle.calibrated_range,
                     eps=norm_eps,
                 )
-            out, residual = ops.branch(state, [reused[branch], residuals[branch]], body, inputs.flat())
+                skip = ops.decide(state)
+            out, residual = ops.branch(skip, [reused[branch], residuals[branch]], body, inputs.flat())
             new_residuals.append(residual)
             return out
 

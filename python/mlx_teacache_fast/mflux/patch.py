@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from .. import ops
 from ..errors import (
     IncompatibleModelError,
     InvalidStepWindowError,
@@ -103,9 +104,9 @@ class Patch:
     """
 
     def __init__(self, flux: Any, handle: Handle) -> None:
-        if mx.default_device() == mx.gpu:
+        if mx.default_device() == mx.gpu and not ops.gpu_supported():
             raise TeaCacheError(
-                "this build has no GPU kernel for the gate: run on the CPU with mx.set_default_device(mx.cpu)"
+                "this build has no kernels for MLX's GPU: run on the CPU with mx.set_default_device(mx.cpu)"
             )
         handle._patch = self  # first, so that restore() undoes a patch that was interrupted
         self._handle = handle

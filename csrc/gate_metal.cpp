@@ -1,0 +1,136 @@
+// GATE on Metal: pipelines, buffers and dispatch of metal/gate.metal.
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#include "gate.h"
+#include "gate_params.h"
+#include "gate_source.h"  // the kernel's text, made by cmake/embed_metal.py
+#include "mlx/backend/metal/device.h"
+
+namespace teacache {
+
+static_assert(kGateMaxResiduals == kMaxBranches * kMaxTerms && kMaxBranches == 2);
+
+namespace {
+
+const char* metal_type(mx::Dtype t) {
+  return t == mx::float32 ? "float" : t == mx::float16 ? "half" : "bfloat";
+}
+
+// Fences between threadgroups, which one dispatch needs, came with Metal 3.2. MLX compiles for the newest version that
+// the system has. MLX_TEACACHE_FAST_METAL_DISPATCHES=2 has the older way measured and tested on newer systems.
+bool one_dispatch() {
+  if (const char* set = std::getenv("MLX_TEACACHE_FAST_METAL_DISPATCHES"); set && std::string(set) == "2") {
+    return false;
+  }
+  if (__builtin_available(macOS 15, *)) {
+    return true;
+  }
+  return false;
+}
+
+// Compiled at first use, one library for each variant: all of them would be hundreds.
+MTL::Library* library_of(mx::metal::Device& device, const std::string& kernel, const std::string& arguments) {
+  return device.get_library("mlx_teacache_fast_" + kernel, [&] {
+    return std::string(gate_source) + "\ninstantiate_kernel(\"" + kernel + "\", gate, " + arguments + ")\n";
+  });
+}
+
+}  // namespace
+
+bool gpu_supported() {
+  return mx::is_available(mx::Device::gpu);
+}
+
+void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  allocate_outputs(inputs, outputs, [](mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); });
+  const auto& x = inputs[kX];
+  const auto& mod = inputs[kScale];
+  const auto& residual = inputs[kResiduals];
+  auto& device = mx::metal::device(stream().device);
+
+  const unsigned int rows = x.shape(0) * x.shape(1);
+  const unsigned int channels = x.shape(2);
+
+  // Whole 16-byte words, if every array begins at one and a row ends with one.
+  bool aligned = channels % kGatePack == 0;
+  for (int i = 0; i < int(inputs.size()); i++) {
+    aligned &= (i > kAnchor && i < kResiduals) || inputs[i].offset() % 16 == 0;
+  }
+  const bool one = one_dispatch();
+  const std::string types[] = {metal_type(x.dtype()), metal_type(mod.dtype()), metal_type(residual.dtype())};
+  MTL::Library* library;
+  auto kernel_with = [&](int packs) {
+    std::string name = "gate";
+    std::string arguments;
+    for (auto& argument :
+         {types[0], types[1], types[2], std::to_string(n_branches_), std::to_string(n_terms_), std::to_string(packs),
+          std::string(aligned ? "true" : "false"), std::string(one ? "true" : "false")}) {
+      name += "_" + argument;
+      arguments += (arguments.empty() ? "" : ", ") + argument;
+    }
+    library = library_of(device, name, arguments);
+    return device.get_kernel(name, library);
+  };
+  // A pipeline that needs many registers admits fewer threads: then each takes more of a row.
+  auto grid = gate_grid(rows, channels, kGateMaxThreads);
+  auto* kernel = kernel_with(grid.packs);
+  while (kernel->maxTotalThreadsPerThreadgroup() < grid.threads) {
+    const unsigned int fewer = kernel->maxTotalThreadsPerThreadgroup() / kGateSimdWidth * kGateSimdWidth;
+    grid = gate_grid(rows, channels, fewer);
+    kernel = kernel_with(grid.packs);
+  }
+  const GateParams params =
+      gate_params(x.shape(0), x.shape(1), channels, mod.shape(0), mod.shape(1), eps_, rules_, grid);
+
+  // Arrays of this evaluation alone, so that two gates in flight share neither; MLX keeps them until the GPU is done.
+  mx::array partials({int(kGatePartials * grid.groups)}, mx::uint32, nullptr, {});
+  partials.set_data(mx::allocator::malloc(partials.nbytes()));
+  mx::array counter(0, mx::uint32);
+
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  encoder.add_temporary(partials);
+  encoder.add_temporary(counter);
+  // An array without elements has no buffer; any other one stands in, since nothing is read or written.
+  auto bind_input = [&](const mx::array& a, int index) {
+    encoder.set_input_array(a.size() > 0 ? a : inputs[kState], index);
+  };
+  auto bind_output = [&](mx::array& a, int index) {
+    encoder.set_output_array(a.size() > 0 ? a : outputs[kNewState], index);
+  };
+  encoder.set_compute_pipeline_state(kernel);
+  bind_input(x, kBufferX);
+  bind_input(inputs[kShift], kBufferShift);
+  bind_input(mod, kBufferScale);
+  bind_input(inputs[kAnchor], kBufferAnchor);
+  bind_input(inputs[kWeights], kBufferWeights);
+  bind_input(inputs[kState], kBufferState);
+  bind_input(inputs[kForce], kBufferForce);
+  for (int i = 0; i < kGateMaxResiduals; i++) {
+    bind_input(inputs[kResiduals + (i < n_branches_ * n_terms_ ? i : 0)], kBufferResidual0 + i);
+  }
+  bind_output(outputs[kModulated], kBufferModulated);
+  bind_output(outputs[kNewState], kBufferNewState);
+  bind_output(outputs[kReused], kBufferReused0);
+  bind_output(outputs[kReused + n_branches_ - 1], kBufferReused1);
+  bind_output(partials, kBufferPartials);
+  bind_output(counter, kBufferCounter);
+  encoder.set_bytes(params, kBufferParams);
+  encoder.dispatch_threadgroups(MTL::Size(grid.groups, 1, 1), MTL::Size(grid.threads, 1, 1));
+  if (one) {
+    return;
+  }
+
+  kernel = device.get_kernel("gate_decide_sums", library);
+  const size_t threads = std::min<size_t>(256, kernel->maxTotalThreadsPerThreadgroup());
+  encoder.set_compute_pipeline_state(kernel);
+  bind_input(inputs[kState], kBufferState);
+  bind_input(inputs[kForce], kBufferForce);
+  bind_input(partials, kBufferPartials);
+  bind_output(outputs[kNewState], kBufferNewState);
+  encoder.set_bytes(params, kBufferParams);
+  encoder.dispatch_threadgroups(MTL::Size(1, 1, 1), MTL::Size(threads, 1, 1));
+}
+
+}  // namespace teacache

@@ -1,0 +1,4 @@
+// Stands in for Apple's header: what metal-cpp needs of it.
+#pragma once
+
+typedef struct __IOSurface* IOSurfaceRef;

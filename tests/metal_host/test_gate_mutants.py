@@ -1,0 +1,222 @@
+"""Faults put into the kernel's text, one at a time, to see that values, schedules and the checker find them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gate_cases import LEADING, Case, random_case, to_bytes
+
+from metal_host import why_unavailable
+from metal_host.gate_kernel import GateKernel, kernel_text, variant_of
+from metal_host.test_gate_metal import assert_right
+
+pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
+
+Mutate = Callable[[str], str]
+
+
+def swap(old: str, new: str, count: int = 1) -> Mutate:
+    """All of the ``count`` places where ``old`` stands; another number is an error, so that no mutant is a no-op."""
+
+    def mutate(text: str) -> str:
+        assert text.count(old) == count, f"{text.count(old)} times: {old}"
+        return text.replace(old, new)
+
+    return mutate
+
+
+def nth(old: str, new: str, n: int) -> Mutate:
+    """The ``n``-th place only, from 1."""
+
+    def mutate(text: str) -> str:
+        parts = text.split(old)
+        assert len(parts) > n, old
+        return old.join(parts[:n]) + new + old.join(parts[n:])
+
+    return mutate
+
+
+def both(*mutations: Mutate) -> Mutate:
+    def mutate(text: str) -> str:
+        for m in mutations:
+            text = m(text)
+        return text
+
+    return mutate
+
+
+FENCE = "atomic_thread_fence(mem_flags::mem_device, memory_order_seq_cst, thread_scope_device);"
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+LAST_BARRIER = "threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);"
+END_OF_ROW = "      if (column >= channels) {\n        break;\n      }\n"
+PARTIAL = "    device atomic_uint* partial = partials + kGatePartials * group;\n"
+
+MUTANTS: dict[str, Mutate] = {
+    # Synchronisation within a threadgroup
+    "sum without its barrier": swap(BARRIER, ""),
+    "sum with a barrier of nothing": swap(BARRIER, "threadgroup_barrier(mem_flags::mem_none);"),
+    "sum with a barrier of device memory": swap(BARRIER, "threadgroup_barrier(mem_flags::mem_device);"),
+    "mean and variance share their scratch": swap("scratch[kSumVariance]", "scratch[kSumMean]"),
+    "both distances share their scratch": nth("scratch[kSumAnchor]", "scratch[kSumDiff]", 2),
+    "barrier in divergent code": swap(BARRIER, f"if (at.sg == 0) {BARRIER}"),
+    "simd_sum in divergent code": swap("  v = simd_sum(v);", "  if (v != 0.0f) {\n    v = simd_sum(v);\n  }"),
+    "threads without columns return early": swap(
+        "  const uint stride =", "  if (lid * kGatePack >= channels) {\n    return;\n  }\n  const uint stride ="
+    ),
+    "every SIMD-group's sum assumed there": swap("at.lane < at.n_sg ? scratch[at.lane] : 0.0f", "scratch[at.lane]"),
+    "one SIMD-group's sum forgotten": swap("at.lane < at.n_sg ?", "at.lane + 1 < at.n_sg ?"),
+    "scratch for one SIMD-group": swap(
+        "typedef float Scratch[kSums][kGateMaxSimdgroups];", "typedef float Scratch[kSums][1];"
+    ),
+    # Between threadgroups
+    "no release fence": nth(FENCE, "", 1),
+    "no acquire fence": both(nth(FENCE, "", 3), nth(FENCE, "", 2)),
+    "no fence at all": swap(FENCE, "", 3),
+    "fences of threadgroup scope": swap("thread_scope_device", "thread_scope_threadgroup", 3),
+    "fences of threadgroup memory": swap("(mem_flags::mem_device, memory", "(mem_flags::mem_threadgroup, memory", 3),
+    "relaxed fences": swap("memory_order_seq_cst", "memory_order_relaxed", 3),
+    "release fence before the partial sums": both(nth(FENCE, "", 1), swap(PARTIAL, PARTIAL + "    " + FENCE + "\n")),
+    "partial sums after the count": both(
+        swap("    atomic_store_explicit(partial, as_type<uint>(group_diff), memory_order_relaxed);\n", ""),
+        swap(
+            "      is_last = finished",
+            "      atomic_store_explicit(partials + kGatePartials * group, as_type<uint>(group_diff), "
+            "memory_order_relaxed);\n      is_last = finished",
+        ),
+    ),
+    "no barrier before the last one decides": swap(LAST_BARRIER, ""),
+    "that barrier without threadgroup memory": swap(LAST_BARRIER, "threadgroup_barrier(mem_flags::mem_device);"),
+    "the last threadgroup is the next to last": swap("finished == p.groups - 1", "finished + 2 == p.groups"),
+    "the last threadgroup never comes": swap("finished == p.groups - 1", "finished == p.groups"),
+    "a count that is not atomic": swap(
+        "atomic_fetch_add_explicit(counter, 1u, memory_order_relaxed);",
+        "*reinterpret_cast<device uint*>(counter);\n      *reinterpret_cast<device uint*>(counter) = finished + 1;",
+    ),
+    "every threadgroup decides": swap("if (is_last == 1)", "if (is_last <= 1)"),
+    "the last threadgroup's sums forgotten": swap("g < p.groups;", "g + 1 < p.groups;"),
+    # Bounds and indices
+    "loads past a row's end": swap(
+        "p.v[i] = column + i < channels ? row[column + i] : T(0.0f);", "p.v[i] = row[column + i];"
+    ),
+    "stores past a row's end": swap("i < kGatePack && column + i < channels; i++", "i < kGatePack; i++"),
+    "packs past a row's end": swap(END_OF_ROW, "", 3),
+    "padding counts in the variance": swap("aligned || column + i < channels ? centered", "true ? centered"),
+    "padding counts in the distance": swap("if (aligned || column + i < channels) {", "if (true) {"),
+    "packs overlap": swap(
+        "const uint column = lid * kGatePack + k * stride;", "const uint column = lid * 4 + k * stride;", 3
+    ),
+    "16-byte loads of rows that are not": swap("  if (aligned) {", "  if (true) {", 2),
+    "rows past the last": swap("min(p.rows, (group + 1) * p.rows_per_group)", "(group + 1) * p.rows_per_group"),
+    "a threadgroup's last row forgotten": swap("row < end; row++", "row + 1 < end; row++"),
+    "the first batch's modulation for all": swap("packs == 0 || mod != mod_at", "mod_at == ~size_t(0)"),
+    "the scale of the first batch": swap("load_pack<aligned>(scale + mod,", "load_pack<aligned>(scale,"),
+    "the anchor's first row": swap("load_pack<aligned>(anchor + begin,", "load_pack<aligned>(anchor,"),
+    "terms of the other branch": swap("residuals[b * terms + t]", "residuals[t * branches + b]"),
+    "weights of the other branch": swap("w[b * terms + t]", "w[t * branches + b]"),
+    "one branch written twice": swap(
+        "store_pack<aligned>(reused[b] + begin,", "store_pack<aligned>(reused[0] + begin,"
+    ),
+    "writes to an input": swap(
+        "store_pack<aligned>(modulated + begin, column, channels, out);",
+        "store_pack<aligned>(modulated + begin, column, channels, out);\n"
+        "      const_cast<device X*>(x_row)[column] = xs[slot].v[0];",
+    ),
+    # Arithmetic
+    "variance by one less": swap(
+        "squares, scratch[kSumVariance], at) / float(channels)",
+        "squares, scratch[kSumVariance], at) / float(channels - 1)",
+    ),
+    "variance in one pass": both(
+        swap("const float centered = float(xp.v[i]) - mean;", "const float centered = float(xp.v[i]);"),
+        swap("sqrt(variance + p.eps)", "sqrt(variance - mean * mean + p.eps)"),
+    ),
+    "half-precision mean": swap(
+        "const float centered = float(xp.v[i]) - mean;", "const float centered = float(xp.v[i]) - float(half(mean));"
+    ),
+    "no epsilon": swap("precise::sqrt(variance + p.eps)", "precise::sqrt(variance)"),
+    "product not rounded": swap("const O product = O(", "const float product = ("),
+    "difference not rounded": swap("abs(float(O(float(m) - a)))", "abs(float(m) - a)"),
+    "scale + 1 not rounded": both(
+        swap("scales[slot].v[i] = M(1.0f + float(scales[slot].v[i]));", ""),
+        swap("float(scales[slot].v[i]) * float(norm)", "(1.0f + float(scales[slot].v[i])) * float(norm)"),
+    ),
+    "reuse rounded twice": swap("Y(float(xp.v[i]) + change[i])", "Y(float(xp.v[i]) + float(Y(change[i])))"),
+    "anchor read after it is overwritten": both(
+        swap("      const Pack<O> before = load_pack<aligned>(anchor + begin, column, channels);\n", ""),
+        swap(
+            "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
+            "      store_pack<aligned>(modulated + begin, column, channels, Pack<O>{});\n"
+            "      const Pack<O> before = load_pack<aligned>(anchor + begin, column, channels);\n"
+            "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
+        ),
+    ),
+    "elements that are not finite do not count": swap("gate_is_finite(float(m)) ? 0.0f : 1.0f", "0.0f"),
+    "distances exchanged": swap("diff / count, anchor / count", "anchor / count, diff / count"),
+    "polynomial from the other end": swap("rules.coefficients[i]);", "rules.coefficients[5 - i]);"),
+    "accumulated and streak exchanged": both(
+        swap("s.accumulated = state[4];", "s.accumulated = state[5];"),
+        swap("s.streak = state[5];", "s.streak = state[4];"),
+    ),
+}
+
+
+# What goes unnoticed, and why.
+SURVIVORS: dict[str, Mutate] = {
+    # The release fence orders plain stores too; that Metal promises visibility to other threadgroups for atomic and
+    # coherent(device) accesses only is not in the model where the reader's are atomic.
+    "partial sums that are not atomic": swap(
+        "atomic_store_explicit(partial, as_type<uint>(group_diff), memory_order_relaxed);",
+        "*reinterpret_cast<device uint*>(partial) = as_type<uint>(group_diff);",
+    ),
+}
+
+
+def cases() -> list[Case]:
+    f32, bf16 = mx.float32, mx.bfloat16
+    far = random_case((2, 5, 301), bf16, branches=2, terms=2, mean=4.0)  # rows end in a part of a pack
+    return [
+        random_case((1, 131, 264), f32, branches=2, terms=2),  # a threadgroup of two rows, one of one, idle threads
+        random_case((3, 51, 264), f32, branches=2, terms=2, mean=3000.0),  # batches end inside a threadgroup's rows
+        random_case((1, 3, 264), f32, branches=2, terms=2, deviation=1e-3),  # epsilon counts
+        far,
+        replace(far, anchor=-2.7 * far.anchor[::-1]),  # differences are no bfloat16 numbers
+    ]
+
+
+def run_suite(folder: Path, text: str) -> None:
+    """Raises AssertionError, KernelError among them, if something is wrong with the kernel's text."""
+    kernel = GateKernel(folder, [variant_of(case, 1) for case in cases()], text=text)
+    for case in cases():
+        seen = set()
+        for seed in range(8):
+            options = dict(seed=seed, preempt=(0, 16)[seed % 2], resident_groups=(3, 7)[seed // 2 % 2])
+            result = kernel.run(case, **options)
+            if seed == 0:
+                assert_right(result, case)
+            seen.add(to_bytes(result.modulated, *result.reused, result.state))
+        assert len(seen) == 1
+    # An element that is not finite: a first step has no anchor after it.
+    case = random_case((1, 131, 264), mx.float32, branches=2, terms=2)
+    shift = np.array(case.shift)
+    shift[..., -1] = np.nan
+    first = replace(case, shift=mx.array(shift), state=mx.zeros(8), force=LEADING)
+    assert kernel.run(first).state[6].item() == 0
+
+
+def test_the_text_as_it_is(folder: Path) -> None:
+    run_suite(folder, kernel_text())
+
+
+@pytest.mark.parametrize("name", SURVIVORS)
+def test_survivor_is_not_caught(folder: Path, name: str) -> None:
+    run_suite(folder, SURVIVORS[name](kernel_text()))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(folder: Path, name: str) -> None:
+    mutated = MUTANTS[name](kernel_text())
+    with pytest.raises(AssertionError):
+        run_suite(folder, mutated)
