@@ -18,14 +18,15 @@ const char* metal_type(mx::Dtype t) {
   return t == mx::float32 ? "float" : t == mx::float16 ? "half" : "bfloat";
 }
 
-// Fences between threadgroups, which one dispatch needs, came with Metal 3.2. MLX compiles for the newest version that
-// the system has. MLX_TEACACHE_FAST_METAL_DISPATCHES=2 has the older way measured and tested on newer systems.
-bool one_dispatch() {
+// Fences between threadgroups, which one dispatch needs, came with Metal 3.2 (macOS 15), for which MLX compiles where
+// it can; MLX's own fences between kernels ask for the same family of GPUs. MLX_TEACACHE_FAST_METAL_DISPATCHES=2 has
+// the older way measured and tested on newer systems.
+bool one_dispatch(mx::metal::Device& device) {
   if (const char* set = std::getenv("MLX_TEACACHE_FAST_METAL_DISPATCHES"); set && std::string(set) == "2") {
     return false;
   }
   if (__builtin_available(macOS 15, *)) {
-    return true;
+    return device.mtl_device()->supportsFamily(MTL::GPUFamilyMetal3);
   }
   return false;
 }
@@ -58,7 +59,7 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   for (int i = 0; i < int(inputs.size()); i++) {
     aligned &= (i > kAnchor && i < kResiduals) || inputs[i].offset() % 16 == 0;
   }
-  const bool one = one_dispatch();
+  const bool one = one_dispatch(device);
   const std::string types[] = {metal_type(x.dtype()), metal_type(mod.dtype()), metal_type(residual.dtype())};
   MTL::Library* library;
   auto kernel_with = [&](int packs) {

@@ -35,24 +35,24 @@ struct Pack {
 };
 
 // What 16 bytes hold: 4 floats, or 8 elements of a 16-bit type.
-inline void unpack(uint4 word, thread float* v) {
+inline void from_word(uint4 word, thread float* v) {
   for (int i = 0; i < 4; i++) {
     v[i] = as_type<float>(word[i]);
   }
 }
 template <typename T>
-inline void unpack(uint4 word, thread T* v) {
+inline void from_word(uint4 word, thread T* v) {
   for (int i = 0; i < 4; i++) {
     const vec<T, 2> pair = as_type<vec<T, 2>>(word[i]);
     v[2 * i] = pair[0];
     v[2 * i + 1] = pair[1];
   }
 }
-inline uint4 packed(thread const float* v) {
+inline uint4 to_word(thread const float* v) {
   return uint4(as_type<uint>(v[0]), as_type<uint>(v[1]), as_type<uint>(v[2]), as_type<uint>(v[3]));
 }
 template <typename T>
-inline uint4 packed(thread const T* v) {
+inline uint4 to_word(thread const T* v) {
   uint4 word;
   for (int i = 0; i < 4; i++) {
     word[i] = as_type<uint>(vec<T, 2>(v[2 * i], v[2 * i + 1]));
@@ -69,7 +69,7 @@ inline Pack<T> load_pack(device const T* row, uint column, uint channels) {
   if (aligned) {
     device const uint4* words = reinterpret_cast<device const uint4*>(row + column);
     for (int w = 0; w < kGatePack / per_word; w++) {
-      unpack(words[w], p.v + w * per_word);
+      from_word(words[w], p.v + w * per_word);
     }
   } else {
     for (int i = 0; i < kGatePack; i++) {
@@ -85,7 +85,7 @@ inline void store_pack(device T* row, uint column, uint channels, Pack<T> p) {
   if (aligned) {
     device uint4* words = reinterpret_cast<device uint4*>(row + column);
     for (int w = 0; w < kGatePack / per_word; w++) {
-      words[w] = packed(p.v + w * per_word);
+      words[w] = to_word(p.v + w * per_word);
     }
   } else {
     for (int i = 0; i < kGatePack && column + i < channels; i++) {
@@ -104,7 +104,9 @@ struct Place {
 // Each sum has a row of its own. A row is written again only after a barrier of another sum, which no thread passes
 // before it has read: so one barrier for each sum is enough. (In a loop, two sums take turns.)
 enum SumOf { kSumMean, kSumVariance, kSumDiff, kSumAnchor, kSumNotFinite, kSums };
-typedef float Scratch[kSums][kGateMaxSimdgroups];
+struct Scratch {
+  float of[kSums][kGateMaxSimdgroups];
+};
 
 // The order is fixed by the hardware's simd_sum and by the number of threads: the same each time.
 inline float threadgroup_sum(float v, threadgroup float* scratch, Place at) {
@@ -135,9 +137,9 @@ inline void decide(
     anchor += as_type<float>(atomic_load_explicit(partial + 1, memory_order_relaxed));
     not_finite += as_type<float>(atomic_load_explicit(partial + 2, memory_order_relaxed));
   }
-  diff = threadgroup_sum(diff, scratch[kSumDiff], at);
-  anchor = threadgroup_sum(anchor, scratch[kSumAnchor], at);
-  not_finite = threadgroup_sum(not_finite, scratch[kSumNotFinite], at);
+  diff = threadgroup_sum(diff, scratch.of[kSumDiff], at);
+  anchor = threadgroup_sum(anchor, scratch.of[kSumAnchor], at);
+  not_finite = threadgroup_sum(not_finite, scratch.of[kSumNotFinite], at);
   if (at.lid == 0) {
     const float count = float(p.rows) * float(p.channels);
     GateState s;
@@ -215,7 +217,8 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
   const uint n_packs = packs > 0 ? uint(packs) : (channels + stride - 1) / stride;
   constexpr int held = packs > 0 ? packs : 1;
   Pack<X> xs[held];
-  Pack<M> scales[held];  // 1 + scale
+  Pack<O> befores[held];  // the anchor
+  Pack<M> scales[held];   // 1 + scale
   Pack<M> shifts[held];
   size_t mod_at = ~size_t(0);  // where they were read
 
@@ -227,7 +230,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
     const size_t begin = size_t(row) * channels;
     device const X* x_row = x + begin;
 
-    // One read of x: its sum, and all that reuse needs.
+    // All reads of the row at once, so that they are in flight together; the sum of x, and reuse, which needs no more.
     float sum = 0.0f;
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
@@ -236,6 +239,9 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
       }
       const Pack<X> xp = load_pack<aligned>(x_row, column, channels);
       xs[packs > 0 ? k : 0] = xp;
+      if (packs > 0) {
+        befores[k] = load_pack<aligned>(anchor + begin, column, channels);
+      }
       for (int i = 0; i < kGatePack; i++) {
         sum += float(xp.v[i]);
       }
@@ -258,7 +264,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
     }
 
     // LayerNorm statistics in two passes: E[x^2] - mean^2 cancels for a large mean.
-    const float mean = threadgroup_sum(sum, scratch[kSumMean], at) / float(channels);
+    const float mean = threadgroup_sum(sum, scratch.of[kSumMean], at) / float(channels);
     float squares = 0.0f;
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
@@ -274,7 +280,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
         squares += aligned || column + i < channels ? centered * centered : 0.0f;
       }
     }
-    const float variance = threadgroup_sum(squares, scratch[kSumVariance], at) / float(channels);
+    const float variance = threadgroup_sum(squares, scratch.of[kSumVariance], at) / float(channels);
     const float rstd = 1.0f / precise::sqrt(variance + p.eps);
 
     // Modulation, rounded to the result's dtype after each operation as the unfused ops do, and both sums.
@@ -287,6 +293,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
       const uint slot = packs > 0 ? k : 0;
       if (packs == 0) {
         xs[0] = load_pack<aligned>(x_row, column, channels);
+        befores[0] = load_pack<aligned>(anchor + begin, column, channels);
       }
       if (packs == 0 || mod != mod_at) {
         shifts[slot] = load_pack<aligned>(shift + mod, column, channels);
@@ -295,7 +302,6 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
           scales[slot].v[i] = M(1.0f + float(scales[slot].v[i]));
         }
       }
-      const Pack<O> before = load_pack<aligned>(anchor + begin, column, channels);
       Pack<O> out;
       for (int i = 0; i < kGatePack; i++) {
         const X norm = X((float(xs[slot].v[i]) - mean) * rstd);
@@ -303,7 +309,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
         const O m = O(float(product) + float(shifts[slot].v[i]));
         out.v[i] = m;
         if (aligned || column + i < channels) {
-          const float a = float(before.v[i]);
+          const float a = float(befores[slot].v[i]);
           diff_sum += abs(float(O(float(m) - a)));
           anchor_sum += abs(a);
           not_finite += gate_is_finite(float(m)) ? 0.0f : 1.0f;
@@ -314,9 +320,9 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
     mod_at = mod;
   }
 
-  const float group_diff = threadgroup_sum(diff_sum, scratch[kSumDiff], at);
-  const float group_anchor = threadgroup_sum(anchor_sum, scratch[kSumAnchor], at);
-  const float group_not_finite = threadgroup_sum(not_finite, scratch[kSumNotFinite], at);
+  const float group_diff = threadgroup_sum(diff_sum, scratch.of[kSumDiff], at);
+  const float group_anchor = threadgroup_sum(anchor_sum, scratch.of[kSumAnchor], at);
+  const float group_not_finite = threadgroup_sum(not_finite, scratch.of[kSumNotFinite], at);
   if (lid == 0) {
     device atomic_uint* partial = partials + kGatePartials * group;
     atomic_store_explicit(partial, as_type<uint>(group_diff), memory_order_relaxed);

@@ -63,3 +63,16 @@ def generate(flux: Any) -> Generate:
         return np.asarray(flux.generate_image(**arguments).image)
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What tests measured, by ``record_property``, after their dots."""
+    measured: dict[str, list[str]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            measured.setdefault(name, []).append(str(value))
+    if measured:
+        terminalreporter.section("measured")
+    for name, values in sorted(measured.items()):
+        count = f" ({len(values)})" if len(values) > 1 else ""
+        terminalreporter.line(f"{name}{count}: {'; '.join(sorted(values))}")

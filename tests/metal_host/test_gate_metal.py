@@ -233,7 +233,7 @@ def test_grid(header: Header) -> None:
 # ---- Synchronisation
 
 
-def test_no_alarm_in_300_runs(checked: GateKernel) -> None:
+def test_no_alarm_in_300_runs(checked: GateKernel, record_property: Callable[[str, object], None]) -> None:
     """Shuffled schedules, weak loads, preemption at plain accesses; every run gives the same bits."""
     cases = [
         (random_case((1, 130, 72), mx.bfloat16), 200),
@@ -248,8 +248,8 @@ def test_no_alarm_in_300_runs(checked: GateKernel) -> None:
             seen.add(to_bytes(result.modulated, *result.reused, result.state))
             runs += 1
         assert len(seen) == 1
-    print(f"{runs} checked runs, 0 alarms")
     assert runs == 300
+    record_property("metal: checked runs without an alarm", runs)
 
 
 @pytest.mark.skipif(why_no_lint() is not None, reason=why_no_lint() or "")
@@ -263,7 +263,7 @@ def test_address_spaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bf16", "f32"])
-def test_real_size(folder: Path, dtype: mx.Dtype) -> None:
+def test_real_size(folder: Path, dtype: mx.Dtype, record_property: Callable[[str, object], None]) -> None:
     """A picture of 1024 x 1024 pixels: values, and the bytes of device memory beside the fewest there are."""
     case = random_case((1, 4096, 3072), dtype)
     fast = GateKernel(folder, [variant_of(case, 1)], mode="fast")
@@ -274,7 +274,10 @@ def test_real_size(folder: Path, dtype: mx.Dtype) -> None:
     b = GateKernel(folder, []).header.buffer
     device = sum(n for i, n in [*counted.runs[0].read.items(), *counted.runs[0].written.items()] if i != b("params"))
     fewest = 5 * case.x.nbytes + 2 * case.shift.nbytes
-    print(f"{dtype}: {device / case.x.size:.3f} bytes for each element, {device / fewest:.4f} of the fewest")
+    record_property(
+        f"metal: bytes for each element at 4096 x 3072, {str(dtype).split('.')[-1]}",
+        f"{device / case.x.size:.3f}, {device / fewest:.4f} of the fewest",
+    )
     for name in ("x", "anchor", "residual0"):
         assert counted.runs[0].read[b(name)] == case.x.nbytes
     for name in ("modulated", "reused0"):

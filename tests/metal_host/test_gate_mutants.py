@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gate_cases import LEADING, Case, random_case, to_bytes
 
-from metal_host import why_unavailable
+from metal_host import KernelError, why_unavailable
 from metal_host.gate_kernel import GateKernel, kernel_text, variant_of
 from metal_host.test_gate_metal import assert_right
 
@@ -59,8 +59,8 @@ MUTANTS: dict[str, Mutate] = {
     "sum without its barrier": swap(BARRIER, ""),
     "sum with a barrier of nothing": swap(BARRIER, "threadgroup_barrier(mem_flags::mem_none);"),
     "sum with a barrier of device memory": swap(BARRIER, "threadgroup_barrier(mem_flags::mem_device);"),
-    "mean and variance share their scratch": swap("scratch[kSumVariance]", "scratch[kSumMean]"),
-    "both distances share their scratch": nth("scratch[kSumAnchor]", "scratch[kSumDiff]", 2),
+    "mean and variance share their scratch": swap("scratch.of[kSumVariance]", "scratch.of[kSumMean]"),
+    "both distances share their scratch": nth("scratch.of[kSumAnchor]", "scratch.of[kSumDiff]", 2),
     "barrier in divergent code": swap(BARRIER, f"if (at.sg == 0) {BARRIER}"),
     "simd_sum in divergent code": swap("  v = simd_sum(v);", "  if (v != 0.0f) {\n    v = simd_sum(v);\n  }"),
     "threads without columns return early": swap(
@@ -68,9 +68,7 @@ MUTANTS: dict[str, Mutate] = {
     ),
     "every SIMD-group's sum assumed there": swap("at.lane < at.n_sg ? scratch[at.lane] : 0.0f", "scratch[at.lane]"),
     "one SIMD-group's sum forgotten": swap("at.lane < at.n_sg ?", "at.lane + 1 < at.n_sg ?"),
-    "scratch for one SIMD-group": swap(
-        "typedef float Scratch[kSums][kGateMaxSimdgroups];", "typedef float Scratch[kSums][1];"
-    ),
+    "scratch for one SIMD-group": swap("float of[kSums][kGateMaxSimdgroups];", "float of[kSums][1];"),
     # Between threadgroups
     "no release fence": nth(FENCE, "", 1),
     "no acquire fence": both(nth(FENCE, "", 3), nth(FENCE, "", 2)),
@@ -113,7 +111,7 @@ MUTANTS: dict[str, Mutate] = {
     "a threadgroup's last row forgotten": swap("row < end; row++", "row + 1 < end; row++"),
     "the first batch's modulation for all": swap("packs == 0 || mod != mod_at", "mod_at == ~size_t(0)"),
     "the scale of the first batch": swap("load_pack<aligned>(scale + mod,", "load_pack<aligned>(scale,"),
-    "the anchor's first row": swap("load_pack<aligned>(anchor + begin,", "load_pack<aligned>(anchor,"),
+    "the anchor's first row": swap("load_pack<aligned>(anchor + begin,", "load_pack<aligned>(anchor,", 2),
     "terms of the other branch": swap("residuals[b * terms + t]", "residuals[t * branches + b]"),
     "weights of the other branch": swap("w[b * terms + t]", "w[t * branches + b]"),
     "one branch written twice": swap(
@@ -126,8 +124,8 @@ MUTANTS: dict[str, Mutate] = {
     ),
     # Arithmetic
     "variance by one less": swap(
-        "squares, scratch[kSumVariance], at) / float(channels)",
-        "squares, scratch[kSumVariance], at) / float(channels - 1)",
+        "squares, scratch.of[kSumVariance], at) / float(channels)",
+        "squares, scratch.of[kSumVariance], at) / float(channels - 1)",
     ),
     "variance in one pass": both(
         swap("const float centered = float(xp.v[i]) - mean;", "const float centered = float(xp.v[i]);"),
@@ -144,14 +142,11 @@ MUTANTS: dict[str, Mutate] = {
         swap("float(scales[slot].v[i]) * float(norm)", "(1.0f + float(scales[slot].v[i])) * float(norm)"),
     ),
     "reuse rounded twice": swap("Y(float(xp.v[i]) + change[i])", "Y(float(xp.v[i]) + float(Y(change[i])))"),
-    "anchor read after it is overwritten": both(
-        swap("      const Pack<O> before = load_pack<aligned>(anchor + begin, column, channels);\n", ""),
-        swap(
-            "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
-            "      store_pack<aligned>(modulated + begin, column, channels, Pack<O>{});\n"
-            "      const Pack<O> before = load_pack<aligned>(anchor + begin, column, channels);\n"
-            "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
-        ),
+    "anchor read after it is overwritten": swap(
+        "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
+        "      store_pack<aligned>(modulated + begin, column, channels, Pack<O>{});\n"
+        "      befores[slot] = load_pack<aligned>(anchor + begin, column, channels);\n"
+        "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
     ),
     "elements that are not finite do not count": swap("gate_is_finite(float(m)) ? 0.0f : 1.0f", "0.0f"),
     "distances exchanged": swap("diff / count, anchor / count", "anchor / count, diff / count"),
@@ -216,7 +211,9 @@ def test_survivor_is_not_caught(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(folder: Path, name: str) -> None:
+def test_mutant_is_caught(folder: Path, name: str, record_property: Callable[[str, object], None]) -> None:
     mutated = MUTANTS[name](kernel_text())
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError) as caught:
         run_suite(folder, mutated)
+    found = str(caught.value).split(":")[0] if isinstance(caught.value, KernelError) else "values"
+    record_property("metal: fault found", f"{name} ({found})")
