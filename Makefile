@@ -14,7 +14,7 @@ help:
 	@echo "make test        the tests"
 	@echo "make test-full   the tests, with every combination of what make test covers in part (about 20 minutes)"
 	@echo "make check-mac   on any system: compile and link the extension for macOS, with each MLX of cmake/versions.cmake"
-	@echo "make bench       the gate against its rivals and against a copy"
+	@echo "make bench       gate, branch and step against their rivals and limits"
 	@echo "make lint        ruff, mypy --strict, clang-format"
 	@echo "make clean       remove the environment and the build"
 
@@ -37,6 +37,7 @@ check-mac: $(UV) headers
 bench: $(UV) headers
 	$(SYNC) --extra demo --group test
 	$(RUN) python bench/bench_gate.py
+	$(RUN) python bench/bench_branch.py
 	$(RUN) python bench/bench_step.py
 
 lint: $(UV) headers

@@ -3,25 +3,24 @@
 Whole images through mflux's own generate_image, the kinds in turn and each time in another order, in several
 processes. A step's time ends when its latents are evaluated. The first step of an image traces and compiles and is left
 out. A ratio is that of two images of the same turn, each by its median step; printed are the median over all turns and
-the quartiles. It runs on the CPU.
+the quartiles. bench_branch.py measures the conditional by itself.
 
     python bench/bench_step.py
-    python bench/bench_step.py --size 256 --guidance 4 --repetitions 3
+    python bench/bench_step.py --device gpu --size 256 --guidance 4 --repetitions 3
 """
 
-import argparse
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
+import common
+import mlx.core as mx
+
+DISTRIBUTIONS = ("mflux", "mlx-teacache")
 KINDS = {
     "mflux": "mflux's compiled step",
     "off": "ours, threshold 0",
@@ -36,14 +35,12 @@ ALWAYS_SKIP = (0.0, 0.0, 0.0, 0.0, 0.0)  # up to 8 in a row
 
 def measure(size: int, guidance: float, steps: int) -> list[dict[str, float]]:
     """Median seconds of a step of each kind, for each turn in this process."""
-    import mlx.core as mx
     from mlx_teacache import apply_teacache
 
     import mlx_teacache_fast as tc
     from mlx_teacache_fast import demo
 
     warnings.simplefilter("ignore")
-    mx.set_default_device(mx.cpu)
     flux = demo.pipeline()
 
     class Clock:
@@ -52,6 +49,7 @@ def measure(size: int, guidance: float, steps: int) -> list[dict[str, float]]:
 
         def call_in_loop(self, latents: mx.array, **_: Any) -> None:
             mx.eval(latents)
+            mx.synchronize()
             self.marks.append(perf_counter())
 
         def seconds(self) -> list[float]:
@@ -97,35 +95,36 @@ def measure(size: int, guidance: float, steps: int) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--size", type=int, default=128, help="image side in pixels, a multiple of 16 (default 128)")
     parser.add_argument("--guidance", type=float, default=1.0, help="above 1 runs two branches a step (default 1)")
     parser.add_argument("--steps", type=int, default=8, help="of each image (default 8)")
     parser.add_argument("--repetitions", type=int, default=3, help="processes (default 3)")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = common.parse(parser)
     if args.measure:
         print("\n" + json.dumps(measure(args.size, args.guidance, args.steps)))
         return
 
-    runs: list[dict[str, float]] = []
-    for i in range(args.repetitions):
-        print(f"\rprocess {i + 1} of {args.repetitions} ...", end="", file=sys.stderr, flush=True)
-        done = subprocess.run([sys.executable, *sys.argv, "--measure"], stdout=subprocess.PIPE, text=True, check=True,
-                              stderr=subprocess.DEVNULL)  # fmt: skip
-        runs += json.loads(done.stdout.splitlines()[-1])
-    print("\r", end="", file=sys.stderr)
+    runs: list[dict[str, float]] = [turn for turns in common.in_fresh_processes(args.repetitions) for turn in turns]
+    from mflux.utils.apple_silicon import AppleSiliconUtil
 
     tokens = (args.size // 16) ** 2
-    print(f"{platform.processor() or platform.machine()}, {platform.system()}, Python {platform.python_version()}")
-    print(", ".join(f"{p} {version(p)}" for p in ("mlx", "mflux", "mlx-teacache", "mlx-teacache-fast")))
-    print(f"demo model, float32, S = {tokens}, D = 256, guidance {args.guidance:g}, {len(runs)} turns\n")
-    print(f"{'step':34}{'ms':>9}{'to mflux':>10}{'quartiles':>16}")
+    common.print_header(*DISTRIBUTIONS)
+    print(f"demo model, float32, S = {tokens}, D = 256, guidance {args.guidance:g}, {len(runs)} turns")
+    if AppleSiliconUtil.is_m1_or_m2():
+        print("note: mflux does not compile its step on this chip; what is called compiled below runs eagerly")
+    lines = [["step", "ms", "to mflux", "quartiles"]]
+    rows = []
     for kind, name in KINDS.items():
-        low, middle, high = statistics.quantiles((run[kind] / run["mflux"] for run in runs), n=4)
+        ratios = [run[kind] / run["mflux"] for run in runs]
         ms = 1e3 * statistics.median(run[kind] for run in runs)
-        print(f"{name:34}{ms:9.2f}{middle:10.3f}{low:9.3f}-{high:.3f}")
+        lines.append([name, f"{ms:.2f}", *common.quartiles(ratios, 3)])
+        rows.append({"kind": kind, "ms": ms, "to_mflux": ratios})
+    print()
+    common.print_table(lines, left=1)
     print("\nThe limit of a computed step is 1.000: mflux's own work.")
+    shape = {"tokens": tokens, "channels": 256, "dtype": "float32", "guidance": args.guidance}
+    common.write_json(args, shape | {"rows": rows}, *DISTRIBUTIONS)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,16 @@ Arrays relay(const Arrays& arrays, mx::Stream to) {
   return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<Relay>(to), arrays);
 }
 
-// What runs on a GPU, for a primitive that will wait on the host for what `roots` depend on.
+// The GPU streams that roots may depend on, for a primitive that waits in the middle of an evaluation. An argument of
+// an enclosing mx.compile is taken to be pending on the default one.
 std::set<mx::Stream> pending_gpu_streams(const Arrays& roots) {
-  auto streams = pending_streams(roots);
+  auto [streams, arguments] = pending(roots);
   std::erase_if(streams, [](const mx::Stream& s) { return s.device != mx::Device::gpu; });
   if (!streams.empty()) {
     require_gpu("branch");
+  }
+  if (arguments && gpu_supported()) {
+    streams.insert(mx::default_stream(mx::Device::gpu));
   }
   return streams;
 }
@@ -132,9 +136,6 @@ mx::array decide(const mx::array& skip) {
   auto sent_off = pending_gpu_streams({skip});
   if (skip.has_primitive()) {
     work = skip.primitive().stream();
-  } else if (gpu_supported() && skip.status() == mx::array::Status::unscheduled) {
-    // An argument of an enclosing mx.compile: it may be pending on the GPU when the compiled function is called.
-    sent_off.insert(mx::default_stream(mx::Device::gpu));
   }
   sent_off.erase(work);  // waiting for a stream commits it
   return mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(own, work, std::move(sent_off)), {skip});

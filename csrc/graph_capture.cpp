@@ -193,14 +193,16 @@ Arrays CapturedGraph::operator()(const Arrays& inputs) const {
   return outputs;
 }
 
-std::set<mx::Stream> pending_streams(const Arrays& roots) {
-  std::set<mx::Stream> streams;
+Pending pending(const Arrays& roots) {
+  Pending found;
   visit_lazy(roots, {}, [&](const mx::array& a) {
     if (a.has_primitive()) {
-      streams.insert(a.primitive().stream());
+      found.streams.insert(a.primitive().stream());
+    } else {
+      found.arguments = true;
     }
   });
-  return streams;
+  return found;
 }
 
 }  // namespace teacache

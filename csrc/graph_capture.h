@@ -79,6 +79,10 @@ class CapturedGraph {
 };
 
 // Where the arrays that roots depend on and that are not evaluated yet, roots among them, will be computed.
-std::set<mx::Stream> pending_streams(const Arrays& roots);
+struct Pending {
+  std::set<mx::Stream> streams;
+  bool arguments = false;  // some are arguments of an enclosing trace: their streams are not known
+};
+Pending pending(const Arrays& roots);
 
 }  // namespace teacache

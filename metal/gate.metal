@@ -9,8 +9,10 @@
 
 using namespace metal;
 
-// Rounding is part of the gate's contract: no fused multiply-add that the source does not ask for.
+// Rounding is part of the gate's contract: no fused multiply-add that the source does not ask for. Older compilers know
+// the second form only; an unknown pragma does nothing.
 #pragma METAL fp contract(off)
+#pragma clang fp contract(off)
 
 #ifndef instantiate_kernel
 #define instantiate_kernel(name, func, ...) \
@@ -201,7 +203,9 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
   typedef typename Promote<X, M>::type O;
   typedef typename Promote<X, R>::type Y;
   threadgroup Scratch scratch;
+#if __METAL_VERSION__ >= 320
   threadgroup uint is_last;
+#endif
   const Place at = {lid, threads, lane, sg, n_sg};
 
   device const R* residuals[kGateMaxResiduals] = {residual0, residual1, residual2, residual3,

@@ -1,0 +1,125 @@
+"""What the benchmarks share: their options, what they print of the machine, fresh processes, the JSON file."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_teacache_fast import ops
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
+
+
+# ---- Options
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """With the options that every benchmark has."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", choices=DEVICES, default="cpu", help="gpu: the one that MLX uses (default: cpu)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    p.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    p.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # see in_fresh_processes
+    return p
+
+
+def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
+    """Its arguments, checked; the device is MLX's default then."""
+    args = p.parse_args()
+    if args.device == "gpu":
+        reason = None
+        if not mx.is_available(mx.Device(mx.gpu)):
+            reason = "MLX has no GPU here"
+        elif not ops.gpu_supported():
+            reason = "this build of mlx-teacache-fast has no kernels for MLX's GPU"
+        if reason:
+            p.exit(2, f"{p.prog}: error: --device gpu: {reason}\n")
+    mx.set_default_device(DEVICES[args.device])
+    if args.json and args.json.exists() and not args.force:
+        p.error(f"{args.json} exists: choose another name, or --force to replace it")
+    return args
+
+
+# ---- What is measured, and where
+
+
+def machine() -> str:
+    """Processor, cores and system in one line."""
+    name = platform.processor() or platform.machine()
+    system = platform.system()
+    if sys.platform == "darwin":
+        name = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
+        ).stdout.strip()
+        system = f"macOS {platform.mac_ver()[0]}"
+    else:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores, {system} {platform.machine()}"
+
+
+def device() -> str:
+    """MLX's default device; a GPU by its name too."""
+    default = mx.default_device()
+    return f"{default}" if default == mx.Device(mx.cpu) else f"{default} {mx.device_info().get('device_name', '')}"
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Of Python, the package and MLX, and of ``more`` distributions."""
+
+    def of(distribution: str) -> str:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {"python": platform.python_version()} | {n: of(n) for n in ("mlx-teacache-fast", "mlx", *more)}
+
+
+def print_header(*distributions: str) -> None:
+    print(f"machine:  {machine()}, device {device()}")
+    print("versions: " + ", ".join(f"{name} {version}" for name, version in versions(*distributions).items()))
+
+
+def print_table(lines: list[list[str]], left: int = 0) -> None:
+    """To the right, but for the first ``left`` columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+def quartiles(values: list[float], digits: int) -> list[str]:
+    """The median, and the first and the third quartile, as two cells."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+    return [f"{middle:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"]
+
+
+def write_json(args: argparse.Namespace, numbers: dict[str, Any], *distributions: str) -> None:
+    if args.json:
+        report = {"machine": machine(), "device": device(), "versions": versions(*distributions)} | numbers
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def in_fresh_processes(count: int) -> list[Any]:
+    """This program with --measure, ``count`` times: what each prints in its last line, as JSON."""
+    results = []
+    for i in range(count):
+        print(f"\rprocess {i + 1} of {count} ...", end="", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, *sys.argv, "--measure"], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"\n{done.stderr}")
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    print("\r" + 30 * " " + "\r", end="", file=sys.stderr)
+    return results
