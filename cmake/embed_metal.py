@@ -21,6 +21,7 @@ def amalgamate(files: Sequence[Path]) -> str:
 def main() -> None:
     out, *files = map(Path, sys.argv[1:])
     text = amalgamate(files)
+    text.encode("ascii")  # MLX hands it to Metal as such
     out.write_text(f'#pragma once\n\ninline constexpr const char* gate_source = R"metal({text})metal";\n')
 
 

@@ -149,7 +149,7 @@ NB_MODULE(_ext, m) {
   m.def(
       "decide", &decide, "skip"_a, nb::sig("def decide(skip: mlx.core.array) -> mlx.core.array"),
       R"pbdoc(
-        A decision as ``branch`` takes it, read on the host once for all branches on it.
+        A decision as ``branch`` takes it, read on the host once in an evaluation, for all branches on it.
 
         ``branch`` does this itself. Several branches of one step need it where they run outside ``mx.compile``, which
         would merge their reads: else the second branch waits for the whole body of the first.

@@ -39,29 +39,6 @@ Arrays relay(const Arrays& arrays, mx::Stream to) {
   return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<Relay>(to), arrays);
 }
 
-// The GPU streams that roots may depend on, for a primitive that waits in the middle of an evaluation. An argument of
-// an enclosing mx.compile is taken to be pending on the default one.
-std::set<mx::Stream> pending_gpu_streams(const Arrays& roots) {
-  auto [streams, arguments] = pending(roots);
-  std::erase_if(streams, [](const mx::Stream& s) { return s.device != mx::Device::gpu; });
-  if (!streams.empty()) {
-    require_gpu("branch");
-  }
-  if (arguments && gpu_supported()) {
-    streams.insert(mx::default_stream(mx::Device::gpu));
-  }
-  return streams;
-}
-
-// A GPU runs what has been committed to it, and MLX commits at the end of an evaluation. Whoever waits in the middle of
-// one for something that a stream has yet to do must have that stream's work committed first. An evaluation of nothing
-// on the stream does.
-void send_off(const std::set<mx::Stream>& streams) {
-  for (auto& s : streams) {
-    mx::async_eval(relay({mx::array(true)}, s));
-  }
-}
-
 }  // namespace
 
 BranchCounters& branch_counters() {
@@ -103,22 +80,16 @@ Arrays branch(
   const auto work = body->output_stream().value_or(own);
   if (work.device == mx::Device::gpu) {
     require_gpu("branch");
-    if (const char* set = std::getenv("MLX_METAL_FAST_SYNCH"); set && std::string(set) == "1") {
+    if (const char* set = std::getenv("MLX_METAL_FAST_SYNCH"); set && std::atoi(set) != 0) {
       throw std::runtime_error(
-          "[branch] MLX_METAL_FAST_SYNCH=1 does not order a branch before its readers on other streams: unset it");
+          "[branch] MLX_METAL_FAST_SYNCH does not order a branch before its readers on other streams: unset it");
     }
-  }
-  std::vector<bool> on_work;
-  for (auto& in : inputs) {
-    on_work.push_back(
-        in.status() == mx::array::Status::unscheduled && in.has_primitive() && in.primitive().stream() == work);
   }
   Arrays all{is_decision(skip) ? skip : decide(skip)};
   all.insert(all.end(), on_skip.begin(), on_skip.end());
   all.insert(all.end(), inputs.begin(), inputs.end());
   auto outputs = mx::array::make_arrays(
-      std::vector<mx::Shape>(shapes), dtypes,
-      std::make_shared<Branch>(own, std::move(body), std::move(on_work), pending_gpu_streams(all)), all);
+      std::vector<mx::Shape>(shapes), dtypes, std::make_shared<Branch>(own, std::move(body)), all);
   // One relay for all of them: it also keeps those that nobody reads until the body has written them.
   return work == own ? outputs : relay(outputs, work);
 }
@@ -131,20 +102,13 @@ mx::array decide(const mx::array& skip) {
         "[branch] skip must be a bool scalar or a gate's state (float32 of shape (8)), got ",
         Spec{skip.shape(), skip.dtype()});
   }
-  const auto own = mx::default_stream(mx::Device::cpu);
-  auto work = own;
-  auto sent_off = pending_gpu_streams({skip});
-  if (skip.has_primitive()) {
-    work = skip.primitive().stream();
-  }
-  sent_off.erase(work);  // waiting for a stream commits it
-  return mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(own, work, std::move(sent_off)), {skip});
+  return mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(mx::default_stream(mx::Device::cpu)), {skip});
 }
 
 void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  send_off(sent_off_);
-  // Where the decision is computed; or this stream, which has been told to wait for its inputs.
-  mx::synchronize(work_);
+  // A GPU runs what has been committed to it, and MLX commits at the end of an evaluation.
+  commit_gpu_streams();
+  mx::synchronize(stream());  // which has been told to wait for the input, wherever that comes from
   const auto& skip = inputs[0];
   outputs[0].set_data(mx::allocator::malloc(sizeof(bool)));
   outputs[0].data<bool>()[0] = is_state(skip) ? skip.data<float>()[0] != 0.0f : skip.data<bool>()[0];
@@ -153,11 +117,6 @@ void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 
 void Decide::eval_gpu(const Arrays&, Arrays&) {
   throw std::runtime_error(message("decisions are read on a CPU stream"));
-}
-
-bool Decide::is_equivalent(const mx::Primitive& other_) const {
-  auto& other = static_cast<const Decide&>(other_);
-  return work_ == other.work_ && sent_off_ == other.sent_off_;
 }
 
 std::vector<mx::Shape> Decide::output_shapes(const Arrays&) {
@@ -187,9 +146,6 @@ std::vector<mx::Shape> Relay::output_shapes(const Arrays& inputs) {
 // ---- The conditional
 
 void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  // Before anything here waits or fails: MLX limits the work in flight by waiting for some of it, and after an error it
-  // waits for this stream, which may be waiting for a GPU.
-  send_off(sent_off_);
   if (!inputs[0].data_shared_ptr()) {  // see `nothing` below
     reject_second_try();
   }
@@ -203,19 +159,21 @@ void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     return;
   }
   branch_counters().computed++;
+  // Before anything here waits or fails: MLX limits the work in flight by waiting for some of it, and after an error it
+  // waits for this stream, which may be waiting for a GPU.
+  commit_gpu_streams();
 
   // The body gets views of its inputs without the events of an enclosing async_eval: those are signalled only when that
-  // evaluation ends, so a body on another stream would wait for itself. Instead, where MLX does not order the body
-  // after an input by itself, the input comes by way of this stream, which has been told to wait for it.
+  // evaluation ends, so a body on another stream would wait for itself. Instead its inputs come by way of this stream,
+  // which has been told to wait for them.
   const auto work = body_->output_stream().value_or(stream());
-  const bool only_work = body_->runs_on(work);
+  const bool all_here = body_->runs_on(stream());
   Arrays body_inputs;
   for (size_t i = 1 + n_outputs; i < inputs.size(); i++) {
     mx::array view(inputs[i].shape(), inputs[i].dtype(), nullptr, {});
     view.copy_shared_buffer(inputs[i]);
     view.set_status(mx::array::Status::evaluated);
-    const bool ordered = only_work && (work == stream() || on_work_[i - 1 - n_outputs]);
-    body_inputs.push_back(ordered ? std::move(view) : relay({view}, stream())[0]);
+    body_inputs.push_back(all_here ? std::move(view) : relay({view}, stream())[0]);
   }
 
   // While the body runs, which is most of a step, nothing here may keep activations alive that only a skip needs, or
@@ -255,9 +213,8 @@ void Branch::eval_gpu(const Arrays&, Arrays&) {
   throw std::runtime_error(message("a branch stands on a CPU stream"));
 }
 
-bool Branch::is_equivalent(const mx::Primitive& other_) const {
-  auto& other = static_cast<const Branch&>(other_);
-  return body_ == other.body_ && on_work_ == other.on_work_ && sent_off_ == other.sent_off_;
+bool Branch::is_equivalent(const mx::Primitive& other) const {
+  return body_ == static_cast<const Branch&>(other).body_;
 }
 
 // Called by shapeless compilation: the body's graph holds for the traced shapes only.

@@ -33,13 +33,13 @@ mx::array decide(const mx::array& skip);
 // a step would wait for the whole body of the first.
 class Decide : public ForwardOnly {
  public:
-  // work: where the decision is computed. sent_off: the GPU streams that it may depend on.
-  Decide(mx::Stream own, mx::Stream work, std::set<mx::Stream> sent_off)
-      : ForwardOnly(own), work_(work), sent_off_(std::move(sent_off)) {}
+  using ForwardOnly::ForwardOnly;
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
-  bool is_equivalent(const mx::Primitive& other) const override;
+  bool is_equivalent(const mx::Primitive&) const override {
+    return true;
+  }
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   const char* name() const override {
     return "TeaCacheDecide";
@@ -49,10 +49,6 @@ class Decide : public ForwardOnly {
   const char* op_name() const override {
     return "branch";
   }
-
- private:
-  mx::Stream work_;
-  std::set<mx::Stream> sent_off_;
 };
 
 // Hands buffers on to another stream: what reads an output is ordered after the inputs. MLX orders the streams of a
@@ -63,8 +59,9 @@ class Relay : public ForwardOnly {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  // Never: MLX merges equal nodes whatever their streams, and the stream is all that a relay is.
   bool is_equivalent(const mx::Primitive&) const override {
-    return true;
+    return false;
   }
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   const char* name() const override {
@@ -79,14 +76,7 @@ class Relay : public ForwardOnly {
 
 class Branch : public ForwardOnly {
  public:
-  // on_work: for each input of the body, whether it is computed on the body's stream. sent_off: the GPU streams that
-  // the inputs may depend on.
-  Branch(
-      mx::Stream own,
-      std::shared_ptr<const CapturedGraph> body,
-      std::vector<bool> on_work,
-      std::set<mx::Stream> sent_off)
-      : ForwardOnly(own), body_(std::move(body)), on_work_(std::move(on_work)), sent_off_(std::move(sent_off)) {}
+  Branch(mx::Stream own, std::shared_ptr<const CapturedGraph> body) : ForwardOnly(own), body_(std::move(body)) {}
 
   // Inputs: the decision, one array on_skip for each output, the body's inputs.
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
@@ -104,8 +94,6 @@ class Branch : public ForwardOnly {
 
  private:
   std::shared_ptr<const CapturedGraph> body_;
-  std::vector<bool> on_work_;
-  std::set<mx::Stream> sent_off_;
 };
 
 }  // namespace teacache

@@ -23,7 +23,10 @@ template <typename... Parts>
 // Whether this build has kernels for the GPU that MLX uses here; false where there is none.
 bool gpu_supported();
 
-// Throws std::runtime_error if not.
+// Has each GPU stream of the calling thread run what it has been given. Not to be called within an eval_gpu.
+void commit_gpu_streams();
+
+// Throws std::runtime_error if this build does not support the GPU.
 inline void require_gpu(const char* op_name) {
   if (gpu_supported()) {
     return;

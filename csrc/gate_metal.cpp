@@ -44,6 +44,23 @@ bool gpu_supported() {
   return mx::is_available(mx::Device::gpu);
 }
 
+// What MLX's own gpu::finalize does, which libmlx does not export, for every stream: which ones an evaluation has used
+// is not known here.
+void commit_gpu_streams() {
+  auto pool = NS::TransferPtr(NS::AutoreleasePool::alloc()->init());
+  for (auto& s : mx::get_streams()) {
+    if (s.device == mx::Device::gpu) {
+      try {
+        auto& encoder = mx::metal::get_command_encoder(s);
+        encoder.end_encoding();
+        encoder.commit();
+      } catch (const std::runtime_error&) {
+        // Another thread's stream: no evaluation on this one can have used it.
+      }
+    }
+  }
+}
+
 void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   allocate_outputs(inputs, outputs, [](mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); });
   const auto& x = inputs[kX];
@@ -82,17 +99,19 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
     grid = gate_grid(rows, channels, fewer);
     kernel = kernel_with(grid.packs);
   }
+  const bool in_place = outputs[kModulated].data_shared_ptr() == inputs[kAnchor].data_shared_ptr();
   const GateParams params =
-      gate_params(x.shape(0), x.shape(1), channels, mod.shape(0), mod.shape(1), eps_, rules_, grid);
+      gate_params(x.shape(0), x.shape(1), channels, mod.shape(0), mod.shape(1), eps_, in_place, rules_, grid);
 
-  // Arrays of this evaluation alone, so that two gates in flight share neither; MLX keeps them until the GPU is done.
-  mx::array partials({int(kGatePartials * grid.groups)}, mx::uint32, nullptr, {});
+  // Partial sums and, in the last word, the counter: of this evaluation alone, so that two gates in flight share
+  // nothing. MLX keeps the array until the GPU is done.
+  const int n_partials = int(kGatePartials * grid.groups);
+  mx::array partials({n_partials + 1}, mx::uint32, nullptr, {});
   partials.set_data(mx::allocator::malloc(partials.nbytes()));
-  mx::array counter(0, mx::uint32);
+  partials.data<uint32_t>()[n_partials] = 0;
 
   auto& encoder = mx::metal::get_command_encoder(stream());
   encoder.add_temporary(partials);
-  encoder.add_temporary(counter);
   // An array without elements has no buffer; any other one stands in, since nothing is read or written.
   auto bind_input = [&](const mx::array& a, int index) {
     encoder.set_input_array(a.size() > 0 ? a : inputs[kState], index);
@@ -116,7 +135,7 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   bind_output(outputs[kReused], kBufferReused0);
   bind_output(outputs[kReused + n_branches_ - 1], kBufferReused1);
   bind_output(partials, kBufferPartials);
-  bind_output(counter, kBufferCounter);
+  encoder.set_output_array(partials, kBufferCounter, n_partials * sizeof(uint32_t));
   encoder.set_bytes(params, kBufferParams);
   encoder.dispatch_threadgroups(MTL::Size(grid.groups, 1, 1), MTL::Size(grid.threads, 1, 1));
   if (one) {

@@ -7,6 +7,8 @@ bool gpu_supported() {
   return false;
 }
 
+void commit_gpu_streams() {}
+
 void Gate::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
   require_gpu(op_name());
 }

@@ -193,16 +193,4 @@ Arrays CapturedGraph::operator()(const Arrays& inputs) const {
   return outputs;
 }
 
-Pending pending(const Arrays& roots) {
-  Pending found;
-  visit_lazy(roots, {}, [&](const mx::array& a) {
-    if (a.has_primitive()) {
-      found.streams.insert(a.primitive().stream());
-    } else {
-      found.arguments = true;
-    }
-  });
-  return found;
-}
-
 }  // namespace teacache

@@ -47,9 +47,6 @@ class CapturedGraph {
   std::optional<mx::Stream> output_stream() const {
     return output_stream_;
   }
-  const std::set<mx::Stream>& streams() const {
-    return streams_;
-  }
   // Whether every node runs on s.
   bool runs_on(mx::Stream s) const {
     return streams_.empty() || (streams_.size() == 1 && *streams_.begin() == s);
@@ -77,12 +74,5 @@ class CapturedGraph {
   std::set<mx::Stream> streams_;
   std::optional<mx::Stream> output_stream_;
 };
-
-// Where the arrays that roots depend on and that are not evaluated yet, roots among them, will be computed.
-struct Pending {
-  std::set<mx::Stream> streams;
-  bool arguments = false;  // some are arguments of an enclosing trace: their streams are not known
-};
-Pending pending(const Arrays& roots);
 
 }  // namespace teacache

@@ -175,7 +175,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
     device const X* x [[buffer(kBufferX)]],
     device const M* shift [[buffer(kBufferShift)]],
     device const M* scale [[buffer(kBufferScale)]],
-    device const typename Promote<X, M>::type* anchor [[buffer(kBufferAnchor)]],  // may be `modulated`
+    device const typename Promote<X, M>::type* anchor [[buffer(kBufferAnchor)]],
     device const float* weights [[buffer(kBufferWeights)]],
     device const float* state [[buffer(kBufferState)]],
     device const int* force [[buffer(kBufferForce)]],
@@ -211,6 +211,8 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
   device const R* residuals[kGateMaxResiduals] = {residual0, residual1, residual2, residual3,
                                                   residual4, residual5, residual6, residual7};
   device Y* reused[2] = {reused0, reused1};
+  // Metal takes the arguments never to overlap: where the anchor is overwritten, it is read by the pointer that writes.
+  device const O* before = p.in_place != 0 ? static_cast<device const O*>(modulated) : anchor;
   float w[branches * terms];
   for (int i = 0; i < branches * terms; i++) {
     w[i] = weights[i];
@@ -218,6 +220,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
 
   const uint channels = p.channels;
   const uint stride = threads * kGatePack;  // from one pack of a thread to its next
+  // Rolled loops over packs would index registers by a variable, which Metal keeps in memory.
   const uint n_packs = packs > 0 ? uint(packs) : (channels + stride - 1) / stride;
   constexpr int held = packs > 0 ? packs : 1;
   Pack<X> xs[held];
@@ -236,15 +239,16 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
 
     // All reads of the row at once, so that they are in flight together; the sum of x, and reuse, which needs no more.
     float sum = 0.0f;
+#pragma unroll
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
       if (column >= channels) {
-        break;
+        continue;
       }
       const Pack<X> xp = load_pack<aligned>(x_row, column, channels);
       xs[packs > 0 ? k : 0] = xp;
       if (packs > 0) {
-        befores[k] = load_pack<aligned>(anchor + begin, column, channels);
+        befores[k] = load_pack<aligned>(before + begin, column, channels);
       }
       for (int i = 0; i < kGatePack; i++) {
         sum += float(xp.v[i]);
@@ -270,10 +274,11 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
     // LayerNorm statistics in two passes: E[x^2] - mean^2 cancels for a large mean.
     const float mean = threadgroup_sum(sum, scratch.of[kSumMean], at) / float(channels);
     float squares = 0.0f;
+#pragma unroll
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
       if (column >= channels) {
-        break;
+        continue;
       }
       if (packs == 0) {
         xs[0] = load_pack<aligned>(x_row, column, channels);
@@ -289,15 +294,16 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
 
     // Modulation, rounded to the result's dtype after each operation as the unfused ops do, and both sums.
     const size_t mod = size_t(row / p.tokens) * p.mod_batch_stride + size_t(row % p.tokens) * p.mod_token_stride;
+#pragma unroll
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
       if (column >= channels) {
-        break;
+        continue;
       }
       const uint slot = packs > 0 ? k : 0;
       if (packs == 0) {
         xs[0] = load_pack<aligned>(x_row, column, channels);
-        befores[0] = load_pack<aligned>(anchor + begin, column, channels);
+        befores[0] = load_pack<aligned>(before + begin, column, channels);
       }
       if (packs == 0 || mod != mod_at) {
         shifts[slot] = load_pack<aligned>(shift + mod, column, channels);

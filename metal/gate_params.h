@@ -36,13 +36,14 @@ enum GateLimit {
 };
 
 struct GateParams {
-  unsigned int rows;      // of all batches
-  unsigned int tokens;    // rows of one batch
-  unsigned int channels;  // elements of a row
+  unsigned long mod_batch_stride;  // of shift and scale, in elements; 0 where one serves all batches
+  unsigned long mod_token_stride;  // likewise, all tokens
+  unsigned int rows;               // of all batches
+  unsigned int tokens;             // rows of one batch
+  unsigned int channels;           // elements of a row
   unsigned int rows_per_group;
   unsigned int groups;
-  unsigned int mod_batch_stride;  // of shift and scale, in elements; 0 where one serves all batches
-  unsigned int mod_token_stride;  // likewise, all tokens
+  int in_place;  // whether the modulated input is written over the anchor
   float eps;
   GateRules rules;
 };
@@ -68,9 +69,9 @@ GATE_FN unsigned int gate_ceil_div(unsigned int a, unsigned int b) {
 //
 // Rows of a group. shift and scale stay in registers from row to row, so a group reads them once: 2 rows beside the 5
 // of every row (x, anchor and residual read, modulated and reused written). 32 rows make that 2 / (5 * 32) = 1.25 % of
-// the traffic. Fewer rows in smaller images, so that 128 groups remain: 4096 rows and 1024 rows alike give the 40 cores
-// of an M3 Max three groups each. Bytes in flight: 128 groups * 384 threads * 3 loads * 16 bytes = 2.4 MB, where
-// 400 GB/s * 1 us of latency need 0.4 MB.
+// the traffic. Fewer rows in smaller images, so that 128 groups remain (1024 rows: 8 to a group, 5 %). The 40 cores of
+// an M3 Max run 80 of them at a time: 80 groups * 384 threads * 3 loads * 16 bytes = 1.5 MB in flight, and 0.9 MB with
+// the 48 that are left, where 400 GB/s * 1 us of latency need 0.4 MB.
 //
 // Nothing here changes what is computed but the order of the sums, which depends on the shape alone.
 GATE_FN GateGrid gate_grid(unsigned int rows, unsigned int channels, unsigned int max_threads) {
@@ -87,7 +88,7 @@ GATE_FN GateGrid gate_grid(unsigned int rows, unsigned int channels, unsigned in
     grid.threads = max_threads;
   } else {
     grid.threads = kGateSimdWidth * gate_ceil_div(gate_ceil_div(packs_of_row, grid.packs), kGateSimdWidth);
-    grid.threads = grid.threads > 0 ? grid.threads : 0u + kGateSimdWidth;
+    grid.threads = grid.threads > 0 ? grid.threads : (unsigned int)kGateSimdWidth;
   }
   const unsigned int rows_per_group = gate_ceil_div(rows, enough_groups);
   grid.rows_per_group = rows_per_group > enough_rows ? enough_rows : (rows_per_group > 0 ? rows_per_group : 1);
@@ -103,6 +104,7 @@ GATE_FN GateParams gate_params(
     unsigned int mod_batches,
     unsigned int mod_tokens,
     float eps,
+    bool in_place,
     GateRules rules,
     GateGrid grid) {
   GateParams p;
@@ -111,8 +113,9 @@ GATE_FN GateParams gate_params(
   p.channels = channels;
   p.rows_per_group = grid.rows_per_group;
   p.groups = grid.groups;
-  p.mod_batch_stride = mod_batches == 1 ? 0 : mod_tokens * channels;
+  p.mod_batch_stride = mod_batches == 1 ? 0 : (unsigned long)mod_tokens * channels;
   p.mod_token_stride = mod_tokens == 1 ? 0 : channels;
+  p.in_place = in_place ? 1 : 0;
   p.eps = eps;
   p.rules = rules;
   return p;

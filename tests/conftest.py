@@ -1,8 +1,11 @@
 """Shared fixtures: the embedded model, run by mflux's own pipeline."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read once; newer GPUs would multiply float32 with fewer bits
 
 import mlx.core as mx
 import numpy as np

@@ -200,18 +200,18 @@ def test_body_on_another_stream_waits_for_its_inputs() -> None:
     assert mx.allclose(step(x), 2 * mx.sort(mx.sin(mx.sort(x + 1.0))), atol=1e-6).item()
 
 
+def slow(x: mx.array, stream: mx.Stream) -> mx.array:
+    for _ in range(3):
+        x = mx.sort(mx.negative(x, stream=stream), stream=stream)
+    return x
+
+
 @pytest.mark.parametrize("evaluate", [mx.eval, mx.async_eval])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("skipped", [False, True])
 def test_streams_of_inputs_body_and_consumers(skipped: bool, compiled: bool, evaluate: Callable[..., None]) -> None:
     """The body on one stream, each input and each consumer on another: every combination of three streams."""
     streams = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
-
-    def slow(x: mx.array, stream: mx.Stream) -> mx.array:
-        for _ in range(3):
-            x = mx.sort(mx.negative(x, stream=stream), stream=stream)
-        return x
-
     for at in streams:
         body = ops.Body(lambda *xs, at=at: [slow(x, at) for x in xs])
 
@@ -231,6 +231,34 @@ def test_streams_of_inputs_body_and_consumers(skipped: bool, compiled: bool, eva
                 assert equal(got[3 * i + j], want[(i + j) % 3]), (at, i, j)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_equal_computations_on_different_streams(first: int) -> None:
+    """mx.compile makes one of them, on the stream of either: what was noted when the branch was built does not hold."""
+    streams = [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
+    add_there = ops.Body(lambda x: [mx.add(x, x, stream=streams[1])])
+    large = mx.array(3.0)
+
+    def step(x: mx.array) -> list[mx.array]:
+        sorted_there = [slow(x, s) for s in streams]
+        decisions = [mx.max(y, stream=s) > large for y, s in zip(sorted_there, streams, strict=True)]
+        outs = [
+            ops.branch(decisions[1], [x - 1.0], ops.Body(lambda x: [x + 1.0]), [x])[0],
+            ops.branch(decisions[0], [x], add_there, [sorted_there[1]])[0],
+            sorted_there[0] + 1.0,
+        ]
+        return outs[::-1] if first else outs
+
+    compiled = mx.compile(step)
+    for i in range(10):
+        skip = i % 2 == 1
+        x = mx.full((1 << 18,), -5.0 if skip else i / 10)  # slow() negates
+        got = compiled(x)
+        mx.eval(got)
+        reused, doubled, _ = got[::-1] if first else got
+        assert equal(reused, x - 1.0 if skip else x + 1.0)
+        assert equal(doubled, x if skip else 2 * slow(x, streams[0]))
+
+
 def test_outputs_that_nobody_reads_of_a_body_on_another_stream() -> None:
     """Their memory is not given away before the body has written it."""
     other = mx.new_stream(mx.cpu)
@@ -238,7 +266,7 @@ def test_outputs_that_nobody_reads_of_a_body_on_another_stream() -> None:
     body = ops.Body(lambda x: [x + 1.0, mx.sort(mx.sort(x, stream=other), stream=other) * 0.0 - 7.0])
     x = mx.random.normal((size,), key=mx.random.key(0))
     for _ in range(20):
-        out, _ = ops.branch(FALSE, [x, x], body, [mx.add(x, 0.0, stream=other)])
+        out = ops.branch(FALSE, [x, x], body, [mx.add(x, 0.0, stream=other)])[0]
         mx.async_eval(out)
         fresh = [mx.array(np.full(size, i, np.float32)) for i in range(4)]
         mx.synchronize(other)

@@ -20,7 +20,7 @@ pytest.importorskip("mflux", reason="the demo needs mflux")
 from PIL import Image
 
 import mlx_teacache_fast
-from mlx_teacache_fast import cli, demo
+from mlx_teacache_fast import cli, demo, ops
 from mlx_teacache_fast.demo import compare as compare_module
 from mlx_teacache_fast.demo import output, report
 
@@ -303,9 +303,10 @@ def test_demo_help():
     )
     for option in options:
         assert f" {option} " in text
-    defaults = ("'red apple' 'panda face'", "50", "1", "4", "128", "cpu", "demo_output")
+    defaults = ("'red apple' 'panda face'", "50", "1", "4", "128", "demo_output")
     for default in defaults:
         assert f"(default: {default}" in text
+    assert f"(default here: {'gpu' if ops.gpu_supported() else 'cpu'})" in text
     threshold = mlx_teacache_fast.VARIANTS["flux2-klein-base-4b"].rel_l1_thresh
     assert f"(default: {threshold}, the model's own)" in text
     for word in ("images.png", "plot.png", "speedup", "bound", "PSNR", "SSIM", "not those of FLUX", "untimed"):

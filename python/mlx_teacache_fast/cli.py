@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import mlx.core as mx
 
-from . import __version__
+from . import __version__, ops
 from .errors import TeaCacheError, TeaCacheValueError, TeaCacheWarning
 
 PROG = "mlx-teacache-fast"
@@ -149,8 +149,8 @@ def _parser() -> _Parser:
     demo.add_argument(
         "--device",
         choices=("cpu", "gpu"),
-        default="cpu",
-        help="where MLX computes (default: %(default)s, which every build of this package can)",
+        default="gpu" if ops.gpu_supported() else "cpu",
+        help="where MLX computes (default here: %(default)s)",
     )
     demo.add_argument(
         "--output",
@@ -219,6 +219,8 @@ def _default_device(name: str) -> Iterator[None]:
     device = mx.Device(mx.gpu if name == "gpu" else mx.cpu)
     if not mx.is_available(device):
         raise TeaCacheValueError(f"--device {name}: MLX has none here")
+    if name == "gpu" and not ops.gpu_supported():
+        raise TeaCacheValueError("--device gpu: this build has no kernels for MLX's GPU")
     before = mx.default_device()
     mx.set_default_device(device)
     try:

@@ -19,6 +19,7 @@ EXPORT unsigned gate_host_params(
     const float* numbers,
     int has_range,
     int max_consecutive_skips,
+    int in_place,
     const unsigned* grid,
     void* out) {
   GateRules rules{};
@@ -29,7 +30,7 @@ EXPORT unsigned gate_host_params(
   rules.threshold = numbers[7];
   rules.max_consecutive_skips = max_consecutive_skips;
   const GateGrid g{grid[0], grid[1], grid[2], int(grid[3])};
-  const GateParams p = gate_params(shape[0], shape[1], shape[2], shape[3], shape[4], numbers[8], rules, g);
+  const GateParams p = gate_params(shape[0], shape[1], shape[2], shape[3], shape[4], numbers[8], in_place, rules, g);
   std::memcpy(out, &p, sizeof p);
   return sizeof p;
 }

@@ -93,7 +93,7 @@ class Header:
         self._library.gate_host_grid(rows, channels, max_threads, out)
         return Grid(*out)
 
-    def params(self, case: Case, grid: Grid) -> np.ndarray:
+    def params(self, case: Case, grid: Grid, in_place: bool) -> np.ndarray:
         shift = case.shift if case.shift.ndim == 3 else case.shift[:, None]
         low, high = case.calibrated_range or (0.0, 0.0)
         numbers = [*case.coefficients, low, high, case.threshold, case.eps]
@@ -103,6 +103,7 @@ class Header:
             (ctypes.c_float * 9)(*numbers),
             case.calibrated_range is not None,
             case.max_consecutive_skips,
+            in_place,
             (ctypes.c_uint * 4)(*grid),
             out.ctypes.data_as(ctypes.c_void_p),
         )
@@ -188,14 +189,15 @@ class GateKernel:
         new_state = np.zeros(8, np.float32)
         partials = np.zeros(header.partials * grid.groups, np.uint32)
         count = np.full(1, counter, np.uint32)
-        params = header.params(case, grid)
+        params = header.params(case, grid, donate)
 
         b = header.buffer
         bound: dict[int, Any] = {
             b("x"): In(x, x_offset, case.x.nbytes),
             b("shift"): In(_to_raw(case.shift)),
             b("scale"): In(_to_raw(case.scale)),
-            b("anchor"): In(anchor),
+            # Metal may reorder accesses by different arguments, so a donated anchor must be read as `modulated`.
+            b("anchor"): In(np.frombuffer(b"\xff" * anchor.nbytes, anchor.dtype) if donate else anchor),
             b("weights"): In(_to_raw(case.weights)),
             b("state"): In(_to_raw(case.state)),
             b("force"): In(np.full(1, case.force, np.int32)),

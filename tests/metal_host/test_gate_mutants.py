@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from gate_cases import LEADING, Case, random_case, to_bytes
 
 from metal_host import KernelError, why_unavailable
-from metal_host.gate_kernel import GateKernel, kernel_text, variant_of
+from metal_host.gate_kernel import GateKernel, Header, Variant, kernel_text, variant_of
 from metal_host.test_gate_metal import assert_right
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
@@ -51,7 +53,8 @@ def both(*mutations: Mutate) -> Mutate:
 FENCE = "atomic_thread_fence(mem_flags::mem_device, memory_order_seq_cst, thread_scope_device);"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 LAST_BARRIER = "threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);"
-END_OF_ROW = "      if (column >= channels) {\n        break;\n      }\n"
+END_OF_ROW = "      if (column >= channels) {\n        continue;\n      }\n"
+READ_AGAIN = "xs[0] = load_pack<aligned>(x_row, column, channels);"
 PARTIAL = "    device atomic_uint* partial = partials + kGatePartials * group;\n"
 
 MUTANTS: dict[str, Mutate] = {
@@ -111,7 +114,7 @@ MUTANTS: dict[str, Mutate] = {
     "a threadgroup's last row forgotten": swap("row < end; row++", "row + 1 < end; row++"),
     "the first batch's modulation for all": swap("packs == 0 || mod != mod_at", "mod_at == ~size_t(0)"),
     "the scale of the first batch": swap("load_pack<aligned>(scale + mod,", "load_pack<aligned>(scale,"),
-    "the anchor's first row": swap("load_pack<aligned>(anchor + begin,", "load_pack<aligned>(anchor,", 2),
+    "the anchor's first row": swap("load_pack<aligned>(before + begin,", "load_pack<aligned>(before,", 2),
     "terms of the other branch": swap("residuals[b * terms + t]", "residuals[t * branches + b]"),
     "weights of the other branch": swap("w[b * terms + t]", "w[t * branches + b]"),
     "one branch written twice": swap(
@@ -122,6 +125,18 @@ MUTANTS: dict[str, Mutate] = {
         "store_pack<aligned>(modulated + begin, column, channels, out);\n"
         "      const_cast<device X*>(x_row)[column] = xs[slot].v[0];",
     ),
+    "a donated anchor read by its own pointer": swap(
+        "p.in_place != 0 ? static_cast<device const O*>(modulated) : anchor", "anchor"
+    ),
+    "a long row's x not read again for the variance": nth(
+        "xs[0] = load_pack<aligned>(x_row, column, channels);", "", 1
+    ),
+    "a long row's x not read again for the modulation": nth(
+        "xs[0] = load_pack<aligned>(x_row, column, channels);", "", 2
+    ),
+    "a long row's anchor not read": swap("befores[0] = load_pack<aligned>(before + begin, column, channels);", ""),
+    "a long row's modulation kept from its first pack": swap("packs == 0 || mod != mod_at", "mod != mod_at"),
+    "a thread's second pack takes the first's place": swap("xs[packs > 0 ? k : 0] = xp;", "xs[0] = xp;"),
     # Arithmetic
     "variance by one less": swap(
         "squares, scratch.of[kSumVariance], at) / float(channels)",
@@ -145,7 +160,7 @@ MUTANTS: dict[str, Mutate] = {
     "anchor read after it is overwritten": swap(
         "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
         "      store_pack<aligned>(modulated + begin, column, channels, Pack<O>{});\n"
-        "      befores[slot] = load_pack<aligned>(anchor + begin, column, channels);\n"
+        "      befores[slot] = load_pack<aligned>(before + begin, column, channels);\n"
         "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
     ),
     "elements that are not finite do not count": swap("gate_is_finite(float(m)) ? 0.0f : 1.0f", "0.0f"),
@@ -169,26 +184,39 @@ SURVIVORS: dict[str, Mutate] = {
 }
 
 
-def cases() -> list[Case]:
+def cases() -> list[tuple[Case, dict[str, Any]]]:
     f32, bf16 = mx.float32, mx.bfloat16
     far = random_case((2, 5, 301), bf16, branches=2, terms=2, mean=4.0)  # rows end in a part of a pack
+    long = random_case((1, 131, 1032), f32, branches=2, terms=2)
     return [
-        random_case((1, 131, 264), f32, branches=2, terms=2),  # a threadgroup of two rows, one of one, idle threads
-        random_case((3, 51, 264), f32, branches=2, terms=2, mean=3000.0),  # batches end inside a threadgroup's rows
-        random_case((1, 3, 264), f32, branches=2, terms=2, deviation=1e-3),  # epsilon counts
-        far,
-        replace(far, anchor=-2.7 * far.anchor[::-1]),  # differences are no bfloat16 numbers
+        (random_case((1, 131, 264), f32, branches=2, terms=2), {}),  # groups of two rows, one of one, idle threads
+        (random_case((3, 51, 264), f32, branches=2, terms=2, mean=3000.0), {}),  # batches end inside a group's rows
+        (random_case((1, 3, 264), f32, branches=2, terms=2, deviation=1e-3), {}),  # epsilon counts
+        (far, {}),
+        (replace(far, anchor=-2.7 * far.anchor[::-1]), {}),  # differences are no bfloat16 numbers
+        (long, {"max_threads": 96}),  # two packs in each thread
+        (long, {"max_threads": 32}),  # too long to be held
+        (random_case((1, 131, 264), f32, branches=2, terms=2), {"one_dispatch": False}),
     ]
+
+
+@cache
+def variants(header: Header) -> list[Variant]:
+    found = []
+    for case, options in cases():
+        packs = header.grid(case.x.shape[0] * case.x.shape[1], case.x.shape[2], options.get("max_threads", 1024)).packs
+        found.append(variant_of(case, packs, one_dispatch=options.get("one_dispatch", True)))
+    return found
 
 
 def run_suite(folder: Path, text: str) -> None:
     """Raises AssertionError, KernelError among them, if something is wrong with the kernel's text."""
-    kernel = GateKernel(folder, [variant_of(case, 1) for case in cases()], text=text)
-    for case in cases():
+    kernel = GateKernel(folder, variants(Header(folder)), text=text)
+    for case, options in cases():
         seen = set()
-        for seed in range(8):
-            options = dict(seed=seed, preempt=(0, 16)[seed % 2], resident_groups=(3, 7)[seed // 2 % 2])
-            result = kernel.run(case, **options)
+        for seed in range(8 if not options else 2):
+            schedule = dict(seed=seed, preempt=(0, 16)[seed % 2], resident_groups=(3, 7)[seed // 2 % 2])
+            result = kernel.run(case, **options, **schedule)
             if seed == 0:
                 assert_right(result, case)
             seen.add(to_bytes(result.modulated, *result.reused, result.state))
