@@ -26,6 +26,7 @@ from gate_cases import (
     to_bytes,
     to_numpy,
 )
+from test_branch import slow
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast import ops
@@ -200,12 +201,6 @@ def test_the_anchor_is_donated() -> None:
 
 
 # ---- Branch
-
-
-def slow(x: mx.array, stream: mx.Stream) -> mx.array:
-    for _ in range(3):
-        x = mx.sort(mx.negative(x, stream=stream), stream=stream)
-    return x
 
 
 @pytest.mark.parametrize("evaluate", [mx.eval, mx.async_eval])
