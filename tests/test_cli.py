@@ -245,7 +245,12 @@ def test_full_disk(tmp_path, monkeypatch):
 def test_ctrl_c(tmp_path):
     # Steps enough to be in the middle of them when the signal comes.
     command = [*COMMAND, "demo", "sun", "--steps", "5000", "--size", "32", "--guidance", "1", "--output", tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+    def listen() -> None:  # a test run in the background of a shell ignores the signal, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, preexec_fn=listen) as process:
         head = b""
         while b"sun, plain" not in head:
             chunk = process.stderr.read1()
