@@ -251,6 +251,41 @@ def test_memory_saver_frees_the_transformer() -> None:
     assert handle.stats.total_steps == 12
 
 
+def test_two_generations_in_two_threads() -> None:
+    """Each on a pipeline of its own. Only what is printed counts: MLX may abort at exit once threads have used it."""
+    program = """
+        import threading
+        import mlx.core as mx
+        import numpy as np
+        import mlx_teacache_fast as tc
+        from mlx_teacache_fast import demo
+
+        pipelines = [demo.pipeline(), demo.pipeline()]
+
+        def generate(i, results):
+            mx.set_default_device(mx.cpu)
+            with tc.apply(pipelines[i], rel_l1_thresh=0.3) as handle:
+                size = dict(num_inference_steps=8, height=64, width=64)
+                image = pipelines[i].generate_image(prompt="red apple", seed=i, **size)
+            steps = handle.stats.last_generation.steps
+            results[i] = np.asarray(image.image).tobytes(), [s.kind for s in steps]
+
+        mx.set_default_device(mx.cpu)
+        alone, together = {}, {}
+        for i in range(2):
+            generate(i, alone)
+        threads = [threading.Thread(target=generate, args=(i, together)) for i in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        print("equal" if alone == together else "different", "skipped" in alone[0][1], flush=True)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.stdout == "equal True\n", result.stderr
+
+
 def test_the_handle_does_not_keep_the_pipeline() -> None:
     from mlx_teacache_fast import demo
 
@@ -669,31 +704,37 @@ def test_a_second_apply(flux: Any) -> None:
     tc.apply(flux).restore()
 
 
+PIPELINES = (
+    "Flux1, Flux1Controlnet, Flux1Depth, Flux1Fill, Flux1InContextDev, Flux1InContextFill, Flux1Kontext, Flux1Redux, "
+    "Flux2Klein, Flux2KleinEdit"
+)
+
+
 @pytest.mark.parametrize("value", [None, 3, "flux", object()])
 def test_something_else_than_a_pipeline(value: object) -> None:
     with pytest.raises(tc.IncompatibleModelError) as error:
         tc.apply(value)
-    assert str(error.value) == f"apply gates mflux's Flux2Klein pipelines, got {type(value).__name__}"
+    assert str(error.value) == f"apply gates mflux's {PIPELINES}, got {type(value).__name__}"
 
 
 def test_another_pipeline_class() -> None:
-    from mflux.models.flux2.variants.edit.flux2_klein_edit import Flux2KleinEdit
+    from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
     from mlx import nn
 
-    edit = Flux2KleinEdit.__new__(Flux2KleinEdit)
-    nn.Module.__init__(edit)
+    qwen = QwenImage.__new__(QwenImage)
+    nn.Module.__init__(qwen)
     with pytest.raises(tc.IncompatibleModelError) as error:
-        tc.apply(edit)
-    assert str(error.value) == "apply gates mflux's Flux2Klein pipelines, got Flux2KleinEdit"
+        tc.apply(qwen)
+    assert str(error.value) == f"apply gates mflux's {PIPELINES}, got QwenImage"
 
 
 def test_another_model(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flux, "model_config", ModelConfig.flux2_klein_9b_kv())
+    monkeypatch.setattr(flux, "model_config", ModelConfig.dev())
     with pytest.raises(tc.IncompatibleModelError) as error:
         tc.apply(flux)
     assert str(error.value) == (
-        f"TinyKlein has a model configuration with aliases {ModelConfig.flux2_klein_9b_kv().aliases}, and apply knows "
-        "flux2-klein-4b, flux2-klein-9b, flux2-klein-base-4b, flux2-klein-base-9b"
+        "TinyKlein has a model configuration with aliases ['dev'], and apply knows "
+        "flux2-klein-4b, flux2-klein-9b, flux2-klein-9b-kv, flux2-klein-base-4b, flux2-klein-base-9b"
     )
 
 
@@ -757,3 +798,91 @@ def test_a_newer_mflux_warns_once(monkeypatch: pytest.MonkeyPatch, flux: Any) ->
             tc.apply(flux).restore()
     finally:
         patch.warn_if_untested.cache_clear()
+
+
+# ---- Other limits, and plans
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_plan(flux: Any, generate: Generate, guidance: float) -> None:
+    """Which steps compute is said beforehand: nothing is measured or read."""
+    arguments: dict[str, Any] = dict(num_inference_steps=8, guidance=guidance, height=64, width=64)
+    plain = generate(**arguments)
+    with tc.apply(flux, steps="11111111") as handle:
+        ops.reset_counters()
+        assert np.array_equal(generate(**arguments), plain)
+    assert kinds(handle) == ["computed"] * 8
+    with tc.apply(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as gated:
+        expected = generate(**arguments)
+    assert kinds(gated) == ["forced", "computed", *["skipped"] * 5, "forced"]
+    ops.reset_counters()
+    with tc.apply(flux, steps=[1, 1, 0, 0, 0, 0, 0, 1]) as handle:
+        assert np.array_equal(generate(**arguments), expected)
+    assert kinds(handle) == ["computed", "computed", *["skipped"] * 5, "computed"]
+    assert ops.counters() == {"reads": 0, "computed": 0, "reused": 0}
+    assert np.array_equal(generate(**arguments), plain)
+
+
+ALWAYS_SKIP = (0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def kinds(handle: tc.Handle) -> list[str]:
+    assert handle.stats.last_generation is not None
+    return [step.kind for step in handle.stats.last_generation.steps]
+
+
+def test_a_plan_of_another_length(flux: Any, generate: Generate, photo: Path) -> None:
+    with tc.apply(flux, steps="110"):
+        with pytest.raises(tc.InvalidStepWindowError) as error:
+            generate(num_inference_steps=4, height=32, width=32)
+        assert str(error.value) == (
+            "steps plans 3 steps and the schedule has 4 active of num_inference_steps=4: "
+            "plan one entry for each active step"
+        )
+        generate(num_inference_steps=4, height=32, width=32, image_path=photo, image_strength=0.25)
+
+
+@pytest.mark.parametrize("value", ["", "12", "1x", [], [2, 1], [1, 0.5], 5, "1 0", [None]])
+def test_bad_plans(flux: Any, value: Any) -> None:
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        tc.apply(flux, steps=value)
+    assert str(error.value) == f'steps must be a 1 or 0 for each active step, such as "1101", got {value!r}'
+
+
+def test_a_plan_that_begins_with_a_skip(flux: Any) -> None:
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        tc.apply(flux, steps="011")
+    assert str(error.value) == "steps must begin with a computed step (1), got '011': there is nothing to reuse"
+
+
+def test_at_most_so_many_skips(flux: Any, generate: Generate) -> None:
+    for limit in (0, 1, 3):
+        with tc.apply(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP, max_skips=limit) as handle:
+            for _ in range(2):  # in each generation
+                generate(num_inference_steps=8, height=32, width=32)
+                assert kinds(handle).count("skipped") == limit
+    for limit in (0, 2):
+        with tc.apply(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP, max_consecutive_skips=limit) as handle:
+            generate(num_inference_steps=10, height=32, width=32)
+        skips = "".join("s" if kind == "skipped" else "c" for kind in kinds(handle))
+        assert skips == {0: "cccccccccc", 2: "ccsscsscsc"}[limit]
+
+
+@pytest.mark.parametrize("name", ["max_skips", "max_consecutive_skips"])
+@pytest.mark.parametrize("value", [-1, 1.0, "1", True])
+def test_bad_limits(flux: Any, name: str, value: Any) -> None:
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        tc.apply(flux, **{name: value})
+    assert str(error.value) == f"{name} must be a whole number of steps, 0 or more, got {value!r}"
+
+
+def test_another_pipelines_coefficients_are_said_to_be_that(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tc.apply(flux) as handle:
+        assert handle.calibrated
+    monkeypatch.setattr(flux, "model_config", ModelConfig.flux2_klein_9b_kv())
+    with pytest.warns(tc.UncalibratedWarning) as warned, tc.apply(flux) as handle:
+        assert not handle.calibrated
+    assert str(warned[-1].message) == (
+        "TinyKlein with black-forest-labs/FLUX.2-klein-9b-kv is used with the coefficients of flux2-klein-9b, "
+        "fitted on flux2-klein-9b in text-to-image: they may not fit it, compare a few pictures with ungated ones"
+    )

@@ -5,7 +5,7 @@
         flux.generate_image(prompt="...", seed=42, num_inference_steps=50)
     print(handle.stats.skipped_count, handle.stats.bound)
 
-``apply`` gates an mflux FLUX.2 pipeline; ``ops`` has the two array ops behind it, which need no mflux; ``demo`` has a
+``apply`` gates an mflux FLUX pipeline; ``ops`` has the two array ops behind it, which need no mflux; ``demo`` has a
 small trained model to try both on.
 """
 
@@ -24,10 +24,12 @@ if _installed != _BUILT_FOR:
     )
 
 from . import ops
+from .arguments import check_step_window
 from .errors import (
     AlreadyPatchedError,
     DisabledWarning,
     IncompatibleModelError,
+    InternalStateError,
     InvalidStepWindowError,
     NoBenefitWarning,
     PatchLostError,
@@ -39,7 +41,20 @@ from .errors import (
 )
 from .handle import Handle, apply
 from .stats import GenerationStats, Stats, StepRecord
-from .variants import VARIANTS, Variant
+from .support import Pipeline, Pipelines, VariantInfo, match_variant, supported
+from .trace import Trace, replay
+from .variants import VARIANTS, Provenance, Variant
+
+# mlx-teacache's names for the same things; docs/mlx-teacache.md compares the two.
+MissingGenerationContextError = PatchLostError
+StepDecision = StepRecord
+TeaCacheDisabledWarning = DisabledWarning
+TeaCacheHandle = Handle
+TeaCacheNoBenefitWarning = NoBenefitWarning
+TeaCacheStats = Stats
+TeaCacheUncalibratedCheckpointWarning = UncalibratedWarning
+TeaCacheUntestedMfluxWarning = UntestedVersionWarning
+apply_teacache = apply
 
 __version__ = _version("mlx-teacache-fast")
 
@@ -50,18 +65,37 @@ __all__ = [
     "GenerationStats",
     "Handle",
     "IncompatibleModelError",
+    "InternalStateError",
     "InvalidStepWindowError",
+    "MissingGenerationContextError",
     "NoBenefitWarning",
     "PatchLostError",
+    "Pipeline",
+    "Pipelines",
+    "Provenance",
     "Stats",
+    "StepDecision",
     "StepRecord",
+    "TeaCacheDisabledWarning",
     "TeaCacheError",
+    "TeaCacheHandle",
+    "TeaCacheNoBenefitWarning",
+    "TeaCacheStats",
+    "TeaCacheUncalibratedCheckpointWarning",
+    "TeaCacheUntestedMfluxWarning",
     "TeaCacheValueError",
     "TeaCacheWarning",
+    "Trace",
     "UncalibratedWarning",
     "UntestedVersionWarning",
     "Variant",
+    "VariantInfo",
     "__version__",
     "apply",
+    "apply_teacache",
+    "check_step_window",
+    "match_variant",
     "ops",
+    "replay",
+    "supported",
 ]

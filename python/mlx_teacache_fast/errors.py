@@ -1,4 +1,9 @@
-"""Typed errors and warnings. Bad values are ValueError too, so ``except ValueError`` keeps working."""
+"""Typed errors and warnings. Bad values are ValueError too, so ``except ValueError`` keeps working.
+
+All can be pickled and copied.
+"""
+
+from typing import Any
 
 
 class TeaCacheError(Exception):
@@ -18,15 +23,25 @@ class IncompatibleModelError(TeaCacheError, TypeError):
 
 
 class AlreadyPatchedError(TeaCacheError):
-    """``apply`` was called on a gated pipeline. ``handle`` is the live handle, whose ``restore()`` ends the gating."""
+    """``apply`` was called on a gated pipeline. ``handle`` is the live handle, whose ``restore()`` ends the gating.
+
+    A handle belongs to a pipeline in this process: in an error that was pickled or copied it is None.
+    """
 
     def __init__(self, message: str, handle: object = None) -> None:
         super().__init__(message)
         self.handle = handle
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.args, vars(self) | {"handle": None}
+
 
 class PatchLostError(TeaCacheError):
     """Something replaced what ``apply`` had put in place (callbacks, blocks), so gating cannot work."""
+
+
+class InternalStateError(TeaCacheError):
+    """A step did not run mflux's forward pass as it was traced: something between wraps or replaces it, or a bug."""
 
 
 class TeaCacheWarning(UserWarning):

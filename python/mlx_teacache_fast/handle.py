@@ -1,29 +1,25 @@
 """``apply``: its arguments, and the handle that says what happened and undoes it."""
 
-import numbers
-import operator
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
+from . import arguments, summary
 from .errors import (
     AlreadyPatchedError,
     DisabledWarning,
-    IncompatibleModelError,
     NoBenefitWarning,
     TeaCacheError,
-    TeaCacheValueError,
     UncalibratedWarning,
 )
 from .stats import Stats
-from .variants import DEFAULT_THRESHOLD, Coefficients, Variant
+from .support import require_mflux
+from .trace import Trace
+from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_THRESHOLD, Coefficients, Provenance, Variant
 
 if TYPE_CHECKING:
     from .mflux.patch import Patch
-
-
-_FLOAT32_MAX = 3.4028234663852886e38
 
 
 class Handle:
@@ -31,10 +27,15 @@ class Handle:
 
     Attributes:
         variant_id: The model whose coefficients are in use.
+        calibrated: Whether they were fitted on this very model and pipeline; False with your own.
         rel_l1_thresh: Threshold on the accumulated distance; 0 gates nothing.
         coefficients: Polynomial of the relative L1 distance, c4 first.
         calibrated_range: Distances that the polynomial was fitted on, or None.
+        provenance: Where the coefficients come from.
         skip_first_n_steps, skip_last_n_steps: Steps that always compute, at either end.
+        max_consecutive_skips: A step computes after so many skipped ones.
+        max_skips: So many steps of a generation are skipped at most; None for no limit.
+        plan: For each active step whether it computes; None where the gate decides.
         stats: Totals over finished generations, and the last one step by step. Kept after ``restore``.
     """
 
@@ -42,18 +43,28 @@ class Handle:
         self,
         variant: Variant,
         *,
+        calibrated: bool,
         rel_l1_thresh: float,
         coefficients: Coefficients,
         calibrated_range: tuple[float, float] | None,
+        provenance: Provenance,
         skip_first_n_steps: int,
         skip_last_n_steps: int,
+        max_consecutive_skips: int,
+        max_skips: int | None,
+        plan: tuple[bool, ...] | None,
     ) -> None:
         self.variant_id = variant.variant_id
+        self.calibrated = calibrated
         self.rel_l1_thresh = rel_l1_thresh
         self.coefficients = coefficients
         self.calibrated_range = calibrated_range
+        self.provenance = provenance
         self.skip_first_n_steps = skip_first_n_steps
         self.skip_last_n_steps = skip_last_n_steps
+        self.max_consecutive_skips = max_consecutive_skips
+        self.max_skips = max_skips
+        self.plan = plan
         self.stats = Stats()
         self._patch: Patch | None = None  # set by Patch, which it undoes
 
@@ -67,6 +78,26 @@ class Handle:
         if self._patch is not None:
             self._patch.undo()
             self._patch = None
+            self.stats.freeze()
+
+    @property
+    def trace(self) -> Trace:
+        """The finished generations step by step, with these settings: for ``Trace.to_json`` and ``replay``."""
+        return Trace(
+            variant_id=self.variant_id,
+            rel_l1_thresh=self.rel_l1_thresh,
+            coefficients=self.coefficients,
+            calibrated_range=self.calibrated_range,
+            skip_first_n_steps=self.skip_first_n_steps,
+            skip_last_n_steps=self.skip_last_n_steps,
+            max_consecutive_skips=self.max_consecutive_skips,
+            generations=self.stats.finished,
+        )
+
+    def summary(self) -> str:
+        """The finished generations as a table to print: steps, distances, and seconds where they are known."""
+        how = "steps as planned" if self.plan is not None else f"rel_l1_thresh {self.rel_l1_thresh:g}"
+        return f"{self.variant_id}, {how}\n{summary.table(self.stats.finished)}"
 
     def __enter__(self) -> Self:
         if self._patch is None:
@@ -90,20 +121,29 @@ def apply(
     coefficients: Sequence[float] | None = None,
     skip_first_n_steps: int = 1,
     skip_last_n_steps: int = 1,
+    max_consecutive_skips: int = DEFAULT_MAX_CONSECUTIVE_SKIPS,
+    max_skips: int | None = None,
+    steps: str | Sequence[int] | None = None,
 ) -> Handle:
-    """Skip denoising steps of an mflux FLUX.2 pipeline whose input has hardly changed since the step before.
+    """Skip denoising steps of an mflux FLUX pipeline whose input has hardly changed since the step before.
 
-    ``flux.generate_image`` is used as before: text-to-image and image-to-image, any guidance, one thread at a time.
+    ``flux.generate_image`` is used as before, with all of its arguments; one thread at a time for each pipeline.
     mflux's forward pass is its own; a step whose transformer blocks are skipped adds what they added last time.
 
     Args:
-        flux: An mflux ``Flux2Klein`` (klein-4b, klein-9b, base-4b, base-9b).
+        flux: An mflux ``Flux1`` (dev, schnell, krea-dev), ``Flux1Controlnet``, ``Flux1Depth``, ``Flux1Fill``,
+            ``Flux1InContextDev``, ``Flux1InContextFill``, ``Flux1Kontext``, ``Flux1Redux``, ``Flux2Klein`` or
+            ``Flux2KleinEdit`` (klein-4b, klein-9b, klein-9b-kv, base-4b, base-9b).
         rel_l1_thresh: Higher skips more, 0.0 to 1.0; 0.0 skips nothing and is bit-equal to plain mflux. Default: the
             model's (0.17 for the base models), or 0.20 with your own ``coefficients``.
         coefficients: Five numbers, fourth degree first, in place of the model's polynomial of the relative L1 distance.
             They are used without a calibrated range.
         skip_first_n_steps: So many first steps always compute.
         skip_last_n_steps: So many last steps always compute.
+        max_consecutive_skips: A step computes after so many skipped ones; 0 skips nothing.
+        max_skips: So many steps of a generation are skipped at most. Default: no limit.
+        steps: Which active steps compute (1) and which are skipped (0), for example ``"110101001"`` or a list: nothing
+            is measured and no decision is read. The threshold and the forced steps do not count then.
 
     Returns:
         Handle: Use it as a context manager, or call its ``restore()``.
@@ -113,18 +153,16 @@ def apply(
         IncompatibleModelError: ``flux`` is not a pipeline that can be gated (a ``TypeError`` too).
         AlreadyPatchedError: ``flux`` is gated already; call ``restore()`` on its handle first.
     """
-    first = _step_count("skip_first_n_steps", skip_first_n_steps)
-    last = _step_count("skip_last_n_steps", skip_last_n_steps)
-    own_coefficients = None if coefficients is None else _coefficients(coefficients)
-    threshold = None if rel_l1_thresh is None else _threshold(rel_l1_thresh)
+    first = arguments.step_count("skip_first_n_steps", skip_first_n_steps)
+    last = arguments.step_count("skip_last_n_steps", skip_last_n_steps)
+    own_coefficients = None if coefficients is None else arguments.coefficients(coefficients)
+    threshold = None if rel_l1_thresh is None else arguments.threshold(rel_l1_thresh)
+    consecutive = arguments.consecutive_skips(max_consecutive_skips)
+    most = None if max_skips is None else arguments.step_count("max_skips", max_skips)
+    plan = None if steps is None else arguments.plan(steps)
 
-    try:
-        from .mflux import patch
-    except ImportError as error:
-        raise IncompatibleModelError(
-            f"apply needs mflux to gate a pipeline, and it cannot be imported ({error}). "
-            'Fix: pip install "mlx-teacache-fast[mflux]"'
-        ) from error
+    require_mflux()
+    from .mflux import patch
 
     variant = patch.match(flux)
     if (existing := patch.live_handle(flux)) is not None:
@@ -135,58 +173,34 @@ def apply(
         )
     if threshold is None:
         threshold = variant.rel_l1_thresh if own_coefficients is None else DEFAULT_THRESHOLD
-    if threshold == 0.0:
-        warnings.warn("rel_l1_thresh=0.0 turns gating off: every step computes", category=DisabledWarning, stacklevel=2)
-    elif variant.distilled and own_coefficients is None:
-        warnings.warn(
-            f"{variant.variant_id} is distilled to a few steps that differ too much for any to be skipped: "
-            "expect no speedup",
-            category=NoBenefitWarning,
-            stacklevel=2,
-        )
-    if own_coefficients is None and threshold > 0 and (base := patch.finetuned_from(flux)) is not None:
-        warnings.warn(
-            f"{flux.model_config.model_name} is used with the coefficients of {variant.variant_id}, fitted on {base}: "
-            "they may not fit it, compare a few pictures with ungated ones",
-            category=UncalibratedWarning,
-            stacklevel=2,
-        )
+    calibrated = own_coefficients is None and patch.is_calibrated(flux)
+    if plan is None:
+        if threshold == 0.0:
+            warnings.warn(
+                "rel_l1_thresh=0.0 turns gating off: every step computes", category=DisabledWarning, stacklevel=2
+            )
+        elif variant.distilled and own_coefficients is None:
+            warnings.warn(
+                f"{variant.variant_id} is distilled to a few steps that differ too much for any to be skipped: "
+                "expect no speedup",
+                category=NoBenefitWarning,
+                stacklevel=2,
+            )
+        if own_coefficients is None and threshold > 0 and not calibrated:
+            warnings.warn(patch.uncalibrated_message(flux, variant), category=UncalibratedWarning, stacklevel=2)
     handle = Handle(
         variant,
+        calibrated=calibrated,
         rel_l1_thresh=threshold,
         coefficients=own_coefficients or variant.coefficients,
         calibrated_range=variant.calibrated_range if own_coefficients is None else None,
+        provenance=variant.provenance if own_coefficients is None else Provenance("user"),
         skip_first_n_steps=first,
         skip_last_n_steps=last,
+        max_consecutive_skips=consecutive,
+        max_skips=most,
+        plan=plan,
     )
     patch.warn_if_untested()
     patch.Patch(flux, handle)
     return handle
-
-
-def _step_count(name: str, value: object) -> int:
-    try:
-        count = -1 if isinstance(value, bool) else operator.index(cast(Any, value))
-    except TypeError:
-        count = -1
-    if count < 0:
-        raise TeaCacheValueError(f"{name} must be a whole number of steps, 0 or more, got {value!r}")
-    return count
-
-
-def _threshold(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= cast(float, value) <= 1:
-        raise TeaCacheValueError(f"rel_l1_thresh must be a number from 0.0 to 1.0, got {value!r}")
-    return float(value)
-
-
-def _coefficients(value: object) -> Coefficients:
-    try:
-        five = tuple(float(c) for c in cast(Any, value)) if not isinstance(value, str) else ()
-    except (OverflowError, TypeError, ValueError):
-        five = ()
-    if len(five) != 5 or not all(abs(c) <= _FLOAT32_MAX for c in five):  # false for NaN
-        raise TeaCacheValueError(
-            f"coefficients must be five finite numbers of float32's range, fourth degree first, got {value!r}"
-        )
-    return five

@@ -5,11 +5,50 @@ FLUX.1 dev and schnell: ali-vilab/TeaCache (Apache-2.0). The others: fitted on r
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 Coefficients = tuple[float, float, float, float, float]
 
 # For a user's own coefficients, and where a variant has no threshold of its own.
 DEFAULT_THRESHOLD = 0.20
+
+DEFAULT_MAX_CONSECUTIVE_SKIPS = 8  # mlx-teacache's
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where the coefficients in use come from.
+
+    Attributes:
+        source: ``builtin``, or ``user`` for those given to ``apply``; then the rest is None.
+        calibration_dataset: The generations they were fitted on; None where the source does not say.
+        fit_metric: What ``fit_metric_value`` is; None where the source does not say.
+        fit_metric_value: Dimensionless.
+        reference_url: The source.
+        default_thresh: The model's threshold; None for a distilled model, which has none of its own.
+    """
+
+    source: Literal["builtin", "user"]
+    calibration_dataset: str | None = None
+    fit_metric: str | None = None
+    fit_metric_value: float | None = None
+    reference_url: str | None = None
+    default_thresh: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a polynomial was found.
+
+    Attributes:
+        url: The source.
+        dataset: The generations it was fitted on; None where the source does not say.
+        r2: Coefficient of determination over pairs of consecutive steps; None where the source does not say.
+    """
+
+    url: str
+    dataset: str | None = None
+    r2: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,50 +57,80 @@ class Variant:
 
     Attributes:
         variant_id: Also the alias of mflux's model configuration.
+        display_name: The model's name.
         coefficients: Polynomial of the relative L1 distance, c4 first, dimensionless.
         calibrated_range: The distances that the polynomial was fitted on; None where it is used without limits.
         rel_l1_thresh: Default threshold on the accumulated polynomial.
+        fit: Where the polynomial comes from.
         distilled: Trained for a few steps, of which none can be skipped.
     """
 
     variant_id: str
+    display_name: str
     coefficients: Coefficients
     calibrated_range: tuple[float, float] | None
     rel_l1_thresh: float
+    fit: Fit
     distilled: bool = False
 
+    @property
+    def default_thresh(self) -> float | None:
+        """``rel_l1_thresh``; None for a distilled model, which has none of its own."""
+        return None if self.distilled else self.rel_l1_thresh
+
+    @property
+    def provenance(self) -> Provenance:
+        fit = self.fit
+        metric = None if fit.r2 is None else "R^2"
+        return Provenance("builtin", fit.dataset, metric, fit.r2, fit.url, self.default_thresh)
+
+
+_UPSTREAM = Fit("https://github.com/ali-vilab/TeaCache/blob/main/TeaCache4FLUX/teacache_flux.py")
+_SCRIPTS = "https://github.com/IonDen/mlx-teacache/blob/main/scripts"
+_FLUX2_FITTED_BY = f"{_SCRIPTS}/calibrate_flux2.py"
 
 _FLUX1: Coefficients = (498.651651244, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 _KLEIN_BASE: Coefficients = (-1841.022165607874, 848.4417137572868, -131.3554469956159, 8.179509586828413, 0.0)
 _KLEIN_BASE_RANGE = (0.028261402621865273, 0.21984468400478363)
+_KLEIN_BASE_4B_FIT = Fit(_FLUX2_FITTED_BY, "10 prompts, 25 steps, 512x512, guidance 1, base-4b", 0.10643408169124158)
 
 VARIANTS: dict[str, Variant] = {
     v.variant_id: v
     for v in (
-        Variant("flux1-dev", _FLUX1, None, 0.20),
-        Variant("flux1-schnell", _FLUX1, None, 0.20, distilled=True),
+        Variant("flux1-dev", "FLUX.1 dev", _FLUX1, None, 0.20, _UPSTREAM),
+        Variant("flux1-schnell", "FLUX.1 schnell", _FLUX1, None, 0.20, _UPSTREAM, distilled=True),
         Variant(
             "flux1-krea-dev",
+            "FLUX.1 Krea dev",
             (24.18037744588824, -45.41912128506917, 26.20213376107934, -3.579234954660995, 0.40140693642366004),
             None,
             0.30,
+            Fit(f"{_SCRIPTS}/calibrate_flux1.py", "10 prompts, 28 steps, 512x512, guidance 4.5, 4-bit weights", 0.6817),
         ),
         Variant(
             "flux2-klein-4b",
+            "FLUX.2 klein 4B",
             (236.9190176127698, -201.47401360106662, 66.91354236854073, -11.14796738073235, 1.2674506310647067),
             (0.2001, 0.4253),
             0.20,
+            Fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.6530168924992779),
             distilled=True,
         ),
         # Without its range this polynomial goes negative above 0.475 and prices a large change as none.
         Variant(
             "flux2-klein-9b",
+            "FLUX.2 klein 9B",
             (-523.8412980807129, 530.2492512602308, -177.64385734082498, 20.893264957040557, 0.0),
             (0.1316, 0.4498),
             0.20,
+            Fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.4710289350635284),
             distilled=True,
         ),
-        Variant("flux2-klein-base-4b", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17),
-        Variant("flux2-klein-base-9b", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17),
+        Variant(
+            "flux2-klein-base-4b", "FLUX.2 klein base 4B", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17, _KLEIN_BASE_4B_FIT
+        ),
+        Variant(
+            "flux2-klein-base-9b", "FLUX.2 klein base 9B", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17, _KLEIN_BASE_4B_FIT
+        ),
     )
 }

@@ -5,45 +5,107 @@ is: embeddings, modulation, rotary embeddings, tail and guidance are its own. Th
 blocks were given; the second one runs the gate and the branch, whose body is the real blocks of both lists.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mflux.models.flux2.variants.edit.flux2_klein_edit import Flux2KleinEdit
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from mflux.utils.apple_silicon import AppleSiliconUtil
 
 from .. import ops
-from ..errors import TeaCacheError
-from ..handle import Handle
+from ..errors import InternalStateError, TeaCacheValueError
+from .blocks import ImageTokens, StandIn, replaced
+from .generation import Generation
 
-__all__ = ["VARIANT_IDS", "Flux2Klein", "gated_predict"]
+PIPELINES = (Flux2Klein, Flux2KleinEdit)
+REFUSED: dict[type, str] = {}
 
-VARIANT_IDS = ("flux2-klein-4b", "flux2-klein-9b", "flux2-klein-base-4b", "flux2-klein-base-9b")
+# By alias of mflux's model configuration: the variant, and whether its coefficients were fitted on this model.
+VARIANTS = {
+    "flux2-klein-4b": ("flux2-klein-4b", True),
+    "flux2-klein-9b": ("flux2-klein-9b", True),
+    "flux2-klein-9b-kv": ("flux2-klein-9b", False),
+    "flux2-klein-base-4b": ("flux2-klein-base-4b", True),
+    "flux2-klein-base-9b": ("flux2-klein-base-9b", True),
+}
 
 Predict = Callable[..., mx.array]
 Modulation = tuple[mx.array, mx.array, mx.array]  # shift, scale, gate: (B, 1, D) each
 
 
-def gated_predict(
-    transformer: Any, inner: Predict, handle: Handle, num_steps: int, states: list[mx.array | None]
-) -> Predict:
-    """What stands in for the function that mflux's ``_predict`` returned for this generation.
+class GatedSteps:
+    """The steps of one generation: what stands in for the functions that mflux's pipeline runs a step with."""
 
-    Args:
-        transformer: mflux's ``Flux2Transformer``.
-        inner: What mflux's ``_predict(transformer)`` returned: runs one step, all branches of the guidance.
-        handle: Threshold, coefficients and forced steps.
-        num_steps: Active steps of the schedule.
-        states: Receives the gate's state (float32 ``(8,)``) of each step.
-    """
-    joint_blocks, single_blocks = transformer.transformer_blocks, transformer.single_transformer_blocks
-    norm_eps = joint_blocks[0].norm1.eps
-    body = ops.Body(lambda *arrays: _run_blocks(joint_blocks, single_blocks, *arrays))
+    def __init__(self, transformer: Any, generation: Generation) -> None:
+        self._transformer: Any = transformer
+        self._generation = generation
+        self._joint_blocks = transformer.transformer_blocks
+        self._single_blocks = transformer.single_transformer_blocks
+        self._bodies: list[
+            ops.Body
+        ] = []  # one for each branch of the guidance, if there is a key-value cache; else one
+        self._arrays: list[mx.array] = []
 
-    def step(arrays: list[mx.array], force: mx.array, kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
+    def predict(self, inner: Predict) -> Predict:
+        """``inner`` with its blocks behind a gate.
+
+        Args:
+            inner: What mflux's ``_predict(transformer)`` or ``_cached_predict(transformer)`` returned: runs one step,
+                all branches of the guidance.
+        """
+
+        def step(arrays: list[mx.array], force: mx.array, kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
+            return self._step(inner, arrays, force, kwargs)
+
+        def compute(kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
+            return self._planned_step(inner, None, kwargs)
+
+        def skip(arrays: list[mx.array], kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
+            return self._planned_step(inner, arrays, kwargs)
+
+        # mflux leaves the step uncompiled on some Macs; where it compiles, the gated step is one compiled function too.
+        def compiled(function: Any) -> Any:
+            return function if AppleSiliconUtil.is_m1_or_m2() else mx.compile(function)
+
+        plan = self._generation.handle.plan
+        compiled_step, compiled_compute, compiled_skip = compiled(step), compiled(compute), compiled(skip)
+
+        def predict(**kwargs: Any) -> mx.array:
+            cache = kwargs.get("kv_cache")
+            uncompiled = cache is not None  # a cache is no array; mflux does not compile then either
+            if cache is not None and cache.is_extracting:
+                # The references' keys and values are made in this step, so it always computes.
+                self._generation.record("forced")
+                return inner(**kwargs)
+            if plan is None:
+                if not self._arrays:
+                    self._arrays = self._initial_arrays(inner, kwargs)
+                run = step if uncompiled else compiled_step
+                noise, self._arrays = run(self._arrays, self._generation.next_force(), kwargs)
+                self._generation.record(self._arrays[0])
+            elif plan[self._generation.index]:
+                noise, self._arrays = (compute if uncompiled else compiled_compute)(kwargs)
+                self._generation.record("computed")
+            else:
+                if not self._arrays:
+                    raise TeaCacheValueError(
+                        "steps must compute step 1 too where reference images have a key-value cache: step 0 makes it"
+                    )
+                noise, self._arrays = (skip if uncompiled else compiled_skip)(self._arrays, kwargs)
+                self._generation.record("skipped")
+            if self._generation.is_over:  # mflux's memory saver frees the weights before it decodes the image
+                self._transformer = self._joint_blocks = self._single_blocks = None
+                self._bodies, self._arrays = [], []
+            return noise
+
+        return predict
+
+    def _step(
+        self, inner: Predict, arrays: list[mx.array], force: mx.array, kwargs: dict[str, Any]
+    ) -> tuple[mx.array, list[mx.array]]:
+        handle = self._generation.handle
         state, anchor, *residuals = arrays
         reused: list[mx.array] = []
         skip = state
@@ -55,7 +117,7 @@ def gated_predict(
             if branch == 0:  # block 0's modulated input does not depend on the prompt: one gate for all branches
                 shift, scale, _ = inputs.image_modulation[0]
                 anchor, reused, state = ops.gate(
-                    inputs.x,
+                    inputs.gated,
                     shift,
                     scale,
                     anchor,
@@ -66,68 +128,94 @@ def gated_predict(
                     coefficients=handle.coefficients,
                     threshold=handle.rel_l1_thresh,
                     calibrated_range=handle.calibrated_range,
-                    eps=norm_eps,
+                    max_consecutive_skips=handle.max_consecutive_skips,
+                    eps=self._joint_blocks[0].norm1.eps,
                 )
                 skip = ops.decide(state)
-            out, residual = ops.branch(skip, [reused[branch], residuals[branch]], body, inputs.flat())
+            out, residual = ops.branch(
+                skip, [reused[branch], residuals[branch]], self._body(branch, inputs), inputs.flat()
+            )
             new_residuals.append(residual)
             return out
 
-        with _blocks_replaced(transformer, image_tokens):
+        with self._blocks_replaced(kwargs, image_tokens):
             noise = inner(**kwargs)
         if len(new_residuals) != len(residuals):
             raise _unexpected_calls(len(new_residuals), len(residuals))
         return noise, [state, anchor, *new_residuals]
 
-    # mflux leaves the step uncompiled on some Macs; where it compiles, the gated step is one compiled function too.
-    run = step if AppleSiliconUtil.is_m1_or_m2() else mx.compile(step)
-    forces = [mx.array(force, dtype=mx.int32) for force in (0, 1, 2)]
-    arrays: list[mx.array] = []
+    def _planned_step(
+        self, inner: Predict, residuals: list[mx.array] | None, kwargs: dict[str, Any]
+    ) -> tuple[mx.array, list[mx.array]]:
+        """A step that is computed, or skipped by these residuals; without a gate, so that nothing is measured."""
+        new_residuals: list[mx.array] = []
 
-    def predict(**kwargs: Any) -> mx.array:
-        nonlocal arrays
-        if not arrays:
-            arrays = _initial_arrays(transformer, inner, body, kwargs)
-        index = len(states)
-        leading = index < handle.skip_first_n_steps
-        trailing = index >= num_steps - handle.skip_last_n_steps
-        noise, arrays = run(arrays, forces[1 if leading else 2 if trailing else 0], kwargs)
-        states.append(arrays[0])
-        return noise
+        def image_tokens(inputs: _BlockInputs) -> mx.array:
+            if residuals is not None:
+                new_residuals.append(residuals[len(new_residuals)])
+                return inputs.gated + new_residuals[-1]
+            image, residual = _run_blocks(
+                self._joint_blocks, self._single_blocks, inputs.n_gated, inputs.kv_cache, *inputs.flat()
+            )
+            new_residuals.append(residual)
+            return image
 
-    return predict
+        with self._blocks_replaced(kwargs, image_tokens):
+            noise = inner(**kwargs)
+        if not new_residuals:
+            raise _unexpected_calls(0, 1)
+        return noise, new_residuals
 
+    def _initial_arrays(self, inner: Predict, kwargs: dict[str, Any]) -> list[mx.array]:
+        """What goes from step to step, before the first: state, anchor, and one residual for each branch.
 
-def _initial_arrays(transformer: Any, inner: Predict, body: ops.Body, kwargs: dict[str, Any]) -> list[mx.array]:
-    """What goes from step to step, before the first: state, anchor, and one residual for each branch.
+        Shapes and dtypes follow from mflux's prelude and from the body, which are traced for that; nothing is
+        evaluated, and the traced body is the one that the steps use. The trace is one of mx.compile, so that a compiled
+        function within ``inner`` sees tracers and keeps nothing of what it meets here.
+        """
+        arrays = [mx.zeros(8)]
 
-    Shapes and dtypes follow from mflux's prelude and from the body, which are traced for that; nothing is evaluated,
-    and the traced body is the one that the steps use. The trace is one of mx.compile, so that a compiled function
-    within ``inner`` sees tracers and keeps nothing of what it meets here.
-    """
-    arrays = [mx.zeros(8)]
+        def image_tokens(inputs: _BlockInputs) -> mx.array:
+            shift, scale, _ = inputs.image_modulation[0]
+            modulated = inputs.gated * scale + shift  # for its dtype
+            if len(arrays) == 1:
+                arrays.append(mx.zeros(modulated.shape, modulated.dtype))
+            graph = self._body(len(arrays) - 2, inputs).trace(inputs.flat())
+            arrays.append(mx.zeros(graph.output_shapes[1], graph.output_dtypes[1]))
+            return inputs.gated
 
-    def image_tokens(inputs: _BlockInputs) -> mx.array:
-        shift, scale, _ = inputs.image_modulation[0]
-        modulated = inputs.x * scale + shift  # for its dtype
+        def trace(given: dict[str, Any]) -> mx.array:
+            with self._blocks_replaced(kwargs, image_tokens):
+                return inner(**(kwargs | given))
+
+        mx.compile(trace)({name: a for name, a in kwargs.items() if isinstance(a, mx.array)})
         if len(arrays) == 1:
-            arrays.append(mx.zeros(modulated.shape, modulated.dtype))
-        graph = body.trace(inputs.flat())
-        arrays.append(mx.zeros(graph.output_shapes[1], graph.output_dtypes[1]))
-        return inputs.x
+            raise _unexpected_calls(0, 1)
+        return arrays
 
-    def trace(kwargs: dict[str, Any]) -> mx.array:
-        with _blocks_replaced(transformer, image_tokens):
-            return inner(**kwargs)
+    def _body(self, branch: int, inputs: "_BlockInputs") -> ops.Body:
+        """The body of a branch of the guidance: the same for all, but that a key-value cache is one's own."""
+        if inputs.kv_cache is None:
+            branch = 0
+        while len(self._bodies) <= branch:
+            self._bodies.append(
+                ops.Body(
+                    lambda *arrays, cache=inputs.kv_cache, n=inputs.n_gated: _run_blocks(
+                        self._joint_blocks, self._single_blocks, n, cache, *arrays
+                    )
+                )
+            )
+        return self._bodies[branch]
 
-    mx.compile(trace)(kwargs)
-    if len(arrays) == 1:
-        raise _unexpected_calls(0, 1)
-    return arrays
+    def _blocks_replaced(self, kwargs: dict[str, Any], image_tokens: Callable[["_BlockInputs"], mx.array]) -> Any:
+        # Reference images have their tokens behind those of the latents, and the pipeline cuts them off afterwards.
+        joint = _JointBlocks()
+        single = _SingleBlocks(joint, image_tokens, n_gated=kwargs["latents"].shape[1])
+        return replaced(self._transformer, [joint], [single])
 
 
-def _unexpected_calls(found: int, expected: int) -> TeaCacheError:
-    return TeaCacheError(
+def _unexpected_calls(found: int, expected: int) -> InternalStateError:
+    return InternalStateError(
         f"a step called the transformer's blocks {found} times where {expected} were expected: something between "
         "generate_image and the transformer (a wrapped _predict, another patch) keeps its own trace of the step"
     )
@@ -143,6 +231,12 @@ class _BlockInputs:
     text_modulation: tuple[Modulation, Modulation]
     single_modulation: Modulation
     rotary: tuple[mx.array, mx.array]  # cos and sin of text and image positions
+    kv_cache: Any  # of the reference images' tokens, or None
+    n_gated: int  # image tokens whose output the pipeline uses: the first ones
+
+    @property
+    def gated(self) -> mx.array:
+        return self.x if self.x.shape[1] == self.n_gated else self.x[:, : self.n_gated]
 
     def flat(self) -> list[mx.array]:
         """The body's arguments; ``_run_blocks`` takes them apart."""
@@ -150,7 +244,9 @@ class _BlockInputs:
         return [self.x, self.context, *(a for m in modulations for a in m), *self.rotary]
 
 
-def _run_blocks(joint_blocks: Sequence[Any], single_blocks: Sequence[Any], *flat: mx.array) -> list[mx.array]:
+def _run_blocks(
+    joint_blocks: Sequence[Any], single_blocks: Sequence[Any], n_gated: int, kv_cache: Any, *flat: mx.array
+) -> list[mx.array]:
     """The body: all blocks, from ``_BlockInputs.flat``. Returns the image tokens, and what was added to ``x``.
 
     Block 0 normalises and modulates ``x`` itself, although the gate has done so: one more pass over ``x``, for which a
@@ -160,38 +256,31 @@ def _run_blocks(joint_blocks: Sequence[Any], single_blocks: Sequence[Any], *flat
     image_attention, image_mlp, text_attention, text_mlp, single = (tuple(rest[i : i + 3]) for i in range(0, 15, 3))
     rotary = tuple(rest[15:])
     image = x
-    for block in joint_blocks:
+    for i, block in enumerate(joint_blocks):
         context, image = block(
             hidden_states=image,
             encoder_hidden_states=context,
             temb_mod_params_img=(image_attention, image_mlp),
             temb_mod_params_txt=(text_attention, text_mlp),
             image_rotary_emb=rotary,
+            kv_cache=kv_cache,
+            kv_cache_layer_idx=i,
         )
     tokens = mx.concatenate([context, image], axis=1)
-    for block in single_blocks:
-        tokens = block(hidden_states=tokens, temb_mod_params=single, image_rotary_emb=rotary)
-    image = tokens[:, context.shape[1] :]
-    return [image, image - x]
+    for i, block in enumerate(single_blocks):
+        tokens = block(
+            hidden_states=tokens,
+            temb_mod_params=single,
+            image_rotary_emb=rotary,
+            kv_cache=kv_cache,
+            kv_cache_layer_idx=i,
+        )
+    n_text = context.shape[1]
+    image = tokens[:, n_text : n_text + n_gated]
+    return [image, image - x[:, :n_gated]]
 
 
-# ---- Stand-ins. They are modules because an nn.Module keeps the place of a child only for another module.
-
-
-@contextmanager
-def _blocks_replaced(transformer: Any, image_tokens: Callable[[_BlockInputs], mx.array]) -> Iterator[None]:
-    """Until the end of the block, a call of ``transformer`` gets its image tokens from ``image_tokens``."""
-    joint_blocks, single_blocks = transformer.transformer_blocks, transformer.single_transformer_blocks
-    joint = _JointBlocks()
-    try:
-        transformer.transformer_blocks = [joint]
-        transformer.single_transformer_blocks = [_SingleBlocks(joint, image_tokens)]
-        yield
-    finally:
-        transformer.transformer_blocks, transformer.single_transformer_blocks = joint_blocks, single_blocks
-
-
-class _JointBlocks(nn.Module):  # type: ignore[misc, name-defined]
+class _JointBlocks(StandIn):
     """Notes what the joint blocks are given and returns their inputs."""
 
     def __call__(
@@ -204,35 +293,29 @@ class _JointBlocks(nn.Module):  # type: ignore[misc, name-defined]
         kv_cache: Any = None,
         kv_cache_layer_idx: int | None = None,
     ) -> tuple[mx.array, mx.array]:
-        if kv_cache is not None:
-            raise TeaCacheError("a FLUX.2 step with a key-value cache cannot be gated")
-        given = (hidden_states, encoder_hidden_states, temb_mod_params_img, temb_mod_params_txt)
-        object.__setattr__(self, "given", given)
+        self.keep(given=(hidden_states, encoder_hidden_states, temb_mod_params_img, temb_mod_params_txt))
         return encoder_hidden_states, hidden_states
 
 
-class _SingleBlocks(nn.Module):  # type: ignore[misc, name-defined]
+class _SingleBlocks(StandIn):
     """Stands for all blocks: mflux calls it last, when it has computed what both lists need."""
 
-    def __init__(self, joint: _JointBlocks, image_tokens: Callable[[_BlockInputs], mx.array]) -> None:
+    def __init__(self, joint: _JointBlocks, image_tokens: Callable[[_BlockInputs], mx.array], n_gated: int) -> None:
         super().__init__()
-        object.__setattr__(self, "joint", joint)
-        object.__setattr__(self, "image_tokens", image_tokens)
+        self.keep(joint=joint, image_tokens=image_tokens, n_gated=n_gated)
 
-    def __call__(self, hidden_states: mx.array, temb_mod_params: Any, image_rotary_emb: Any, **_: Any) -> Any:
+    def __call__(
+        self, hidden_states: mx.array, temb_mod_params: Any, image_rotary_emb: Any, kv_cache: Any = None, **_: Any
+    ) -> Any:
         x, context, image_modulation, text_modulation = self.joint.given
-        inputs = _BlockInputs(x, context, image_modulation, text_modulation, temb_mod_params, image_rotary_emb)
-        return _ImageTokens(self.image_tokens(inputs), n_text=inputs.context.shape[1])
-
-
-class _ImageTokens:
-    """The image tokens, for mflux's ``tokens[:, n_text:, ...]``: text tokens would be joined on only to be cut off."""
-
-    def __init__(self, tokens: mx.array, n_text: int) -> None:
-        self._tokens = tokens
-        self._slice = (slice(None), slice(n_text, None), ...)
-
-    def __getitem__(self, index: Any) -> mx.array:
-        if index != self._slice:
-            raise TeaCacheError(f"mflux's FLUX.2 forward takes {index} of the tokens; {self._slice} was expected")
-        return self._tokens
+        inputs = _BlockInputs(
+            x,
+            context,
+            image_modulation,
+            text_modulation,
+            temb_mod_params,
+            image_rotary_emb,
+            kv_cache,
+            self.n_gated,
+        )
+        return ImageTokens(self.image_tokens(inputs), n_text=inputs.context.shape[1])

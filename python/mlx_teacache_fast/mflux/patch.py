@@ -6,11 +6,15 @@ import warnings
 import weakref
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any, cast
+from time import perf_counter
+from typing import Any
 
 import mlx.core as mx
+from mflux.models.flux.variants.txt2img.flux import Flux1
+from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 
 from .. import ops
+from ..arguments import check_step_window
 from ..errors import (
     IncompatibleModelError,
     InvalidStepWindowError,
@@ -20,9 +24,9 @@ from ..errors import (
     UntestedVersionWarning,
 )
 from ..handle import Handle
-from ..stats import GenerationStats, StepRecord, step_record
 from ..variants import VARIANTS, Variant
-from . import flux2
+from . import flux1, flux2
+from .generation import Generation
 
 NEWEST_VERIFIED_MFLUX = "0.24.0"
 
@@ -30,22 +34,53 @@ _HANDLE = "_mlx_teacache_fast_handle"
 _ABSENT = object()
 
 
+FAMILIES: tuple[Any, ...] = (flux1, flux2)
+
+
 def match(flux: Any) -> Variant:
     """The variant of a pipeline, by its class and the aliases of its model configuration."""
-    name = type(flux).__name__
-    if not isinstance(flux, flux2.Flux2Klein):
-        raise IncompatibleModelError(f"apply gates mflux's Flux2Klein pipelines, got {name}")
-    aliases = getattr(getattr(flux, "model_config", None), "aliases", ())
+    variant, _ = match_config(getattr(flux, "model_config", None), type(flux))
+    if flux.transformer is None:
+        raise IncompatibleModelError(
+            f"this {type(flux).__name__} has no transformer any more (mflux's low-memory mode drops it after a "
+            "generation): load the pipeline again"
+        )
+    return variant
+
+
+def is_calibrated(flux: Any) -> bool:
+    """Whether the variant's coefficients were fitted on this model, in text-to-image."""
+    return match_config(flux.model_config, type(flux))[1]
+
+
+def match_config(model_config: Any, pipeline_class: type) -> tuple[Variant, bool]:
+    """``match`` and ``is_calibrated`` of a pipeline that is not loaded yet."""
+    name = pipeline_class.__name__
+    if reason := next((f.REFUSED[pipeline_class] for f in FAMILIES if pipeline_class in f.REFUSED), None):
+        raise IncompatibleModelError(f"apply cannot gate {name}: {reason}")
+    family = next((f for f in FAMILIES if issubclass(pipeline_class, f.PIPELINES)), None)
+    if family is None:
+        gated = ", ".join(c.__name__ for f in FAMILIES for c in f.PIPELINES)
+        raise IncompatibleModelError(f"apply gates mflux's {gated}, got {name}")
+    aliases = getattr(model_config, "aliases", None) or ()
     for alias in aliases:
-        if alias in flux2.VARIANT_IDS:
-            if flux.transformer is None:
-                raise IncompatibleModelError(
-                    f"this {name} has no transformer any more (mflux's low-memory mode drops it after a generation): "
-                    "load the pipeline again"
-                )
-            return VARIANTS[alias]
+        if alias in family.VARIANTS:
+            variant_id, fitted = family.VARIANTS[alias]
+            here = issubclass(pipeline_class, (Flux1, Flux2Klein)) and _finetuned_from(model_config) is None
+            return VARIANTS[variant_id], fitted and here
     raise IncompatibleModelError(
-        f"{name} has a model configuration with aliases {list(aliases)}, and apply knows {', '.join(flux2.VARIANT_IDS)}"
+        f"{name} has a model configuration with aliases {list(aliases)}, and apply knows {', '.join(family.VARIANTS)}"
+    )
+
+
+def uncalibrated_message(flux: Any, variant: Variant) -> str:
+    """What to say of coefficients that were fitted on something else."""
+    model, base = flux.model_config.model_name, _finetuned_from(flux.model_config)
+    fitted_on = base if base is not None else f"{variant.variant_id} in text-to-image"
+    used_in = model if base is not None else f"{type(flux).__name__} with {model}"
+    return (
+        f"{used_in} is used with the coefficients of {variant.variant_id}, fitted on {fitted_on}: "
+        "they may not fit it, compare a few pictures with ungated ones"
     )
 
 
@@ -55,9 +90,9 @@ def live_handle(flux: Any) -> Handle | None:
     return handle
 
 
-def finetuned_from(flux: Any) -> str | None:
+def _finetuned_from(model_config: Any) -> str | None:
     """The model that a checkpoint was made from; None for that model itself, whose configuration names no base."""
-    base: str | None = getattr(flux.model_config, "base_model", None)
+    base: str | None = getattr(model_config, "base_model", None)
     return base
 
 
@@ -77,30 +112,13 @@ def _numbers(v: str) -> tuple[int, ...]:
     return tuple(int(part) for part in v.split(".") if part.isdigit())
 
 
-class Generation:
-    """One call of ``generate_image``: its number of active steps and what the gate said of each."""
-
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self.states: list[mx.array | None] = []  # the gate's state after each step; None where gating is off
-
-    def stats(self) -> GenerationStats:
-        return GenerationStats(
-            tuple(
-                StepRecord(i, "computed", None, None, 0.0)
-                if state is None
-                else step_record(i, cast(list[float], state.tolist()))
-                for i, state in enumerate(self.states)
-            )
-        )
-
-
 class Patch:
     """Gating of one pipeline.
 
-    Three things are set on the instance: ``generate_image``, so that only finished generations count and nothing
-    outlives a failed one; ``_predict``, which mflux calls once a generation for the function that runs a step; and a
-    callback that learns the schedule before the loop.
+    Set on the instance are: ``generate_image``, so that only finished generations count and nothing outlives a failed
+    one; a callback that learns the schedule before the loop; and for FLUX.2 ``_predict``, which mflux calls once a
+    generation for the function that runs a step. FLUX.1 has no such function: there ``generate_image`` has the
+    transformer's calls go through the gate.
     """
 
     def __init__(self, flux: Any, handle: Handle) -> None:
@@ -112,11 +130,14 @@ class Patch:
         self._handle = handle
         self._flux = weakref.ref(flux)
         self._generation: Generation | None = None
+        self._steps: Any = None  # of that generation
         self._short_schedule_told = False
         self._undo: list[Callable[[], None]] = []
         try:
             self._wrap(flux, "generate_image", self._generate_image)
-            self._wrap(flux, "_predict", self._predict)
+            for name in ("_predict", "_cached_predict"):
+                if hasattr(flux, name):
+                    self._wrap(flux, name, self._predict)
             registry = weakref.ref(flux.callbacks)
             self._undo.append(lambda: _remove(registry(), self))
             flux.callbacks.register(self)
@@ -178,16 +199,21 @@ class Patch:
                 "the pipeline's callbacks were replaced after apply(), so gating cannot follow the schedule: "
                 "call restore() on the handle and apply() again"
             )
-        enclosing = self._generation  # a callback may generate too
-        self._generation = None
+        enclosing = self._generation, self._steps  # a callback may generate too
+        self._generation = self._steps = None
+        started = perf_counter()
         try:
-            image = original(*args, **kwargs)
+            if isinstance(flux, flux1.PIPELINES):
+                with flux1.steps_through(flux.transformer, self._flux1_step):
+                    image = original(*args, **kwargs)
+            else:
+                image = original(*args, **kwargs)
             generation: Generation | None = self._generation
             if generation is not None:
-                self._handle.stats.commit(generation.stats())
+                self._handle.stats.commit(generation.stats(perf_counter() - started))
             return image
         finally:
-            self._generation = enclosing
+            self._generation, self._steps = enclosing
 
     def call_before_loop(self, config: Any, **_: Any) -> None:
         """mflux's callback: the schedule is known now."""
@@ -196,13 +222,19 @@ class Patch:
         handle = self._handle
         num_steps = max(0, config.num_inference_steps - config.init_time_step)
         forced = handle.skip_first_n_steps + handle.skip_last_n_steps
-        if handle.rel_l1_thresh > 0 and num_steps > 0:
-            if forced >= num_steps:
+        if handle.plan is not None:
+            if len(handle.plan) != num_steps and num_steps > 0:
                 raise InvalidStepWindowError(
-                    f"skip_first_n_steps={handle.skip_first_n_steps} and skip_last_n_steps={handle.skip_last_n_steps} "
-                    f"leave no step to gate: the schedule has {num_steps} active "
-                    f"of num_inference_steps={config.num_inference_steps}; use {forced + 2} or more active steps"
+                    f"steps plans {len(handle.plan)} steps and the schedule has {num_steps} active of "
+                    f"num_inference_steps={config.num_inference_steps}: plan one entry for each active step"
                 )
+        elif handle.rel_l1_thresh > 0 and num_steps > 0:
+            check_step_window(
+                num_steps,
+                skip_first_n_steps=handle.skip_first_n_steps,
+                skip_last_n_steps=handle.skip_last_n_steps,
+                nominal_num_inference_steps=config.num_inference_steps,
+            )
             if num_steps - forced == 1 and not self._short_schedule_told:
                 self._short_schedule_told = True
                 warnings.warn(
@@ -211,22 +243,37 @@ class Patch:
                     category=NoBenefitWarning,
                     stacklevel=2,
                 )
-        self._generation = Generation(num_steps)
+        self._generation = Generation(handle, num_steps)
 
     def _predict(self, original: Callable[..., Any], transformer: Any) -> Callable[..., mx.array]:
         inner: Callable[..., mx.array] = original(transformer)
         generation = self._generation
         if generation is None:  # called by somebody else than generate_image
             return inner
-        if self._handle.rel_l1_thresh <= 0:
+        if self._handle.plan is None and self._handle.rel_l1_thresh <= 0:
             return _counted(inner, generation)
-        return flux2.gated_predict(transformer, inner, self._handle, generation.num_steps, generation.states)
+        if self._steps is None:
+            self._steps = flux2.GatedSteps(transformer, generation)
+        gated: Callable[..., mx.array] = self._steps.predict(inner)
+        return gated
+
+    def _flux1_step(self, forward: Callable[..., mx.array], **arguments: Any) -> mx.array:
+        flux: Any = self._flux()
+        generation = self._generation
+        if generation is None:  # called before the loop
+            return forward(**arguments)
+        if self._handle.plan is None and self._handle.rel_l1_thresh <= 0:
+            return _counted(forward, generation)(**arguments)
+        if self._steps is None:
+            self._steps = flux1.GatedStep(flux.transformer, generation)
+        noise: mx.array = self._steps(forward, **arguments)
+        return noise
 
 
 def _counted(inner: Callable[..., mx.array], generation: Generation) -> Callable[..., mx.array]:
     def predict(**step: Any) -> mx.array:
         noise = inner(**step)
-        generation.states.append(None)
+        generation.record("computed")
         return noise
 
     return predict

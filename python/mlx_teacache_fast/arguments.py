@@ -1,0 +1,102 @@
+"""Checks of what users pass. Each returns the value in one form or says the rule and what was given."""
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+from .errors import InvalidStepWindowError, TeaCacheValueError
+from .variants import Coefficients
+
+_FLOAT32_MAX = 3.4028234663852886e38
+_INT32_MAX = 2**31 - 1
+
+
+def step_count(name: str, value: object) -> int:
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(cast(Any, value))
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise TeaCacheValueError(f"{name} must be a whole number of steps, 0 or more, got {value!r}")
+    return count
+
+
+def consecutive_skips(value: object) -> int:
+    return min(step_count("max_consecutive_skips", value), _INT32_MAX)  # the gate's integer; no schedule is as long
+
+
+def threshold(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= cast(float, value) <= 1:
+        raise TeaCacheValueError(f"rel_l1_thresh must be a number from 0.0 to 1.0, got {value!r}")
+    return float(value)
+
+
+def coefficients(value: Sequence[float]) -> Coefficients:
+    five: tuple[float, ...]
+    try:
+        five = tuple(float(c) for c in cast(Any, value)) if not isinstance(value, str) else ()
+    except (OverflowError, TypeError, ValueError):
+        five = ()
+    if len(five) != 5 or not all(abs(c) <= _FLOAT32_MAX for c in five):  # false for NaN
+        raise TeaCacheValueError(
+            f"coefficients must be five finite numbers of float32's range, fourth degree first, got {value!r}"
+        )
+    return five
+
+
+def plan(value: object) -> tuple[bool, ...]:
+    try:
+        entries = [int(e) if isinstance(e, str) else operator.index(e) for e in cast(Any, value)]
+    except (TypeError, ValueError):
+        entries = []
+    if not entries or set(entries) - {0, 1}:
+        raise TeaCacheValueError(f'steps must be a 1 or 0 for each active step, such as "1101", got {value!r}')
+    if not entries[0]:
+        raise TeaCacheValueError(f"steps must begin with a computed step (1), got {value!r}: there is nothing to reuse")
+    return tuple(bool(e) for e in entries)
+
+
+def calibrated_range(value: object) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    try:
+        low, high = (float(end) for end in cast(Any, value))
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not -_FLOAT32_MAX <= low <= high <= _FLOAT32_MAX:
+        raise TeaCacheValueError(
+            f"calibrated_range must be two finite numbers, the lower first, or None, got {value!r}"
+        )
+    return low, high
+
+
+def check_step_window(
+    active_num_steps: int,
+    *,
+    skip_first_n_steps: int = 1,
+    skip_last_n_steps: int = 1,
+    nominal_num_inference_steps: int | None = None,
+) -> None:
+    """Would a gated generation of so many steps be accepted? For asking before a model is loaded.
+
+    Args:
+        active_num_steps: Steps that mflux will run: ``num_inference_steps``, less those that image-to-image leaves out.
+        skip_first_n_steps, skip_last_n_steps: As for ``apply``.
+        nominal_num_inference_steps: ``num_inference_steps``, for the message.
+
+    Raises:
+        InvalidStepWindowError: The forced steps are as many as the active ones, or more; also for 0 active steps, which
+            a gated generation accepts (an image-to-image strength of 1).
+        TeaCacheValueError: An argument is not a whole number of steps.
+    """
+    active = step_count("active_num_steps", active_num_steps)
+    first = step_count("skip_first_n_steps", skip_first_n_steps)
+    last = step_count("skip_last_n_steps", skip_last_n_steps)
+    if first + last >= active:
+        of = "" if nominal_num_inference_steps is None else f" of num_inference_steps={nominal_num_inference_steps}"
+        raise InvalidStepWindowError(
+            f"skip_first_n_steps={first} and skip_last_n_steps={last} leave no step to gate: the schedule has {active} "
+            f"active{of}; use {first + last + 2} or more active steps"
+        )

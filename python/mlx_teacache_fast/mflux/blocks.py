@@ -1,0 +1,63 @@
+"""Stand-ins for a transformer's two lists of blocks. mflux's own forward pass runs around them.
+
+They are modules because an nn.Module keeps the place of a child only for another module.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import InternalStateError
+
+
+class StandIn(nn.Module):  # type: ignore[misc, name-defined]
+    """A module that keeps what it is given out of ``parameters()``."""
+
+    def keep(self, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
+
+
+class Returns(StandIn):
+    """Stands for a layer whose output is known already."""
+
+    def __init__(self, output: mx.array) -> None:
+        super().__init__()
+        self.keep(output=output)
+
+    def __call__(self, *_: Any) -> Any:
+        return self.output
+
+
+@contextmanager
+def replaced(transformer: Any, joint: list[Any], single: list[Any]) -> Iterator[None]:
+    """Until the end of the block, these stand for the transformer's blocks."""
+    before = transformer.transformer_blocks, transformer.single_transformer_blocks
+    try:
+        transformer.transformer_blocks, transformer.single_transformer_blocks = joint, single
+        yield
+    finally:
+        transformer.transformer_blocks, transformer.single_transformer_blocks = before
+
+
+class ImageTokens:
+    """The image tokens, for mflux's ``tokens[:, n_text:, ...]``: text tokens would be joined on only to be cut off."""
+
+    def __init__(self, tokens: mx.array, n_text: int) -> None:
+        self._tokens = tokens
+        self._slice = (slice(None), slice(n_text, None), ...)
+
+    def __getitem__(self, index: Any) -> mx.array:
+        self._check(index)
+        return self._tokens
+
+    def __setitem__(self, index: Any, tokens: mx.array) -> None:
+        self._check(index)
+        self._tokens = tokens
+
+    def _check(self, index: Any) -> None:
+        if index != self._slice:
+            raise InternalStateError(f"mflux's forward takes {index} of the tokens; {self._slice} was expected")

@@ -1,0 +1,255 @@
+"""FLUX.1: gate and branch in each step, around mflux's own forward pass.
+
+mflux runs FLUX.1 eagerly and calls the transformer itself. So for the time of a generation the transformer's class is a
+subclass whose call is a gated step; the parent's call, mflux's, runs inside it with stand-ins for the two lists of
+blocks. The branch compiles the blocks.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mflux.models.flux.variants.concept_attention.flux_concept import Flux1Concept
+from mflux.models.flux.variants.concept_attention.flux_concept_from_image import Flux1ConceptFromImage
+from mflux.models.flux.variants.controlnet.flux_controlnet import Flux1Controlnet
+from mflux.models.flux.variants.depth.flux_depth import Flux1Depth
+from mflux.models.flux.variants.fill.flux_fill import Flux1Fill
+from mflux.models.flux.variants.in_context.flux_in_context_dev import Flux1InContextDev
+from mflux.models.flux.variants.in_context.flux_in_context_fill import Flux1InContextFill
+from mflux.models.flux.variants.kontext.flux_kontext import Flux1Kontext
+from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
+from mflux.models.flux.variants.txt2img.flux import Flux1
+
+from .. import ops
+from .blocks import ImageTokens, Returns, StandIn, replaced
+from .generation import Generation
+
+PIPELINES = (
+    Flux1,
+    Flux1Controlnet,
+    Flux1Depth,
+    Flux1Fill,
+    Flux1InContextDev,
+    Flux1InContextFill,
+    Flux1Kontext,
+    Flux1Redux,
+)
+REFUSED = dict.fromkeys(
+    (Flux1Concept, Flux1ConceptFromImage),
+    "it returns attention maps beside the image, which a step whose blocks are skipped does not have",
+)
+
+# By alias of mflux's model configuration: the variant, and whether its coefficients were fitted on this model.
+VARIANTS = {
+    "dev": ("flux1-dev", True),
+    "schnell": ("flux1-schnell", True),
+    "krea-dev": ("flux1-krea-dev", True),
+    "dev-kontext": ("flux1-dev", False),
+    "dev-fill": ("flux1-dev", False),
+    "dev-redux": ("flux1-dev", False),
+    "dev-depth": ("flux1-dev", False),
+    "dev-controlnet-canny": ("flux1-dev", False),
+    "dev-controlnet-upscaler": ("flux1-dev", False),
+    "dev-fill-catvton": ("flux1-dev", False),
+    "schnell-controlnet-canny": ("flux1-schnell", False),
+}
+
+Forward = Callable[..., mx.array]
+
+
+@contextmanager
+def steps_through(transformer: Any, step: Callable[..., mx.array]) -> Iterator[None]:
+    """Until the end of the block, a call of ``transformer`` is ``step(forward, **arguments)``, with mflux's forward.
+
+    ``step`` is the same for all generations of a pipeline, one inside another's callback too.
+    """
+    if transformer is None or "_mlx_teacache_fast_step" in vars(transformer):
+        yield
+        return
+    before = type(transformer)
+    object.__setattr__(transformer, "_mlx_teacache_fast_step", step)
+    object.__setattr__(transformer, "__class__", _stepping(cast(Hashable, before)))
+    still_there = weakref.ref(transformer)
+    del transformer, step  # mflux's memory saver drops the transformer before the image is decoded
+    try:
+        yield
+    finally:
+        if (changed := still_there()) is not None:
+            object.__setattr__(changed, "__class__", before)
+            object.__delattr__(changed, "_mlx_teacache_fast_step")
+
+
+@functools.cache
+def _stepping(base: Any) -> type:
+    def call(self: Any, **arguments: Any) -> mx.array:
+        noise: mx.array = self._mlx_teacache_fast_step(functools.partial(base.__call__, self), **arguments)
+        return noise
+
+    return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__, "__doc__": base.__doc__})
+
+
+class GatedStep:
+    """The steps of one generation."""
+
+    def __init__(self, transformer: Any, generation: Generation) -> None:
+        self._transformer: Any = transformer
+        self._generation = generation
+        self._joint_blocks = transformer.transformer_blocks
+        self._single_blocks = transformer.single_transformer_blocks
+        self._body: Any = None  # an ops.Body; with a plan, a compiled function
+        self._arrays: list[mx.array] = []  # state, anchor, residual; with a plan, the residual
+
+    def __call__(
+        self,
+        forward: Forward,
+        *,
+        config: Any,
+        controlnet_block_samples: list[mx.array] | None = None,
+        controlnet_single_block_samples: list[mx.array] | None = None,
+        **arguments: Any,
+    ) -> mx.array:
+        # Kontext has the reference image's tokens behind those of the latents, and cuts them off afterwards.
+        n_tokens = (config.height // 16) * (config.width // 16)
+        # The stand-ins are lists of one block, which must not get the samples that belong to others.
+        samples = (controlnet_block_samples, controlnet_single_block_samples)
+        joint = _JointBlocks()
+        single = _SingleBlocks(joint, lambda *inputs: self._image_tokens(n_tokens, samples, *inputs))
+        with replaced(self._transformer, [joint], [single]):
+            noise = forward(config=config, **arguments)
+        if self._generation.is_over:  # mflux's memory saver frees the weights before it decodes the image
+            self._transformer = self._joint_blocks = self._single_blocks = self._body = None
+            self._arrays = []
+        return noise
+
+    def _image_tokens(
+        self,
+        n_tokens: int,
+        samples: tuple[list[mx.array] | None, list[mx.array] | None],
+        x: mx.array,
+        context: mx.array,
+        time: mx.array,
+        rotary: mx.array,
+    ) -> mx.array:
+        """Image tokens after all blocks ``(B, n_tokens, D)``, or what stands for them."""
+        handle = self._generation.handle
+        norm = self._joint_blocks[0].norm1
+        modulation: mx.array = norm.linear(nn.silu(time))  # type: ignore[attr-defined]  # (B, 6 D), for gate and block
+        inputs = [x, context, time, rotary, modulation, *(s for part in samples for s in part or ())]
+        gated = x if x.shape[1] == n_tokens else x[:, :n_tokens]
+        if self._body is None:
+            counts = [None if part is None else len(part) for part in samples]
+            run_blocks = functools.partial(self._run_blocks, n_tokens, counts)
+            self._body = ops.Body(run_blocks) if handle.plan is None else mx.compile(run_blocks)
+        if handle.plan is not None:  # no gate: nothing is measured
+            compute = handle.plan[self._generation.index]
+            self._generation.record("computed" if compute else "skipped")
+            if compute:
+                tokens, residual = self._body(*inputs)
+                self._arrays = [residual]
+                return cast(mx.array, tokens)
+            return gated + self._arrays[0]
+        shift, scale = modulation[:, : x.shape[-1]], modulation[:, x.shape[-1] : 2 * x.shape[-1]]
+        if not self._arrays:
+            graph = self._body.trace(inputs)
+            anchor = mx.zeros(gated.shape, mx.result_type(gated, modulation))
+            self._arrays = [mx.zeros(8), anchor, mx.zeros(graph.output_shapes[1], graph.output_dtypes[1])]
+        state, anchor, residual = self._arrays
+        anchor, (reused,), state = ops.gate(
+            gated,
+            shift,
+            scale,
+            anchor,
+            [[residual]],
+            mx.ones((1, 1)),
+            state,
+            self._generation.next_force(),
+            coefficients=handle.coefficients,
+            threshold=handle.rel_l1_thresh,
+            calibrated_range=handle.calibrated_range,
+            max_consecutive_skips=handle.max_consecutive_skips,
+            eps=norm.norm.eps,
+        )
+        tokens, residual = ops.branch(state, [reused, residual], self._body, inputs)
+        self._arrays = [state, anchor, residual]
+        self._generation.record(state)
+        return tokens
+
+    def _run_blocks(
+        self,
+        n_tokens: int,
+        counts: list[int | None],
+        x: mx.array,
+        context: mx.array,
+        time: mx.array,
+        rotary: mx.array,
+        modulation: mx.array,
+        *samples: mx.array,
+    ) -> list[mx.array]:
+        """The body: all blocks and ControlNet's samples, by mflux's own helpers, which look at the real lists."""
+        n_joint, n_single = counts
+        joint_samples = None if n_joint is None else list(samples[:n_joint])
+        single_samples = None if n_single is None else list(samples[n_joint or 0 :])
+        transformer = self._transformer
+        norm = self._joint_blocks[0].norm1
+        linear = norm.linear
+        image = x
+        with replaced(transformer, self._joint_blocks, self._single_blocks):
+            norm.linear = Returns(modulation)
+            try:
+                for i, block in enumerate(self._joint_blocks):
+                    context, image = transformer._apply_joint_transformer_block(
+                        idx=i,
+                        block=block,
+                        hidden_states=image,
+                        encoder_hidden_states=context,
+                        text_embeddings=time,
+                        image_rotary_embeddings=rotary,
+                        controlnet_block_samples=joint_samples,
+                    )
+                    norm.linear = linear  # block 0 has used it
+                tokens = mx.concatenate([context, image], axis=1)
+                for i, block in enumerate(self._single_blocks):
+                    tokens = transformer._apply_single_transformer_block(
+                        idx=i,
+                        block=block,
+                        hidden_states=tokens,
+                        encoder_hidden_states=context,
+                        text_embeddings=time,
+                        image_rotary_embeddings=rotary,
+                        controlnet_single_block_samples=single_samples,
+                    )
+            finally:
+                norm.linear = linear
+        n_text = context.shape[1]
+        image = tokens[:, n_text : n_text + n_tokens]
+        return [image, image - x[:, :n_tokens]]
+
+
+class _JointBlocks(StandIn):
+    """Notes what the joint blocks are given; mflux adds to what it returns, in place."""
+
+    def __call__(
+        self,
+        hidden_states: mx.array,
+        encoder_hidden_states: mx.array,
+        text_embeddings: mx.array,
+        rotary_embeddings: Any,
+    ) -> tuple[mx.array, mx.array]:
+        self.keep(given=(hidden_states, encoder_hidden_states, text_embeddings, rotary_embeddings))
+        return encoder_hidden_states, mx.array(hidden_states)
+
+
+class _SingleBlocks(StandIn):
+    """Stands for all blocks: mflux calls it last, when it has computed what both lists need."""
+
+    def __init__(self, joint: _JointBlocks, image_tokens: Callable[..., mx.array]) -> None:
+        super().__init__()
+        self.keep(joint=joint, image_tokens=image_tokens)
+
+    def __call__(self, hidden_states: mx.array, text_embeddings: mx.array, rotary_embeddings: Any) -> Any:
+        given = self.joint.given
+        return ImageTokens(self.image_tokens(*given), n_text=given[1].shape[1])
