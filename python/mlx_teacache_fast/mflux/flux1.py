@@ -65,14 +65,16 @@ Forward = Callable[..., mx.array]
 def steps_through(transformer: Any, step: Callable[..., mx.array]) -> Iterator[None]:
     """Until the end of the block, a call of ``transformer`` is ``step(forward, **arguments)``, with mflux's forward.
 
-    ``step`` is the same for all generations of a pipeline, one inside another's callback too.
+    A callback may generate too, also with another pipeline that has the same transformer: the innermost step counts.
     """
-    if transformer is None or "_mlx_teacache_fast_step" in vars(transformer):
+    if transformer is None:
         yield
         return
     before = type(transformer)
+    enclosing = vars(transformer).get("_mlx_teacache_fast_step")
     object.__setattr__(transformer, "_mlx_teacache_fast_step", step)
-    object.__setattr__(transformer, "__class__", _stepping(cast(Hashable, before)))
+    if enclosing is None:
+        object.__setattr__(transformer, "__class__", _stepping(cast(Hashable, before)))
     still_there = weakref.ref(transformer)
     del transformer, step  # mflux's memory saver drops the transformer before the image is decoded
     try:
@@ -80,7 +82,10 @@ def steps_through(transformer: Any, step: Callable[..., mx.array]) -> Iterator[N
     finally:
         if (changed := still_there()) is not None:
             object.__setattr__(changed, "__class__", before)
-            object.__delattr__(changed, "_mlx_teacache_fast_step")
+            if enclosing is None:
+                object.__delattr__(changed, "_mlx_teacache_fast_step")
+            else:
+                object.__setattr__(changed, "_mlx_teacache_fast_step", enclosing)
 
 
 @functools.cache
@@ -173,7 +178,11 @@ class GatedStep:
             max_consecutive_skips=handle.max_consecutive_skips,
             eps=norm.norm.eps,
         )
-        tokens, residual = ops.branch(state, [reused, residual], self._body, inputs)
+        # A branch's inputs are evaluated in any case, and nothing may ask for the ControlNet of a skipped step.
+        if any(samples) and state[0].item():
+            tokens = reused
+        else:
+            tokens, residual = ops.branch(state, [reused, residual], self._body, inputs)
         self._arrays = [state, anchor, residual]
         self._generation.record(state)
         return tokens
@@ -210,7 +219,6 @@ class GatedStep:
                         image_rotary_embeddings=rotary,
                         controlnet_block_samples=joint_samples,
                     )
-                    norm.linear = linear  # block 0 has used it
                 tokens = mx.concatenate([context, image], axis=1)
                 for i, block in enumerate(self._single_blocks):
                     tokens = transformer._apply_single_transformer_block(

@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 from time import perf_counter
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -15,8 +15,9 @@ FORCES = (0, 1, 2)  # gated, leading forced, trailing forced; csrc/gate_decision
 class Generation:
     """What is known of a generation while it runs."""
 
-    def __init__(self, handle: Handle, num_steps: int) -> None:
+    def __init__(self, handle: Handle, num_steps: int, config: Any) -> None:
         self.handle = handle
+        self.config = config  # mflux's
         self.num_steps = num_steps  # active ones
         self._states: list[mx.array | Kind] = []  # the gate's state after each step, or what it was without the gate
         self._forces = [mx.array(force, dtype=mx.int32) for force in FORCES]

@@ -243,7 +243,7 @@ class Patch:
                     category=NoBenefitWarning,
                     stacklevel=2,
                 )
-        self._generation = Generation(handle, num_steps)
+        self._generation = Generation(handle, num_steps, config)
 
     def _predict(self, original: Callable[..., Any], transformer: Any) -> Callable[..., mx.array]:
         inner: Callable[..., mx.array] = original(transformer)
@@ -260,7 +260,7 @@ class Patch:
     def _flux1_step(self, forward: Callable[..., mx.array], **arguments: Any) -> mx.array:
         flux: Any = self._flux()
         generation = self._generation
-        if generation is None:  # called before the loop
+        if generation is None or arguments["config"] is not generation.config:  # before the loop, or another pipeline's
             return forward(**arguments)
         if self._handle.plan is None and self._handle.rel_l1_thresh <= 0:
             return _counted(forward, generation)(**arguments)

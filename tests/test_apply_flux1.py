@@ -199,7 +199,8 @@ def test_every_pipeline(
         with tc.apply(flux, **ALWAYS) as handle:
             ops.reset_counters()
             assert same(generate(flux, **given), expected)
-            assert ops.counters() == {"reads": 5, "computed": 3, "reused": 2}
+            branches = 3 if controlnet else 5  # a skipped step with a ControlNet has none: it would compute the samples
+            assert ops.counters() == {"reads": branches, "computed": 3, "reused": branches - 3}
             assert kinds(handle) == KINDS
             assert type(transformer) is Transformer
 
@@ -248,6 +249,24 @@ class _Counted(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         output = self.layer(x)
         return ops.branch(mx.array(False), [output], self.body, [output])[0]
+
+
+def test_the_controlnet_of_a_skipped_step_is_not_evaluated(
+    transformers: Callable[..., Any], photo: Path, mask: Path
+) -> None:
+    config = ModelConfig.dev_controlnet_canny()
+    controlnet = build.controlnet(config)
+    controlnet.controlnet_blocks = [_Counted(controlnet.controlnet_blocks[0])]
+    flux = build.pipeline(Flux1Controlnet, transformers(config), controlnet=controlnet)
+    given = build.arguments(Flux1Controlnet, photo, mask)
+    ops.reset_counters()
+    generate(flux, **given)
+    assert ops.counters()["computed"] == 5
+    with tc.apply(flux, **ALWAYS) as handle:
+        ops.reset_counters()
+        generate(flux, **given)
+    assert kinds(handle) == KINDS
+    assert ops.counters()["computed"] == 3 + 3  # the transformer's blocks, and the ControlNet's
 
 
 def test_kontext_gates_the_tokens_of_the_latents(transformers: Callable[..., Any], photo: Path) -> None:
@@ -503,6 +522,36 @@ def test_restore_inside_a_callback(flux1: Any) -> None:
     flux1.callbacks.in_loop.remove(action)
     assert snapshot(flux1) == before
     assert same(generate(flux1), plain)
+
+
+def test_a_generation_inside_a_callback(flux1: Any) -> None:
+    with tc.apply(flux1, **ALWAYS) as handle:
+        expected, inner = generate(flux1), generate(flux1, seed=2, num_inference_steps=4)
+        nested = []
+        action = AtStep(2, lambda: nested.append(generate(flux1, seed=2, num_inference_steps=4)))
+        flux1.callbacks.register(action)
+        assert np.array_equal(generate(flux1)[0], expected[0])
+        flux1.callbacks.in_loop.remove(action)
+        assert same(nested[0], inner)
+        assert handle.stats.generations == 4
+        assert kinds(handle) == KINDS
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+def test_another_pipeline_inside_a_callback(flux1: Any, photo: Path, gated: bool) -> None:
+    """It has the same transformer."""
+    kontext = build.pipeline(Flux1Kontext, flux1.transformer)
+    with tc.apply(flux1, **ALWAYS) as handle, contextlib.ExitStack() as stack:
+        if gated:
+            stack.enter_context(tc.apply(kontext, **ALWAYS))
+        expected, inner = generate(flux1), generate(kontext, image_path=photo)
+        nested = []
+        action = AtStep(2, lambda: nested.append(generate(kontext, image_path=photo)))
+        flux1.callbacks.register(action)
+        assert same(generate(flux1), expected)
+        flux1.callbacks.in_loop.remove(action)
+        assert same(nested[0], inner)
+        assert kinds(handle) == KINDS
 
 
 # ---- What it changes, and takes back
