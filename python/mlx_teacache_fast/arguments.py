@@ -9,7 +9,7 @@ from typing import Any, cast
 from .errors import InvalidStepWindowError, TeaCacheValueError
 from .variants import Coefficients
 
-_FLOAT32_MAX = 3.4028234663852886e38
+FLOAT32_MAX = 3.4028234663852886e38
 _INT32_MAX = 2**31 - 1
 
 
@@ -39,7 +39,7 @@ def coefficients(value: Sequence[float]) -> Coefficients:
         five = tuple(float(c) for c in cast(Any, value)) if not isinstance(value, str) else ()
     except (OverflowError, TypeError, ValueError):
         five = ()
-    if len(five) != 5 or not all(abs(c) <= _FLOAT32_MAX for c in five):  # false for NaN
+    if len(five) != 5 or not all(abs(c) <= FLOAT32_MAX for c in five):  # false for NaN
         raise TeaCacheValueError(
             f"coefficients must be five finite numbers of float32's range, fourth degree first, got {value!r}"
         )
@@ -65,7 +65,7 @@ def calibrated_range(value: object) -> tuple[float, float] | None:
         low, high = (float(end) for end in cast(Any, value))
     except (TypeError, ValueError):
         low, high = math.nan, math.nan
-    if not -_FLOAT32_MAX <= low <= high <= _FLOAT32_MAX:
+    if not -FLOAT32_MAX <= low <= high <= FLOAT32_MAX:
         raise TeaCacheValueError(
             f"calibrated_range must be two finite numbers, the lower first, or None, got {value!r}"
         )

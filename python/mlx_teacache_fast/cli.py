@@ -1,254 +1,30 @@
-"""The command line: ``mlx-teacache-fast demo``. It parses, reports errors in one line and sets the exit code."""
+"""The command line, ``mlx-teacache-fast``: its commands, errors in one line, and exit codes.
+
+Each command has a file of its own, ``cli_<command>.py``.
+"""
 
 import argparse
-import logging
-import math
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Sequence
 
-import mlx.core as mx
+from . import __version__, cli_demo, cli_info, cli_run
+from .cli_common import BAD_INPUT, FAILED, INTERRUPTED, PROG, Parser, one_line
+from .errors import IncompatibleModelError, TeaCacheError, TeaCacheValueError
 
-from . import __version__, ops
-from .errors import TeaCacheError, TeaCacheValueError, TeaCacheWarning
-
-PROG = "mlx-teacache-fast"
-DEFAULT_PROMPTS = ("red apple", "panda face")
-OUTPUT_NAMES = ("images.png", "plot.png")
-
-MAX_PROMPTS = 100  # the plot is 255 pixels per prompt, and matplotlib draws at most 65535
-
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-
-DESCRIPTION = "TeaCache step skipping for FLUX on MLX. The demo shows what it does, with a tiny model in this package."
-
-DEMO_DESCRIPTION = """\
-Generate pictures with plain mflux and again with steps skipped, and compare time and quality.
-
-The model (TinyKlein, 5.8 M parameters, 12 MB) is part of this package: nothing is downloaded. It has FLUX.2 Klein's
-architecture and runs in mflux's own pipeline, but it is a demonstration trained on emoji. Its speedups and its
-quality numbers are not those of FLUX.
-"""
-
-DEMO_EPILOG = """\
-the files, in the output folder:
-  images.png  a row per prompt: plain mflux, gated, and their difference, amplified
-  plot.png    a row per prompt: the distance that the gate measured at each step, its sum at the decision against the
-              threshold, and which steps were computed, skipped or forced (hatched: computed below the threshold,
-              because the distance is beyond the polynomial's calibrated range or too many were skipped in a row)
-
-the numbers:
-  skipped  steps whose transformer blocks did not run: the residual of the last computed step stood in for them
-  speedup  seconds of plain mflux / seconds gated, of generate_image as a whole
-  bound    steps / (steps - skipped): the most that skipping these steps can give
-  PSNR     of the gated picture against the plain one, in dB; higher is closer, above about 40 hard to see
-  SSIM     structural similarity of the two, 1 for identical pictures
-
-  MLX compiles its CPU kernels at first use, so a short generation of each kind goes before, untimed. The two kinds
-  take turns in going first.
-
-examples:
-  mlx-teacache-fast demo
-  mlx-teacache-fast demo "cat face" "blue heart" --guidance 1 --output hearts
-  mlx-teacache-fast demo pizza --threshold 0.3 --force
-
-exit code: 0 done, 1 failed, 2 bad input, 130 interrupted
+DESCRIPTION = """\
+TeaCache step skipping for FLUX on MLX: mflux's FLUX commands with fewer computed denoising steps. The demo shows
+what it does, with a tiny model in this package.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def _integer(rule: str, accepts: Callable[[int], bool]) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-        return value
-
-    return convert
-
-
-def _number(rule: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not accepts(value):  # every comparison with NaN is false
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-        return value
-
-    return convert
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog=PROG, description=DESCRIPTION)
+def _parser() -> Parser:
+    parser = Parser(prog=PROG, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="compare plain mflux with gated generation, on a tiny model in this package",
-        description=DEMO_DESCRIPTION,
-        epilog=DEMO_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    demo.add_argument(
-        "prompts",
-        metavar="PROMPT",
-        nargs="*",
-        default=list(DEFAULT_PROMPTS),
-        help=f"what to draw, in words that the model knows (default: {' '.join(map(repr, DEFAULT_PROMPTS))})",
-    )
-    demo.add_argument("--list-words", action="store_true", help="print the prompts and words that work, and stop")
-    demo.add_argument(
-        "--steps",
-        metavar="N",
-        type=_integer("a whole number of at least 1", lambda n: n >= 1),
-        default=50,
-        help="denoising steps per picture (default: %(default)s)",
-    )
-    demo.add_argument(
-        "--seed",
-        metavar="N",
-        type=_integer("a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64),
-        default=1,
-        help="seed of the starting noise, the same for every picture (default: %(default)s)",
-    )
-    demo.add_argument(
-        "--guidance",
-        metavar="G",
-        type=_number("a finite number of at least 1", lambda g: 1 <= g < math.inf),
-        default=4.0,
-        help="how strongly the prompt steers; above 1 every step runs the model twice, so 1 takes half the time and "
-        "looks less sharp (default: %(default)g)",
-    )
-    demo.add_argument(
-        "--threshold",
-        metavar="T",
-        type=_number("a number from 0 to 1", lambda t: 0 <= t <= 1),
-        help="accumulated distance at which a step is computed again: more skips with a higher one, none with 0 "
-        "(default: 0.17, the model's own)",
-    )
-    demo.add_argument(
-        "--size",
-        metavar="PIXELS",
-        type=_integer("a multiple of 16 from 32 to 512", lambda n: 32 <= n <= 512 and n % 16 == 0),
-        default=128,
-        help="side of the pictures; the model was trained at 128 and draws badly at others (default: %(default)s)",
-    )
-    demo.add_argument(
-        "--device",
-        choices=("cpu", "gpu"),
-        default="gpu" if ops.gpu_supported() else "cpu",
-        help="where MLX computes (default here: %(default)s)",
-    )
-    demo.add_argument(
-        "--output",
-        metavar="FOLDER",
-        type=Path,
-        default=Path("demo_output"),
-        help="folder for images.png and plot.png, made if need be (default: %(default)s)",
-    )
-    demo.add_argument("--force", action="store_true", help="overwrite those files where they exist")
+    for command in (cli_run, cli_info, cli_demo):
+        command.add_parser(commands)
     return parser
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    # mflux takes seconds to import, and only the demo needs it.
-    with _quiet_logging():
-        from . import demo
-        from .demo import report
-        from .demo.compare import Settings, check_prompts, compare
-        from .demo.output import prepare_folder, write_file
-
-    with _default_device(arguments.device):
-        flux = demo.pipeline()
-    if arguments.list_words:
-        print('Prompts that the demo model was trained on; their words may be combined ("green heart", "red car"):\n')
-        for group, captions in flux.captions.items():
-            print(f"{group}: {', '.join(captions)}")
-        print(f"\nAll {len(flux.words)} words: {', '.join(flux.words)}")
-        return
-    check_prompts(flux, arguments.prompts)
-    images, plot = prepare_folder(arguments.output, OUTPUT_NAMES, force=arguments.force)
-    settings = Settings(
-        steps=arguments.steps,
-        seed=arguments.seed,
-        guidance=arguments.guidance,
-        size=arguments.size,
-        threshold=arguments.threshold,
-    )
-    with _warnings_in_one_line(), _default_device(arguments.device):
-        comparisons = compare(flux, arguments.prompts, settings, progress=True)
-    # Both are drawn before either is written.
-    files = {images: report.images_png(comparisons, settings), plot: report.plot_png(comparisons, settings)}
-    print("\nTinyKlein, a tiny demonstration model: these numbers are not those of FLUX.")
-    print(f"{report.settings_line(settings, comparisons[0].threshold)}; an untimed warm-up of each kind went before\n")
-    print(report.table(comparisons))
-    print(f"\nspeedup: plain / gated seconds; bound: the most that the skipped steps can give ({PROG} demo --help)")
-    if any(c.speedup > 1.05 * c.generation.bound for c in comparisons):
-        print("A speedup above its bound is timing noise: something else used the processor.")
-    for path, data in files.items():
-        write_file(path, data, force=arguments.force)
-        print(f"wrote {path}")
-
-
-@contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """No log messages below errors: transformers, which mflux imports, misses PyTorch. Nothing here does."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-@contextmanager
-def _default_device(name: str) -> Iterator[None]:
-    device = mx.Device(mx.gpu if name == "gpu" else mx.cpu)
-    if not mx.is_available(device):
-        raise TeaCacheValueError(f"--device {name}: MLX has none here")
-    if name == "gpu" and not ops.gpu_supported():
-        raise TeaCacheValueError("--device gpu: this build has no kernels for MLX's GPU")
-    before = mx.default_device()
-    mx.set_default_device(device)
-    try:
-        yield
-    finally:
-        mx.set_default_device(before)
-
-
-@contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    """This package's warnings, each text once, above the progress bar instead of across it."""
-    from tqdm import tqdm
-
-    shown = set()
-
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        if str(message) not in shown:
-            shown.add(str(message))
-            tqdm.write(f"{PROG}: warning: {_one_line(message)}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", TeaCacheWarning)
-        warnings.showwarning = show
-        yield
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -257,29 +33,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; None takes the process's.
     Returns:
-        int: Exit code: 0 done, 1 failed, 2 bad input, 130 interrupted. Messages go to stderr, one line each.
+        int: Exit code: 0 done, 1 failed, 2 bad input, 130 interrupted; of ``run``, what mflux's command returns.
+            Messages go to stderr, one line each, but for mflux's own.
     Raises:
-        SystemExit: For ``--help`` and ``--version`` (0) and for what the parser refuses (2).
+        SystemExit: For ``--help`` and ``--version`` (0), for what the parser refuses (2), and when mflux's command
+            raises it.
     """
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    own, mflux_command = cli_run.split(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(own)
+    arguments.mflux = mflux_command
     if arguments.command is None:
         parser.print_help()
         return 0
-    if len(arguments.prompts) > MAX_PROMPTS:
-        parser.error(f"at most {MAX_PROMPTS} prompts in one run, got {len(arguments.prompts)}")
     try:
-        _demo(arguments)
+        code: int = arguments.run(arguments)
         sys.stdout.flush()
-        return 0
-    except TeaCacheValueError as error:
-        code, message = BAD_INPUT, _one_line(error)
+        return code
+    except (TeaCacheValueError, IncompatibleModelError) as error:
+        code, message = BAD_INPUT, one_line(error)
     except (TeaCacheError, ImportError) as error:
-        code, message = FAILED, _one_line(error)
+        code, message = FAILED, one_line(error)
     except KeyboardInterrupt:
         code, message = INTERRUPTED, "interrupted"
-    except OSError as error:  # the files' errors are TeaCacheError: stdout is a closed pipe or on a full disk
-        code, message = FAILED, _one_line(error)
+    except OSError as error:  # stdout is a closed pipe or on a full disk, or the trace's file is
+        code, message = FAILED, one_line(error)
         _give_up_stdout()
     print(f"{PROG} {arguments.command}: error: {message}", file=sys.stderr)
     return code

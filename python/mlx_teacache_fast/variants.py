@@ -52,6 +52,23 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """Skipped steps on real weights, as published for mlx-teacache, whose rules are also ours. On an M1 Max.
+
+    Attributes:
+        steps, skipped: Of one generation.
+        rel_l1_thresh, guidance: With which it was made.
+        url: The source.
+    """
+
+    steps: int
+    skipped: int
+    rel_l1_thresh: float
+    guidance: float
+    url: str = "https://github.com/IonDen/mlx-teacache#benchmarks"
+
+
+@dataclass(frozen=True, slots=True)
 class Variant:
     """What the gate needs to know of one model.
 
@@ -63,6 +80,7 @@ class Variant:
         rel_l1_thresh: Default threshold on the accumulated polynomial.
         fit: Where the polynomial comes from.
         distilled: Trained for a few steps, of which none can be skipped.
+        published: What others measured.
     """
 
     variant_id: str
@@ -72,6 +90,7 @@ class Variant:
     rel_l1_thresh: float
     fit: Fit
     distilled: bool = False
+    published: tuple[Published, ...] = ()
 
     @property
     def default_thresh(self) -> float | None:
@@ -97,7 +116,18 @@ _KLEIN_BASE_4B_FIT = Fit(_FLUX2_FITTED_BY, "10 prompts, 25 steps, 512x512, guida
 VARIANTS: dict[str, Variant] = {
     v.variant_id: v
     for v in (
-        Variant("flux1-dev", "FLUX.1 dev", _FLUX1, None, 0.20, _UPSTREAM),
+        Variant(
+            "flux1-dev",
+            "FLUX.1 dev",
+            _FLUX1,
+            None,
+            0.20,
+            _UPSTREAM,
+            published=(
+                Published(25, 6, 0.20, 3.5),
+                Published(25, 11, 0.25, 3.5, "https://github.com/IonDen/mlx-teacache#threshold-guide"),
+            ),
+        ),
         Variant("flux1-schnell", "FLUX.1 schnell", _FLUX1, None, 0.20, _UPSTREAM, distilled=True),
         Variant(
             "flux1-krea-dev",
@@ -106,6 +136,7 @@ VARIANTS: dict[str, Variant] = {
             None,
             0.30,
             Fit(f"{_SCRIPTS}/calibrate_flux1.py", "10 prompts, 28 steps, 512x512, guidance 4.5, 4-bit weights", 0.6817),
+            published=(Published(28, 10, 0.30, 4.5),),
         ),
         Variant(
             "flux2-klein-4b",
@@ -115,6 +146,7 @@ VARIANTS: dict[str, Variant] = {
             0.20,
             Fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.6530168924992779),
             distilled=True,
+            published=(Published(8, 0, 0.20, 1.0),),
         ),
         # Without its range this polynomial goes negative above 0.475 and prices a large change as none.
         Variant(
@@ -125,12 +157,25 @@ VARIANTS: dict[str, Variant] = {
             0.20,
             Fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.4710289350635284),
             distilled=True,
+            published=(Published(8, 0, 0.20, 1.0),),
         ),
         Variant(
-            "flux2-klein-base-4b", "FLUX.2 klein base 4B", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17, _KLEIN_BASE_4B_FIT
+            "flux2-klein-base-4b",
+            "FLUX.2 klein base 4B",
+            _KLEIN_BASE,
+            _KLEIN_BASE_RANGE,
+            0.17,
+            _KLEIN_BASE_4B_FIT,
+            published=(Published(50, 8, 0.17, 4.0),),
         ),
         Variant(
-            "flux2-klein-base-9b", "FLUX.2 klein base 9B", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17, _KLEIN_BASE_4B_FIT
+            "flux2-klein-base-9b",
+            "FLUX.2 klein base 9B",
+            _KLEIN_BASE,
+            _KLEIN_BASE_RANGE,
+            0.17,
+            _KLEIN_BASE_4B_FIT,
+            published=(Published(50, 13, 0.17, 4.0),),
         ),
     )
 }

@@ -1,0 +1,179 @@
+"""``mlx-teacache-fast demo``: plain mflux against gated generation, on the embedded model."""
+
+import argparse
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import ops
+from .cli_common import PROG, integer, number, quiet_logging, warnings_in_one_line
+from .errors import TeaCacheValueError
+
+DEFAULT_PROMPTS = ("red apple", "panda face")
+OUTPUT_NAMES = ("images.png", "plot.png")
+
+MAX_PROMPTS = 100  # the plot is 255 pixels per prompt, and matplotlib draws at most 65535
+
+DESCRIPTION = """\
+Generate pictures with plain mflux and again with steps skipped, and compare time and quality.
+
+The model (TinyKlein, 5.8 M parameters, 12 MB) is part of this package: nothing is downloaded. It has FLUX.2 Klein's
+architecture and runs in mflux's own pipeline, but it is a demonstration trained on emoji. Its speedups and its
+quality numbers are not those of FLUX.
+"""
+
+EPILOG = """\
+the files, in the output folder:
+  images.png  a row per prompt: plain mflux, gated, and their difference, amplified
+  plot.png    a row per prompt: the distance that the gate measured at each step, its sum at the decision against the
+              threshold, and which steps were computed, skipped or forced (hatched: computed below the threshold,
+              because the distance is beyond the polynomial's calibrated range or too many were skipped in a row)
+
+the numbers:
+  skipped  steps whose transformer blocks did not run: the residual of the last computed step stood in for them
+  speedup  seconds of plain mflux / seconds gated, of generate_image as a whole
+  bound    steps / (steps - skipped): the most that skipping these steps can give
+  PSNR     of the gated picture against the plain one, in dB; higher is closer, above about 40 hard to see
+  SSIM     structural similarity of the two, 1 for identical pictures
+
+  MLX compiles its CPU kernels at first use, so a short generation of each kind goes before, untimed. The two kinds
+  take turns in going first.
+
+examples:
+  mlx-teacache-fast demo
+  mlx-teacache-fast demo "cat face" "blue heart" --guidance 1 --output hearts
+  mlx-teacache-fast demo pizza --threshold 0.3 --force
+
+exit code: 0 done, 1 failed, 2 bad input, 130 interrupted
+"""
+
+
+def add_parser(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="compare plain mflux with gated generation, on a tiny model in this package",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument(
+        "prompts",
+        metavar="PROMPT",
+        nargs="*",
+        default=list(DEFAULT_PROMPTS),
+        help=f"what to draw, in words that the model knows (default: {' '.join(map(repr, DEFAULT_PROMPTS))})",
+    )
+    demo.add_argument("--list-words", action="store_true", help="print the prompts and words that work, and stop")
+    demo.add_argument(
+        "--steps",
+        metavar="N",
+        type=integer("a whole number of at least 1", lambda n: n >= 1),
+        default=50,
+        help="denoising steps per picture (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--seed",
+        metavar="N",
+        type=integer("a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64),
+        default=1,
+        help="seed of the starting noise, the same for every picture (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--guidance",
+        metavar="G",
+        type=number("a finite number of at least 1", lambda g: 1 <= g < math.inf),
+        default=4.0,
+        help="how strongly the prompt steers; above 1 every step runs the model twice, so 1 takes half the time and "
+        "looks less sharp (default: %(default)g)",
+    )
+    demo.add_argument(
+        "--threshold",
+        metavar="T",
+        type=number("a number from 0 to 1", lambda t: 0 <= t <= 1),
+        help="accumulated distance at which a step is computed again: more skips with a higher one, none with 0 "
+        "(default: 0.17, the model's own)",
+    )
+    demo.add_argument(
+        "--size",
+        metavar="PIXELS",
+        type=integer("a multiple of 16 from 32 to 512", lambda n: 32 <= n <= 512 and n % 16 == 0),
+        default=128,
+        help="side of the pictures; the model was trained at 128 and draws badly at others (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--device",
+        choices=("cpu", "gpu"),
+        default="gpu" if ops.gpu_supported() else "cpu",
+        help="where MLX computes (default here: %(default)s)",
+    )
+    demo.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("demo_output"),
+        help="folder for images.png and plot.png, made if need be (default: %(default)s)",
+    )
+    demo.add_argument("--force", action="store_true", help="overwrite those files where they exist")
+    demo.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if len(arguments.prompts) > MAX_PROMPTS:
+        raise TeaCacheValueError(f"at most {MAX_PROMPTS} prompts in one run, got {len(arguments.prompts)}")
+    # mflux takes seconds to import, and only the demo needs it.
+    with quiet_logging():
+        from . import demo
+        from .demo import report
+        from .demo.compare import Settings, check_prompts, compare
+        from .demo.output import prepare_folder, write_file
+
+    with _default_device(arguments.device):
+        flux = demo.pipeline()
+    if arguments.list_words:
+        print('Prompts that the demo model was trained on; their words may be combined ("green heart", "red car"):\n')
+        for group, captions in flux.captions.items():
+            print(f"{group}: {', '.join(captions)}")
+        print(f"\nAll {len(flux.words)} words: {', '.join(flux.words)}")
+        return 0
+    check_prompts(flux, arguments.prompts)
+    images, plot = prepare_folder(arguments.output, OUTPUT_NAMES, force=arguments.force)
+    settings = Settings(
+        steps=arguments.steps,
+        seed=arguments.seed,
+        guidance=arguments.guidance,
+        size=arguments.size,
+        threshold=arguments.threshold,
+    )
+    with warnings_in_one_line(), _default_device(arguments.device):
+        comparisons = compare(flux, arguments.prompts, settings, progress=True)
+    # Both are drawn before either is written.
+    files = {images: report.images_png(comparisons, settings), plot: report.plot_png(comparisons, settings)}
+    print("\nTinyKlein, a tiny demonstration model: these numbers are not those of FLUX.")
+    print(f"{report.settings_line(settings, comparisons[0].threshold)}; an untimed warm-up of each kind went before\n")
+    print(report.table(comparisons))
+    print(f"\nspeedup: plain / gated seconds; bound: the most that the skipped steps can give ({PROG} demo --help)")
+    if any(c.speedup > 1.05 * c.generation.bound for c in comparisons):
+        print("A speedup above its bound is timing noise: something else used the processor.")
+    for path, data in files.items():
+        write_file(path, data, force=arguments.force)
+        print(f"wrote {path}")
+    return 0
+
+
+@contextmanager
+def _default_device(name: str) -> Iterator[None]:
+    device = mx.Device(mx.gpu if name == "gpu" else mx.cpu)
+    if not mx.is_available(device):
+        raise TeaCacheValueError(f"--device {name}: MLX has none here")
+    if name == "gpu" and not ops.gpu_supported():
+        raise TeaCacheValueError("--device gpu: this build has no kernels for MLX's GPU")
+    before = mx.default_device()
+    mx.set_default_device(device)
+    try:
+        yield
+    finally:
+        mx.set_default_device(before)

@@ -1,0 +1,139 @@
+"""``mlx-teacache-fast info``: what is known of a model, and whether gating helps, without weights."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from .arguments import check_step_window
+from .cli_common import integer, quiet_logging, require_mflux
+from .errors import InvalidStepWindowError, TeaCacheValueError
+from .stats import bound
+from .support import supported
+from .variants import VARIANTS, Published, Variant
+
+if TYPE_CHECKING:
+    from .mflux.models import Model
+
+DESCRIPTION = """\
+Say what is known of a model before its weights are loaded: which coefficients and threshold it is gated with, how many
+steps were skipped elsewhere, and whether gating helps at the steps you want. Without MODEL: all pipelines and models.
+"""
+
+EPILOG = """\
+the lines:
+  calibrated    whether the coefficients were fitted on this very model. If not, they are those of the model that it was
+                made from: compare a few pictures with ungated ones
+  threshold     accumulated distance at which a step is computed again (run --threshold)
+  range         relative distances that the polynomial was fitted on; a larger one computes
+  published     skipped steps on real weights as published by mlx-teacache for its rules, which are also ours, on an M1
+                Max; and the bound that follows: no speedup can exceed steps / (steps - skipped)
+  helps         whether steps can be skipped at --steps
+
+examples:
+  mlx-teacache-fast info
+  mlx-teacache-fast info flux2-klein-base-4b --steps 30
+  mlx-teacache-fast info somebody/my-finetune --base-model dev
+
+exit code: 0 known, also where gating does not help; 1 failed; 2 unknown model or bad input
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="say how a model is gated, and whether that helps",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a name that mflux's --model takes, such as dev or flux2-klein-base-4b, or a hub name; nothing is "
+        "downloaded",
+    )
+    parser.add_argument(
+        "--base-model", metavar="NAME", help="the model that a checkpoint of another name was made from, as for mflux"
+    )
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=integer("a whole number of at least 1", lambda n: n >= 1),
+        help="denoising steps per picture (default: mflux's for the model)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.model is None and (arguments.base_model is not None or arguments.steps is not None):
+        raise TeaCacheValueError("--steps and --base-model are about one model: name it")
+    with quiet_logging():
+        require_mflux()
+        from .mflux import models
+    if arguments.model is None:
+        print(f"mflux's pipelines, and the models that each can be gated with:\n\n{supported()}\n\n{_overview()}")
+    else:
+        print(_about(models.find(arguments.model, arguments.base_model), arguments.steps))
+    return 0
+
+
+def _overview() -> str:
+    rows = [("model", "threshold", "distances", "published skips")]
+    for variant in VARIANTS.values():
+        skips = ", ".join(f"{p.skipped} of {p.steps} at {p.rel_l1_thresh:g}" for p in variant.published)
+        rows.append((variant.variant_id, f"{variant.rel_l1_thresh:g}", _range(variant), skips or "none known"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _about(model: "Model", steps: int | None) -> str:
+    variant, fit = model.variant, model.variant.fit
+    rows = [("model", model.hub_name)]
+    if model.made_from is not None:
+        rows.append(("taken for", f"a checkpoint made from {model.made_from}"))
+    rows += [
+        ("variant", f"{variant.variant_id} ({variant.display_name})"),
+        ("calibrated", "yes" if model.calibrated else f"no: with the coefficients of {variant.variant_id}"),
+        ("threshold", f"{variant.rel_l1_thresh:g}"),
+        ("coefficients", fit.url),
+    ]
+    if fit.dataset is not None:
+        rows.append(("", f"fitted on {fit.dataset}; R^2 {fit.r2:.3f}"))
+    rows.append(("range", _range(variant)))
+    of = "" if model.calibrated else f"of {variant.variant_id}: "
+    rows += [("published", of + _published(p)) for p in variant.published]
+    rows += [("", url) for url in dict.fromkeys(p.url for p in variant.published)]
+    asked = f"at {steps} steps" if steps is not None else f"at {model.default_steps} steps, mflux's default"
+    verdict, reason = _helps(variant, model.calibrated, steps or model.default_steps)
+    rows += [("helps", f"{asked}: {verdict}"), ("", reason)]
+    return "\n".join(f"{name:14}{value}" for name, value in rows)
+
+
+def _range(variant: Variant) -> str:
+    limits = variant.calibrated_range
+    return "any" if limits is None else f"{limits[0]:.4f} to {limits[1]:.4f}"
+
+
+def _published(p: Published) -> str:
+    return (
+        f"{p.skipped} of {p.steps} steps skipped at threshold {p.rel_l1_thresh:g}, guidance {p.guidance:g}; "
+        f"bound {bound(p.steps, p.skipped):.2f}x"
+    )
+
+
+def _helps(variant: Variant, calibrated: bool, steps: int) -> tuple[str, str]:
+    """Whether ``apply``'s default settings skip anything in so many steps, and why."""
+    try:
+        check_step_window(steps)
+        check_step_window(steps, skip_first_n_steps=2)  # one step computes before another can reuse it
+    except InvalidStepWindowError:
+        return "no", "the first and the last step always compute, and one between them before another can reuse it"
+    if variant.distilled:
+        return "no", "it is distilled to a few steps that differ too much for any to be skipped"
+    if not calibrated:
+        return "perhaps", "nothing is published for this model"
+    here = [p for p in variant.published if p.rel_l1_thresh == variant.rel_l1_thresh]
+    if any(p.steps == steps for p in here):
+        return "yes", "skips are published for it"
+    known = " and ".join(str(p.steps) for p in here)
+    return "perhaps", f"skips are published for {known} steps; with fewer, each differs more from the one before"

@@ -1,0 +1,202 @@
+"""``mlx-teacache-fast run``: one of mflux's FLUX commands with gating on."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import arguments as checks
+from .cli_common import (
+    FAILED,
+    PROG,
+    integer,
+    number,
+    quiet_logging,
+    require_mflux,
+    warnings_in_one_line,
+)
+from .errors import TeaCacheError, TeaCacheValueError
+from .handle import Handle
+from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_THRESHOLD
+
+DESCRIPTION = """\
+Run one of mflux's FLUX commands, with all of its own options, and skip denoising steps whose input has hardly changed.
+
+Write your usual command after "--". Pictures, progress bars and exit codes are mflux's; at the end a summary of the
+steps is printed. It helps only where there are steps to skip: base models at 25 steps or more, not the distilled ones
+that run 4 ("mlx-teacache-fast info MODEL" says which is which).
+"""
+
+EPILOG = """\
+mflux's commands that can be gated:
+  mflux-generate                     mflux-generate-in-context
+  mflux-generate-controlnet          mflux-generate-in-context-catvton
+  mflux-generate-depth               mflux-generate-in-context-edit
+  mflux-generate-fill                mflux-generate-kontext
+  mflux-generate-flux2               mflux-generate-redux
+  mflux-generate-flux2-edit          mflux-upscale-controlnet
+
+the summary, over all finished pictures:
+  steps          how many were computed, forced (first and last ones), skipped, or numerical-miss: computed, because the
+                 distance was no number
+  bound          steps / (steps - skipped): the most that skipping these steps can give
+  rel-L1         relative distance of a step's input to the one before, as the gate measured it: percentiles
+  seconds saved  an estimate from the mean times of computed and skipped steps
+
+examples:
+  mlx-teacache-fast run -- mflux-generate-flux2 --model flux2-klein-base-4b --prompt "a red apple" --steps 50 \\
+      --guidance 4
+  mlx-teacache-fast run --threshold 0.25 --trace apple.json -- mflux-generate --model dev --prompt "a red apple"
+  mlx-teacache-fast run --plan 1110101010101010101010101 -- mflux-generate --model dev --steps 25 --prompt "a red apple"
+  mlx-teacache-fast run -- mflux-generate-flux2 --help      (mflux's own help)
+
+exit code: mflux's own (0 done, 1 failed, 2 bad options); also 2 for what cannot be gated, 130 interrupted. mflux itself
+says so and ends with 0 when Ctrl-C stops it in a step.
+"""
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is ours, and mflux's command line: behind the first ``--`` of a ``run``."""
+    if argv[:1] != ["run"]:
+        return list(argv), []
+    if "--" in argv:
+        end = argv.index("--")
+        return list(argv[:end]), list(argv[end + 1 :])
+    return ["run", *(option for option in argv if option in ("-h", "--help"))], []  # run() says what is missing
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="run one of mflux's FLUX commands with gating on",
+        usage=f"{PROG} run [options] -- COMMAND [its options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--threshold",
+        metavar="T",
+        type=number("a number from 0 to 1", lambda t: 0 <= t <= 1),
+        help="accumulated distance at which a step is computed again: a higher one skips more and is less faithful, 0 "
+        f"skips nothing (default: the model's own, 0.17 to 0.30, or {DEFAULT_THRESHOLD:g} with --coefficients)",
+    )
+    parser.add_argument(
+        "--coefficients",
+        metavar=("C4", "C3", "C2", "C1", "C0"),
+        nargs=5,
+        type=number("a finite number of float32's range", lambda c: abs(c) <= checks.FLOAT32_MAX),
+        help="polynomial of the relative distance, fourth degree first, in plain decimals (default: the model's own)",
+    )
+    steps = integer("a whole number of steps, 0 or more", lambda n: n >= 0)
+    parser.add_argument(
+        "--skip-first",
+        metavar="N",
+        type=steps,
+        default=1,
+        help="so many first steps are always computed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--skip-last",
+        metavar="N",
+        type=steps,
+        default=1,
+        help="so many last steps are always computed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-consecutive-skips",
+        metavar="N",
+        type=steps,
+        default=DEFAULT_MAX_CONSECUTIVE_SKIPS,
+        help="a step is computed after so many skipped ones (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-skips", metavar="N", type=steps, help="at most so many skipped steps a picture (default: no limit)"
+    )
+    parser.add_argument(
+        "--plan",
+        metavar="1101...",
+        type=_plan,
+        help="which steps are computed (1) and skipped (0), one digit for each, instead of measuring; the first must "
+        "be 1, and neither threshold nor forced steps count",
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        help="write every step of the finished pictures to FILE, as JSON for mlx_teacache_fast.Trace.from_json",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite FILE where it exists")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns mflux's exit code, or raises what ``cli.main`` says in one line."""
+    if not arguments.mflux:
+        raise TeaCacheValueError(
+            f'no mflux command: it goes after "--", as in {PROG} run -- mflux-generate-flux2 --prompt "a red apple"'
+        )
+    if arguments.trace is not None:
+        _check_writable(arguments.trace, force=arguments.force)
+    with quiet_logging():
+        require_mflux()
+        from .mflux import commands
+
+        command = commands.find(arguments.mflux[0])
+    options = dict(
+        rel_l1_thresh=arguments.threshold,
+        coefficients=arguments.coefficients,
+        skip_first_n_steps=arguments.skip_first,
+        skip_last_n_steps=arguments.skip_last,
+        max_consecutive_skips=arguments.max_consecutive_skips,
+        max_skips=arguments.max_skips,
+        steps=arguments.plan,
+    )
+    handles: list[Handle] = []
+    try:
+        with commands.called_as(arguments.mflux), commands.gating(options, handles), warnings_in_one_line():
+            return int(command() or 0)  # None, as all of them return, is 0; --help and argparse raise SystemExit
+    except TeaCacheError:
+        raise
+    except Exception as error:  # mflux's own errors look as they do without this package
+        sys.excepthook(type(error), error, error.__traceback__)
+        return FAILED
+    finally:
+        for handle in handles:
+            handle.restore()
+        _report(handles, arguments.trace, force=arguments.force)
+
+
+def _report(handles: Sequence[Handle], trace: Path | None, *, force: bool) -> None:
+    """Also after an error or Ctrl-C: earlier pictures of the same command are finished."""
+    finished = [handle for handle in handles if handle.stats.generations > 0]
+    for handle in finished:
+        print(f"\n{handle.summary()}")
+    for i, handle in enumerate(finished if trace is not None else ()):
+        assert trace is not None
+        path = trace if i == 0 else trace.with_stem(f"{trace.stem}-{i + 1}")  # mflux's commands make one pipeline
+        handle.trace.to_json(path, force=force)
+        print(f"wrote {path}")
+
+
+def _check_writable(path: Path, *, force: bool) -> None:
+    """Before the work, whose trace would be lost."""
+    if path.is_dir():
+        raise TeaCacheValueError(f"cannot write {path}: it is a folder")
+    if os.path.lexists(path) and not force:
+        raise TeaCacheValueError(f"{path} exists; --force overwrites it")
+    if not path.parent.is_dir():
+        raise TeaCacheValueError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise TeaCacheValueError(f"cannot write {path}: permission denied")
+
+
+def _plan(text: str) -> str:
+    try:
+        checks.plan(text)
+    except TeaCacheValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("steps ")) from error
+    return text

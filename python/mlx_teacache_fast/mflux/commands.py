@@ -1,0 +1,110 @@
+"""mflux's FLUX commands, called in this process with gating on."""
+
+import difflib
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import EntryPoint, distribution
+from pathlib import PurePath
+from typing import Any
+
+from ..errors import TeaCacheValueError
+from ..handle import Handle, apply
+from . import patch
+
+# Those that can be gated.
+COMMANDS = (
+    "mflux-generate",
+    "mflux-generate-controlnet",
+    "mflux-generate-depth",
+    "mflux-generate-fill",
+    "mflux-generate-flux2",
+    "mflux-generate-flux2-edit",
+    "mflux-generate-in-context",
+    "mflux-generate-in-context-catvton",
+    "mflux-generate-in-context-edit",
+    "mflux-generate-kontext",
+    "mflux-generate-redux",
+    "mflux-upscale-controlnet",
+)
+
+_FLUX_MODULES = ("mflux.models.flux.cli.", "mflux.models.flux2.cli.")
+
+
+def find(name: str) -> Callable[[], Any]:
+    """The function behind one of mflux's commands.
+
+    Raises:
+        TeaCacheValueError: mflux has no such command, or it has no pipeline that can be gated.
+    """
+    available = scripts()
+    script = available.get(name)
+    if script is None:
+        flux = [command for command in COMMANDS if command in available]  # an older mflux has fewer
+        near = difflib.get_close_matches(PurePath(name).name, flux, cutoff=0.7)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"its FLUX commands are {', '.join(flux)}"
+        raise TeaCacheValueError(f"mflux has no command {name!r}; {hint}")
+    if not script.module.startswith(_FLUX_MODULES):
+        raise TeaCacheValueError(
+            f"{name} is not for FLUX.1 or FLUX.2, and only those can be gated: {', '.join(COMMANDS)}"
+        )
+    names = vars(importlib.import_module(script.module)).values()
+    for family in patch.FAMILIES:
+        for pipeline, reason in family.REFUSED.items():
+            if any(value is pipeline for value in names):
+                raise TeaCacheValueError(f"{name} cannot be gated: {reason}")
+    command: Callable[[], Any] = script.load()
+    return command
+
+
+def scripts() -> dict[str, EntryPoint]:
+    """mflux's commands by name."""
+    return {e.name: e for e in distribution("mflux").entry_points.select(group="console_scripts")}
+
+
+@contextmanager
+def called_as(command_line: Sequence[str]) -> Iterator[None]:
+    """mflux reads ``sys.argv`` in several places."""
+    before = sys.argv
+    sys.argv = list(command_line)
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def gating(options: Mapping[str, Any], handles: list[Handle]) -> Iterator[None]:
+    """Until the end of the block, every FLUX pipeline that is made is gated; its handle is added to ``handles``.
+
+    A command of mflux makes its pipeline and uses it in one function, and no hook of mflux lies between. So
+    ``__init__`` of the classes is wrapped for that time: the one place where classes are changed, not instances, and
+    only in a process that is there for one command. (Another name in the command's module would miss pipelines that
+    are made elsewhere, and nobody would notice.)
+    """
+    with ExitStack() as undo:
+        for family in patch.FAMILIES:
+            for pipeline in family.PIPELINES:
+                undo.callback(setattr, pipeline, "__init__", pipeline.__init__)
+                pipeline.__init__ = _gated_from_the_start(pipeline, options, handles)
+        yield
+
+
+def _gated_from_the_start(pipeline: Any, options: Mapping[str, Any], handles: list[Handle]) -> Callable[..., None]:
+    original = pipeline.__init__
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        config = given.arguments.get("model_config")
+        if config is not None:  # without one, mflux's class chooses a model that it was made for
+            patch.match_config(config, pipeline)  # raises before weights are loaded
+        original(self, *args, **kwargs)
+        handles.append(apply(self, **options))
+
+    return init

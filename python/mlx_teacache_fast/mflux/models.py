@@ -1,0 +1,73 @@
+"""mflux's names of models, and what they are gated as. Nothing is loaded or downloaded."""
+
+import difflib
+from dataclasses import dataclass
+
+from mflux.cli.defaults.defaults import model_choices, model_inference_steps
+from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig
+from mflux.utils.exceptions import InvalidBaseModel, ModelConfigError
+
+from ..errors import TeaCacheValueError
+from ..variants import Variant
+from . import patch
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model by name.
+
+    Attributes:
+        hub_name: Of its weights.
+        made_from: Hub name of the model that it is taken for a finetune of, or None.
+        pipeline: The class of mflux that it is gated in, the family's text-to-image.
+        variant: The coefficients in use.
+        calibrated: Whether they were fitted on this very model.
+        default_steps: What mflux runs when no steps are asked for.
+    """
+
+    hub_name: str
+    made_from: str | None
+    pipeline: str
+    variant: Variant
+    calibrated: bool
+    default_steps: int
+
+
+def find(name: str, base_model: str | None = None) -> Model:
+    """The model that mflux's ``--model`` and ``--base-model`` name.
+
+    Raises:
+        TeaCacheValueError: mflux does not know it, or it is not a FLUX model that can be gated.
+    """
+    try:
+        config = ModelConfig.from_name(name, base_model)
+    except InvalidBaseModel:
+        raise TeaCacheValueError(_unknown(str(base_model))) from None
+    except ModelConfigError:
+        message = f"{_unknown(name)}; for a checkpoint of another name, --base-model says what it was made from"
+        raise TeaCacheValueError(message) from None
+    family = next((f for f in patch.FAMILIES if set(config.aliases) & set(f.VARIANTS)), None)
+    if family is None:
+        raise TeaCacheValueError(f"{name} is none of the FLUX models that can be gated: {', '.join(gated_names())}")
+    pipeline = family.PIPELINES[0]
+    variant, calibrated = patch.match_config(config, pipeline)
+    return Model(
+        hub_name=config.model_name,
+        made_from=config.base_model,
+        pipeline=pipeline.__name__,
+        variant=variant,
+        calibrated=calibrated,
+        default_steps=model_inference_steps(name, base_model),
+    )
+
+
+def gated_names() -> list[str]:
+    """One name of each model that can be gated."""
+    return [alias for family in patch.FAMILIES for alias in family.VARIANTS]
+
+
+def _unknown(name: str) -> str:
+    hub_names = {config.model_name for config in AVAILABLE_MODELS.values()}
+    near = difflib.get_close_matches(name, [*model_choices(), *sorted(hub_names)], cutoff=0.7)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the FLUX models are {', '.join(gated_names())}"
+    return f"mflux knows no model {name!r}; {hint}"

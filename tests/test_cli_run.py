@@ -1,0 +1,632 @@
+"""``run`` and ``info``: mflux's real commands, but for its loading of weights, and what is refused before that."""
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mflux", reason="the commands are mflux's")
+
+import flux1_pipelines
+from mflux.callbacks.callback_registry import CallbackRegistry
+from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.flux.flux_initializer import FluxInitializer
+from mflux.models.flux.variants.txt2img.flux import Flux1
+from mflux.models.flux2.flux2_initializer import Flux2Initializer
+from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
+from PIL import Image
+
+import mlx_teacache_fast
+from mlx_teacache_fast import VARIANTS, Trace, cli, demo, variants
+from mlx_teacache_fast.mflux import commands, patch
+
+GENERATE = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt", "red apple"]
+SMALL = ["--width", "64", "--height", "64"]
+COMMAND = [sys.executable, "-m", "mlx_teacache_fast"]
+CLASSES = [pipeline for family in patch.FAMILIES for pipeline in family.PIPELINES]
+INITS = MappingProxyType({pipeline: vars(pipeline)["__init__"] for pipeline in CLASSES})
+
+
+@dataclasses.dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def run(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(autouse=True)
+def _all_is_as_before():
+    argv = list(sys.argv)
+    yield
+    assert {pipeline: vars(pipeline)["__init__"] for pipeline in CLASSES} == INITS
+    assert sys.argv == argv
+
+
+@pytest.fixture
+def weights(monkeypatch):
+    """mflux's initialiser of FLUX.2 takes the embedded model's parts. A list of the pipelines that it has filled."""
+    made = []
+
+    def init(model, model_config, **_):
+        tiny = demo.pipeline()
+        Flux2Initializer._init_config(model, model_config)
+        model.tokenizers = {}
+        model.bits = model.lora_paths = model.lora_scales = None
+        model.compute_precision = tiny.compute_precision
+        model.small_decoder = model.small_text_encoder = False
+        model.vae, model.transformer, model.text_encoder = tiny.vae, tiny.transformer, tiny.text_encoder
+        model._encode_prompt_pair = tiny._encode_prompt_pair
+        made.append(model)
+
+    monkeypatch.setattr(Flux2Initializer, "init", init)
+    return made
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def refuse(**_):
+        pytest.fail("weights would be loaded")
+
+    for name in ("init", "init_concept", "init_controlnet", "init_depth", "init_redux"):
+        monkeypatch.setattr(FluxInitializer, name, refuse)
+    monkeypatch.setattr(Flux2Initializer, "init", refuse)
+
+
+# ---- A run
+
+
+def test_several_seeds(tmp_path, weights):
+    output, trace = tmp_path / "apple.png", tmp_path / "trace.json"
+    own = ["--threshold", "0.4", "--trace", trace]
+    result = run("run", *own, "--", *GENERATE, *SMALL, "--steps", 12, "--seed", 3, 4, "--output", output)
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apple_seed_3.png", "apple_seed_4.png", "trace.json"]
+    assert "Traceback" not in result.err
+
+    written = Trace.from_json(trace)
+    assert [g.num_steps for g in written.generations] == [12, 12]
+    skipped = sum(g.skipped for g in written.generations)
+    assert skipped > 0
+    lines = result.out.splitlines()
+    summary = lines[lines.index("flux2-klein-base-4b, rel_l1_thresh 0.4") :]
+    assert summary[1].split() == ["generations", "2"]
+    assert summary[2].split()[:2] == ["steps", "24:"]
+    assert f" {skipped} skipped" in summary[2]
+    assert summary[-1] == f"wrote {trace}"
+    assert len(weights) == 1
+
+    flux = demo.pipeline()  # the pictures are those of apply()
+    for seed in (3, 4):
+        with mlx_teacache_fast.apply(flux, rel_l1_thresh=0.4):
+            image = flux.generate_image(seed, "red apple", 12, 64, 64, guidance=1.0)
+        picture = np.asarray(Image.open(tmp_path / f"apple_seed_{seed}.png"))
+        np.testing.assert_array_equal(picture, np.asarray(image.image))
+
+
+def test_options_reach_apply(tmp_path, weights):
+    given = ["--threshold", "0.4", "--coefficients", "0", "0", "0", "-1.5", "0.25", "--skip-first", "2"]
+    given += ["--skip-last", "3", "--max-consecutive-skips", "4", "--max-skips", "1"]
+    trace = tmp_path / "trace.json"
+    output = tmp_path / "x.png"
+    result = run("run", *given, "--trace", trace, "--", *GENERATE, *SMALL, "--steps", 12, "--output", output)
+    assert result.code == 0, result.err
+    written = Trace.from_json(trace)
+    assert written.rel_l1_thresh == 0.4
+    assert written.coefficients == (0.0, 0.0, 0.0, -1.5, 0.25)
+    assert (written.skip_first_n_steps, written.skip_last_n_steps, written.max_consecutive_skips) == (2, 3, 4)
+    kinds = [step.kind for step in written.generations[0].steps]
+    assert kinds[:2] == ["forced"] * 2
+    assert kinds[-3:] == ["forced"] * 3
+    assert kinds.count("skipped") == 1
+
+
+def test_plan(tmp_path, weights):
+    output, trace = tmp_path / "x.png", tmp_path / "trace.json"
+    result = run("run", "--plan", "10110", "--trace", trace, "--", *GENERATE, *SMALL, "--steps", 5, "--output", output)
+    assert result.code == 0, result.err
+    kinds = [step.kind for step in Trace.from_json(trace).generations[0].steps]
+    assert kinds == ["computed", "skipped", "computed", "computed", "skipped"]
+    assert "flux2-klein-base-4b, steps as planned\n" in result.out
+
+
+def test_threshold_0_is_mflux_s_picture(tmp_path, weights):
+    command = [*GENERATE, *SMALL, "--steps", 4, "--guidance", 4, "--seed", 5, "--output"]
+    result = run("run", "--threshold", 0, "--", *command, tmp_path / "ours.png")
+    assert result.code == 0, result.err
+    assert (
+        result.err.count("mlx-teacache-fast: warning: rel_l1_thresh=0.0 turns gating off: every step computes\n") == 1
+    )
+    with commands.called_as([str(argument) for argument in (*command, tmp_path / "plain.png")]):
+        commands.find("mflux-generate-flux2")()
+    ours, plain = (np.asarray(Image.open(tmp_path / name)) for name in ("ours.png", "plain.png"))
+    np.testing.assert_array_equal(ours, plain)
+
+
+def test_flux1(tmp_path, monkeypatch):
+    def init(model, model_config, **_):
+        small = flux1_pipelines.pipeline(Flux1, flux1_pipelines.transformer(model_config), model_config)
+        for name, value in {**vars(small), **small}.items():
+            setattr(model, name, value)
+        model.callbacks = CallbackRegistry()
+
+    monkeypatch.setattr(FluxInitializer, "init", init)
+    command = ["mflux-generate", "--model", "dev", "--prompt", flux1_pipelines.PROMPT, *SMALL, "--steps", 5]
+    result = run("run", "--plan", "11010", "--", *command, "--output", tmp_path / "x.png")
+    assert result.code == 0, result.err
+    assert "flux1-dev, steps as planned\ngenerations     1\n" in result.out
+    assert Image.open(tmp_path / "x.png").size == (64, 64)
+
+
+def test_every_pipeline_that_a_command_makes_is_gated(weights):
+    handles = []
+    with commands.gating({"rel_l1_thresh": 0.3}, handles):
+        pipelines = [Flux2Klein(model_config=ModelConfig.flux2_klein_base_4b()) for _ in range(2)]
+    assert [patch.live_handle(flux) for flux in pipelines] == handles
+    assert patch.live_handle(Flux2Klein(model_config=ModelConfig.flux2_klein_base_4b())) is None
+    for handle in handles:
+        handle.restore()
+
+
+def test_the_command_sees_its_own_name(monkeypatch):
+    seen = []
+    monkeypatch.setattr(commands, "find", lambda name: lambda: seen.append(list(sys.argv)))
+    assert run("run", "--threshold", 0.3, "--", "mflux-generate", "--prompt", "--", "-x").code == 0
+    assert seen == [["mflux-generate", "--prompt", "--", "-x"]]
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_help_is_mflux_s(name):
+    result = run("run", "--", name, "--help")
+    out = io.StringIO()
+    with commands.called_as([name, "--help"]), contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        commands.find(name)()
+    assert stop.value.code == 0
+    assert result == Result(0, out.getvalue(), "")
+    assert result.out.startswith(f"usage: {name} [-h]")
+
+
+def test_commands_are_all_of_mflux_s_flux_commands():
+    flux = [name for name, script in commands.scripts().items() if script.module.startswith(commands._FLUX_MODULES)]
+    assert set(flux) - set(commands.COMMANDS) == {"mflux-concept", "mflux-concept-from-image"}
+    assert set(commands.COMMANDS) <= set(flux)
+
+
+def test_each_command_makes_a_class_that_can_be_gated():
+    for name in commands.COMMANDS:
+        module = importlib.import_module(commands.scripts()[name].module)
+        assert any(pipeline in vars(module).values() for pipeline in CLASSES), name
+
+
+# ---- What is refused, before weights are loaded
+
+REASON = "it returns attention maps beside the image, which a step whose blocks are skipped does not have"
+ALL = ", ".join(commands.COMMANDS)
+NO_COMMAND = (
+    'no mflux command: it goes after "--", as in mlx-teacache-fast run -- mflux-generate-flux2 --prompt "a red apple"'
+)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], NO_COMMAND),
+        (["--"], NO_COMMAND),
+        (["mflux-generate-flux2", "--prompt", "x"], NO_COMMAND),
+        (["--threshold", "0.3", *GENERATE], NO_COMMAND),
+        (["--", "mflux-concept", "--prompt", "x"], f"mflux-concept cannot be gated: {REASON}"),
+        (["--", "mflux-concept-from-image"], f"mflux-concept-from-image cannot be gated: {REASON}"),
+        (
+            ["--", "mflux-generate-qwen", "--prompt", "x"],
+            f"mflux-generate-qwen is not for FLUX.1 or FLUX.2, and only those can be gated: {ALL}",
+        ),
+        (
+            ["--", "mflux-genrate-kontext"],
+            "mflux has no command 'mflux-genrate-kontext'; did you mean mflux-generate-kontext or "
+            "mflux-generate-in-context or mflux-generate-controlnet?",
+        ),
+        (["--", "convert"], f"mflux has no command 'convert'; its FLUX commands are {ALL}"),
+        (
+            ["--", "/opt/bin/mflux-upscale-controlnet"],
+            "mflux has no command '/opt/bin/mflux-upscale-controlnet'; did you mean mflux-upscale-controlnet or "
+            "mflux-generate-controlnet?",
+        ),
+    ],
+)
+def test_refused(arguments, message):
+    assert run("run", *arguments) == Result(2, "", f"mlx-teacache-fast run: error: {message}\n")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_unknown_model_is_refused_before_its_weights():
+    result = run("run", "--", "mflux-generate", "--model", "qwen-image", "--prompt", "x")
+    assert result.code == 2
+    assert result.out == ""
+    head = "mlx-teacache-fast run: error: Flux1 has a model configuration with aliases ['qwen-image', "
+    assert result.err.splitlines()[-1].startswith(head)
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threshold", "1.5"], "argument --threshold: must be a number from 0 to 1, got 1.5"),
+        (
+            ["--coefficients", "1", "2", "3", "4", "inf"],
+            "argument --coefficients: must be a finite number of float32's range, got inf",
+        ),
+        (["--coefficients", "1", "2"], "argument --coefficients: expected 5 arguments"),
+        (["--skip-first", "-1"], "argument --skip-first: must be a whole number of steps, 0 or more, got -1"),
+        (["--skip-last", "x"], "argument --skip-last: must be a whole number of steps, 0 or more, got x"),
+        (
+            ["--max-consecutive-skips", "1.5"],
+            "argument --max-consecutive-skips: must be a whole number of steps, 0 or more, got 1.5",
+        ),
+        (["--max-skips", "-2"], "argument --max-skips: must be a whole number of steps, 0 or more, got -2"),
+        (["--plan", "1120"], "argument --plan: must be a 1 or 0 for each active step, such as \"1101\", got '1120'"),
+        (
+            ["--plan", "011"],
+            "argument --plan: must begin with a computed step (1), got '011': there is nothing to reuse",
+        ),
+    ],
+)
+def test_bad_values(arguments, message):
+    result = run("run", *arguments, "--", *GENERATE)
+    assert result == Result(2, "", f"mlx-teacache-fast run: error: {message} (see mlx-teacache-fast run --help)\n")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_options_are_not_abbreviated():
+    result = run("run", "--thresh", "0.3", "--", *GENERATE)
+    assert result.code == 2
+    assert "unrecognized arguments: --thresh" in result.err
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_trace_that_cannot_be_written(tmp_path):
+    (tmp_path / "old.json").write_text("mine")
+    for name, message in {
+        "old.json": f"{tmp_path}/old.json exists; --force overwrites it",
+        "none/new.json": f"cannot write {tmp_path}/none/new.json: there is no folder {tmp_path}/none",
+        "": f"cannot write {tmp_path}: it is a folder",
+    }.items():
+        result = run("run", "--trace", tmp_path / name, "--", *GENERATE)
+        assert result == Result(2, "", f"mlx-teacache-fast run: error: {message}\n")
+    assert (tmp_path / "old.json").read_text() == "mine"
+
+
+def test_force_overwrites_the_trace(tmp_path, weights):
+    (tmp_path / "old.json").write_text("mine")
+    output = tmp_path / "x.png"
+    own = ["--trace", tmp_path / "old.json", "--force"]
+    result = run("run", *own, "--", *GENERATE, *SMALL, "--steps", 4, "--output", output)
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "old.json").read_text())["variant_id"] == "flux2-klein-base-4b"
+
+
+def test_only_this_package_s_warnings_are_put_in_one_line(monkeypatch):
+    def warn():
+        warnings.warn("ours\n  in two lines", mlx_teacache_fast.TeaCacheWarning, stacklevel=1)
+        warnings.warn("theirs", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(commands, "find", lambda name: warn)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        result = run("run", "--", "mflux-generate")
+    assert result == Result(0, "", "mlx-teacache-fast: warning: ours in two lines\n")
+    assert [str(w.message) for w in shown] == ["theirs"]
+
+
+# ---- Exit codes
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["--model", "flux2-klein-4b", "--guidance", "4"]])
+def test_mflux_s_parser_refuses(arguments):
+    result = run("run", "--", "mflux-generate-flux2", "--prompt", "x", *arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert "\nmflux-generate-flux2: error: " in result.err
+    assert "mlx-teacache-fast" not in result.err
+
+
+def test_no_step_to_gate(tmp_path, weights):
+    result = run("run", "--", *GENERATE, *SMALL, "--steps", 2, "--output", tmp_path / "x.png")
+    assert result.code == 2
+    last = result.err.replace("\r", "\n").splitlines()[-1]
+    assert last.startswith("mlx-teacache-fast run: error: skip_first_n_steps=1 and skip_last_n_steps=1 leave no step")
+    assert "flux2-klein-base-4b" not in result.out  # no summary of nothing
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mflux_s_own_error_is_shown_as_mflux_s(monkeypatch):
+    def missing(**_):
+        raise FileNotFoundError("no weights there")
+
+    monkeypatch.setattr(Flux2Initializer, "init", missing)
+    result = run("run", "--", *GENERATE)
+    assert result.code == 1
+    assert result.out == ""
+    assert result.err.startswith("Traceback (most recent call last):\n")
+    assert result.err.endswith("\nFileNotFoundError: no weights there\n")
+
+
+@pytest.mark.parametrize(("status", "code"), [(None, 0), (0, 0), (7, 7)])
+def test_what_the_command_returns(monkeypatch, status, code):
+    monkeypatch.setattr(commands, "find", lambda name: lambda: status)
+    assert run("run", "--", "mflux-generate") == Result(code, "", "")
+
+
+def test_what_the_command_exits_with(monkeypatch):
+    def stop():
+        raise SystemExit(9)
+
+    monkeypatch.setattr(commands, "find", lambda name: stop)
+    assert run("run", "--", "mflux-generate") == Result(9, "", "")
+
+
+def test_interrupted_outside_of_the_steps(monkeypatch):
+    def interrupt(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Flux2Initializer, "init", interrupt)
+    assert run("run", "--", *GENERATE) == Result(130, "", "mlx-teacache-fast run: error: interrupted\n")
+
+
+def test_finished_pictures_are_summed_up_after_an_error(tmp_path, weights, monkeypatch):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("red apple")
+
+    class Remover:  # the prompt's file is read again for the second picture
+        def call_after_loop(self, **_):
+            prompt.unlink()
+
+    init = Flux2Initializer.init
+
+    def with_remover(model, **kwargs):
+        init(model, **kwargs)
+        model.callbacks.register(Remover())
+
+    monkeypatch.setattr(Flux2Initializer, "init", with_remover)
+    command = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt-file", prompt, *SMALL]
+    output = tmp_path / "x.png"
+    result = run("run", "--", *command, "--steps", 4, "--seed", 1, 2, "--output", output)
+    assert result.code == 0  # mflux prints this error, and no more
+    assert "flux2-klein-base-4b, rel_l1_thresh 0.17\ngenerations     1\n" in result.out
+    assert (tmp_path / "x_seed_1.png").exists()
+    assert not (tmp_path / "x_seed_2.png").exists()
+
+
+INTERRUPTED = """
+import signal
+import sys
+
+from mflux.models.flux2.flux2_initializer import Flux2Initializer
+
+import test_cli_run
+from mlx_teacache_fast.cli import main
+
+
+class Interrupter:
+    def call_in_loop(self, t, seed, **_):
+        if (t, seed) == (3, 2):
+            signal.raise_signal(signal.SIGINT)
+
+
+class Patch:
+    setattr = staticmethod(setattr)
+
+
+test_cli_run.weights.__wrapped__(Patch)  # never undone: the process is for this only
+init = Flux2Initializer.init
+
+
+def with_interrupter(model, **kwargs):
+    init(model, **kwargs)
+    model.callbacks.register(Interrupter())
+
+
+Flux2Initializer.init = with_interrupter
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_in_a_step(tmp_path):
+    """mflux stops, says so, and ends with 0. The signal comes in the second of two pictures."""
+    command = [sys.executable, "-c", INTERRUPTED, "run", "--", *GENERATE, *SMALL]
+    command += ["--steps", "6", "--seed", "1", "2", "--output", str(tmp_path / "x.png")]
+
+    def listen() -> None:  # a test run in the background of a shell ignores the signal, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+        preexec_fn=listen,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Stopping image generation at step 4/6\n" in result.stdout
+    assert "flux2-klein-base-4b, rel_l1_thresh 0.17\ngenerations     1\nsteps           6: " in result.stdout
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x_seed_1.png"]
+
+
+# ---- info
+
+
+def lines_of(text):
+    return [(line[:14].strip(), line[14:]) for line in text.splitlines()]
+
+
+def test_info_of_a_base_model():
+    result = run("info", "flux2-klein-base-4b")
+    assert result.code == 0, result.err
+    assert lines_of(result.out) == [
+        ("model", "black-forest-labs/FLUX.2-klein-base-4B"),
+        ("variant", "flux2-klein-base-4b (FLUX.2 klein base 4B)"),
+        ("calibrated", "yes"),
+        ("threshold", "0.17"),
+        ("coefficients", "https://github.com/IonDen/mlx-teacache/blob/main/scripts/calibrate_flux2.py"),
+        ("", "fitted on 10 prompts, 25 steps, 512x512, guidance 1, base-4b; R^2 0.106"),
+        ("range", "0.0283 to 0.2198"),
+        ("published", "8 of 50 steps skipped at threshold 0.17, guidance 4; bound 1.19x"),
+        ("", "https://github.com/IonDen/mlx-teacache#benchmarks"),
+        ("helps", "at 50 steps, mflux's default: yes"),
+        ("", "skips are published for it"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variant", "calibrated", "helps"),
+    [
+        (["dev"], "flux1-dev", "yes", "at 25 steps, mflux's default: yes"),
+        (["black-forest-labs/FLUX.1-dev"], "flux1-dev", "yes", "at 25 steps, mflux's default: yes"),
+        (["krea-dev"], "flux1-krea-dev", "yes", "at 25 steps, mflux's default: perhaps"),
+        (["dev-krea", "--steps", 28], "flux1-krea-dev", "yes", "at 28 steps: yes"),
+        (["dev-fill"], "flux1-dev", "no: with the coefficients of flux1-dev", "at 25 steps, mflux's default: perhaps"),
+        (
+            ["me/x", "--base-model", "krea-dev"],
+            "flux1-krea-dev",
+            "no: with the",
+            "at 25 steps, mflux's default: perhaps",
+        ),
+        (["me/flux2-klein-base-9b-8bit"], "flux2-klein-base-9b", "no: with the", ": perhaps"),
+        (["flux2-klein-4b"], "flux2-klein-4b", "yes", "at 4 steps, mflux's default: no"),
+        (["klein-9b-kv"], "flux2-klein-9b", "no: with the", "at 4 steps, mflux's default: no"),
+        (["schnell", "--steps", 25], "flux1-schnell", "yes", "at 25 steps: no"),
+        (["dev", "--steps", 4], "flux1-dev", "yes", "at 4 steps: perhaps"),
+        (["dev", "--steps", 3], "flux1-dev", "yes", "at 3 steps: no"),
+        (["dev", "--steps", 1], "flux1-dev", "yes", "at 1 steps: no"),
+    ],
+)
+def test_info(arguments, variant, calibrated, helps):
+    result = run("info", *arguments)
+    assert result.code == 0, result.err
+    lines = dict(lines_of(result.out))
+    assert lines["variant"].startswith(f"{variant} (")
+    assert lines["calibrated"].startswith(calibrated)
+    assert lines["helps"].endswith(helps)
+    assert max(map(len, result.out.splitlines())) <= 120
+
+
+def test_info_says_which_model_a_name_is_taken_for():
+    lines = dict(lines_of(run("info", "me/flux2-klein-base-9b-8bit").out))
+    assert lines["taken for"] == "a checkpoint made from black-forest-labs/FLUX.2-klein-base-9B"
+    assert lines["published"].startswith("of flux2-klein-base-9b: 13 of 50 steps")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["flux2-klien-base-4b"],
+            "mflux knows no model 'flux2-klien-base-4b'; did you mean flux2-klein-base-4b or ",
+        ),
+        (["xyzzy"], "mflux knows no model 'xyzzy'; the FLUX models are dev, schnell, krea-dev, "),
+        (["me/x", "--base-model", "krea-def"], "mflux knows no model 'krea-def'; did you mean krea-dev"),
+        (["qwen-image"], "qwen-image is none of the FLUX models that can be gated: dev, schnell, "),
+        (["--steps", "5"], "--steps and --base-model are about one model: name it"),
+        (["dev", "--steps", "0"], "argument --steps: must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_info_of_what_is_not_known(arguments, message):
+    result = run("info", *arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith(f"mlx-teacache-fast info: error: {message}")
+    assert result.err.count("\n") == 1
+
+
+def test_info_of_all():
+    result = run("info")
+    assert result.code == 0, result.err
+    assert str(mlx_teacache_fast.supported()) in result.out
+    rows = {line.split()[0]: line.split() for line in result.out.splitlines() if line}
+    for variant in VARIANTS.values():
+        assert rows[variant.variant_id][1] == f"{variant.rel_l1_thresh:g}"
+    assert "flux1-dev            0.2        any               6 of 25 at 0.2, 11 of 25 at 0.25\n" in result.out
+
+
+def test_published_skips_are_at_the_default_threshold_once():
+    for variant in VARIANTS.values():
+        defaults = [p for p in variant.published if p.rel_l1_thresh == variant.rel_l1_thresh]
+        assert len(defaults) == (variant.variant_id != "flux1-schnell"), variant.variant_id
+        assert all(isinstance(p, variants.Published) and 0 <= p.skipped < p.steps for p in variant.published)
+        assert not variant.distilled or all(p.skipped == 0 for p in variant.published)
+
+
+# ---- Help
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "run",
+            "--threshold --coefficients --skip-first --skip-last --max-consecutive-skips --max-skips --plan --trace "
+            "--force bound rel-L1 130 mflux-generate-in-context-catvton",
+        ),
+        ("info", "--base-model --steps calibrated threshold range published helps MODEL"),
+    ],
+)
+def test_help(command, words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    result = run(command, "--help")
+    assert result.code == 0
+    assert result.out.startswith(f"usage: mlx-teacache-fast {command} ")
+    assert [word for word in words.split() if word not in result.out] == []
+    assert max(map(len, result.out.splitlines())) <= 120
+
+
+def test_run_s_help_names_every_command():
+    text = run("run", "--help").out
+    for name in commands.COMMANDS:
+        assert f"  {name} " in text.replace("\n", " ")
+    assert run("run", "-h").out == text
+
+
+def test_run_s_defaults_are_apply_s():
+    arguments = cli._parser().parse_args(["run"])
+    defaults = {name: p.default for name, p in inspect.signature(mlx_teacache_fast.apply).parameters.items()}
+    assert arguments.threshold is defaults["rel_l1_thresh"] is None
+    assert arguments.coefficients is defaults["coefficients"] is None
+    assert arguments.skip_first == defaults["skip_first_n_steps"]
+    assert arguments.skip_last == defaults["skip_last_n_steps"]
+    assert arguments.max_consecutive_skips == defaults["max_consecutive_skips"]
+    assert arguments.max_skips is defaults["max_skips"] is None
+    assert arguments.plan is defaults["steps"] is None
+
+
+def test_as_a_module():
+    result = subprocess.run([*COMMAND, "run", "--", "mflux-fly"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("mlx-teacache-fast run: error: mflux has no command 'mflux-fly'; ")
