@@ -1,6 +1,7 @@
 // A traced body as a pure function of its inputs, replayed without Python.
 #include "graph_capture.h"
 
+#include <string>
 #include <unordered_map>
 #include <unordered_set>
 
@@ -54,6 +55,13 @@ std::unordered_set<std::uintptr_t> ids(const Arrays& arrays) {
   return set;
 }
 
+// A cast or a view: kept as a node, so that a weight which is cast for a product is not kept in both dtypes.
+bool is_transient(const mx::array& a) {
+  static const std::unordered_set<std::string> names{"AsType",  "Broadcast", "ExpandDims", "Flatten",
+                                                     "Reshape", "Squeeze",   "Transpose",  "Unflatten"};
+  return a.has_primitive() && names.count(a.primitive().name()) > 0;
+}
+
 // Refuses placeholders of another trace, and evaluates what does not depend on `inputs`: rebuilding such a graph would
 // load the weights again at every step, and one that is still lazy while an enclosing evaluation holds it too would be
 // evaluated twice at once.
@@ -61,6 +69,15 @@ void freeze_constants(const Arrays& inputs, const Arrays& outputs) {
   auto dependent = ids(inputs);
   const auto input_ids = dependent;
   Arrays constants;
+  auto freeze = [&](mx::array a) {
+    while (is_lazy(a) && !dependent.count(a.id())) {
+      if (!is_transient(a)) {
+        constants.push_back(a);
+        return;
+      }
+      a = mx::array(a.inputs()[0]);
+    }
+  };
   for (size_t i = 0; i < outputs.size(); i++) {
     visit_lazy({outputs[i]}, input_ids, [&](const mx::array& a) {
       if (!a.has_primitive()) {
@@ -79,14 +96,10 @@ void freeze_constants(const Arrays& inputs, const Arrays& outputs) {
         dependent.insert(out.id());
       }
       for (auto& in : a.inputs()) {
-        if (is_lazy(in) && !dependent.count(in.id())) {
-          constants.push_back(in);
-        }
+        freeze(in);
       }
     });
-    if (is_lazy(outputs[i]) && !dependent.count(outputs[i].id())) {
-      constants.push_back(outputs[i]);
-    }
+    freeze(outputs[i]);
   }
   mx::eval(constants);
 }

@@ -345,6 +345,8 @@ def a_trace(**changes: Any) -> tc.Trace:
             skip_first_n_steps=1,
             skip_last_n_steps=1,
             max_consecutive_skips=8,
+            max_skips=None,
+            steps=None,
             generations=(tc.GenerationStats(steps, 1.5),),
         ),
         **changes,
@@ -524,8 +526,9 @@ def test_replay_of_a_trace_without_distances(flux: Any, generate: Generate) -> N
     with handle:
         generate(num_inference_steps=5, height=32, width=32)
     assert tc.replay(handle.trace, rel_l1_thresh=0.0) == handle.trace
-    planned = a_trace(generations=(tc.GenerationStats((step(0, "computed"), step(1, "skipped"))),))
-    for trace in (handle.trace, planned):
+    with tc.apply(flux, steps="11111") as planned:
+        generate(num_inference_steps=5, height=32, width=32)
+    for trace in (handle.trace, planned.trace):
         with pytest.raises(tc.TeaCacheValueError) as error:
             tc.replay(trace, rel_l1_thresh=0.2)
         assert str(error.value) == (
@@ -601,3 +604,23 @@ def test_warnings_are_user_warnings() -> None:
         warnings.simplefilter("always")
         warnings.warn("w", tc.TeaCacheDisabledWarning, stacklevel=1)
     assert issubclass(caught[0].category, UserWarning)
+
+
+def test_replay_knows_the_limit_on_skips(flux: Any, generate: Generate) -> None:
+    with tc.apply(flux, rel_l1_thresh=0.5, coefficients=(0, 0, 0, 0, 0), max_skips=2) as handle:
+        generate(num_inference_steps=8, height=32, width=32)
+    for threshold in (0.5, 1.0):
+        (generation,) = tc.replay(handle.trace, rel_l1_thresh=threshold).generations
+        assert [s.kind for s in generation.steps].count("skipped") == 2
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [{"rel_l1_thresh": 0.2}, {"coefficients": (0, 0, 0, 1, 0)}, {"max_skips": 1}, {"max_consecutive_skips": 1}],
+    ids=lambda limit: next(iter(limit)),
+)
+def test_a_plan_and_a_limit(flux: Any, limit: dict[str, Any]) -> None:
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        tc.apply(flux, steps="110", **limit)
+    (name,) = limit
+    assert str(error.value) == f"steps plans every step, and {name} cannot count: leave out either"

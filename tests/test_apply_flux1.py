@@ -726,3 +726,53 @@ def test_another_model(flux1: Any) -> None:
         "schnell, krea-dev, dev-kontext, dev-fill, dev-redux, dev-depth, dev-controlnet-canny, "
         "dev-controlnet-upscaler, dev-fill-catvton, schnell-controlnet-canny"
     )
+
+
+# ---- Memory, and ways around the gate
+
+
+def test_weights_are_not_kept_in_a_second_dtype() -> None:
+    """FLUX.1 multiplies float32 activations by bfloat16 weights: MLX casts each weight, and nobody may keep that."""
+    kept = {}
+    for blocks in (1, 3):
+        transformer = build.transformer(ModelConfig.dev(), blocks, blocks)
+        flux = build.pipeline(Flux1, transformer)
+        seen = []
+
+        class Memory:
+            def call_before_loop(self, seen: list[int] = seen, **_: Any) -> None:
+                mx.synchronize()
+                self.before = mx.get_active_memory()
+
+            def call_in_loop(self, latents: mx.array, seen: list[int] = seen, **_: Any) -> None:
+                mx.eval(latents)
+                mx.synchronize()
+                seen.append(mx.get_active_memory() - self.before)
+
+        flux.callbacks.register(Memory())
+        with tc.apply(flux, **NEVER):
+            generate(flux)
+        kept[blocks] = max(seen)
+    activation = 16 * 3072 * 4
+    assert kept[3] - kept[1] < activation
+    assert kept[3] < 6 * activation  # anchor, residual, and what a step has in hand
+
+
+def test_a_transformer_that_is_replaced_in_a_callback(flux1: Any) -> None:
+    replacement = build.transformer(ModelConfig.dev())
+    before = flux1.transformer
+    action = AtStep(2, lambda: setattr(flux1, "transformer", replacement))
+    flux1.callbacks.register(action)
+    try:
+        with tc.apply(flux1, **ALWAYS) as handle:
+            with pytest.warns(tc.TeaCacheWarning) as warned:
+                generate(flux1)
+            assert handle.stats.generations == 0
+    finally:
+        flux1.callbacks.in_loop.remove(action)
+        flux1.transformer = before
+    assert str(warned[-1].message) == (
+        "this generation is not counted: 3 of its 5 steps went through the gate "
+        "(was the transformer replaced in a callback?)"
+    )
+    assert type(before) is type(replacement) is Transformer

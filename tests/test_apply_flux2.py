@@ -886,3 +886,40 @@ def test_another_pipelines_coefficients_are_said_to_be_that(flux: Any, monkeypat
         "TinyKlein with black-forest-labs/FLUX.2-klein-9b-kv is used with the coefficients of flux2-klein-9b, "
         "fitted on flux2-klein-9b in text-to-image: they may not fit it, compare a few pictures with ungated ones"
     )
+
+
+def test_gradient_checkpointing(flux: Any, generate: Generate) -> None:
+    """A flag of mflux's training, under which its forward wraps each block for arrays alone."""
+    arguments: dict[str, Any] = dict(num_inference_steps=4, height=32, width=32)
+    plain = generate(**arguments)
+    flux.transformer.gradient_checkpointing = True
+    try:
+        with tc.apply(flux, rel_l1_thresh=1e-9):
+            assert np.array_equal(generate(**arguments), plain)
+        assert flux.transformer.gradient_checkpointing is True
+    finally:
+        del flux.transformer.gradient_checkpointing
+
+
+def test_the_classes_generate_image_is_mfluxs(flux: Any, generate: Generate) -> None:
+    """Called past the instance, as by super() in a wrapper: a plain generation, which is not counted."""
+    arguments: dict[str, Any] = dict(
+        prompt="red apple", seed=1, height=32, width=32, guidance=1.0, num_inference_steps=6
+    )
+    plain = generate(**arguments)
+    with tc.apply(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
+        for _ in range(2):
+            assert np.array_equal(np.asarray(type(flux).generate_image(flux, **arguments).image), plain)
+        assert handle.stats.generations == 0
+        generate(**arguments)
+        assert "skipped" in kinds(handle)
+
+
+def test_another_pipeline_with_the_same_callbacks(flux: Any, generate: Generate) -> None:
+    from mlx_teacache_fast import demo
+
+    other = demo.pipeline()
+    other.callbacks = flux.callbacks
+    with tc.apply(flux) as handle:
+        other.generate_image(prompt="owl", seed=1, height=32, width=32, num_inference_steps=1)  # one step: not ours
+        assert handle.stats.generations == 0

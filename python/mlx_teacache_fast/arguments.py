@@ -47,15 +47,23 @@ def coefficients(value: Sequence[float]) -> Coefficients:
 
 
 def plan(value: object) -> tuple[bool, ...]:
-    try:
-        entries = [int(e) if isinstance(e, str) else operator.index(e) for e in cast(Any, value)]
-    except (TypeError, ValueError):
-        entries = []
+    entries = []
+    if isinstance(value, str):
+        entries = [{"0": 0, "1": 1}.get(e, 2) for e in value]
+    elif isinstance(value, Sequence):
+        try:
+            entries = [operator.index(e) for e in value]
+        except TypeError:
+            entries = []
     if not entries or set(entries) - {0, 1}:
         raise TeaCacheValueError(f'steps must be a 1 or 0 for each active step, such as "1101", got {value!r}')
     if not entries[0]:
         raise TeaCacheValueError(f"steps must begin with a computed step (1), got {value!r}: there is nothing to reuse")
     return tuple(bool(e) for e in entries)
+
+
+def plan_text(entries: tuple[bool, ...]) -> str:
+    return "".join("1" if computes else "0" for computes in entries)
 
 
 def calibrated_range(value: object) -> tuple[float, float] | None:

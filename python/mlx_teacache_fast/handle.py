@@ -11,6 +11,7 @@ from .errors import (
     DisabledWarning,
     NoBenefitWarning,
     TeaCacheError,
+    TeaCacheValueError,
     UncalibratedWarning,
 )
 from .stats import Stats
@@ -91,6 +92,8 @@ class Handle:
             skip_first_n_steps=self.skip_first_n_steps,
             skip_last_n_steps=self.skip_last_n_steps,
             max_consecutive_skips=self.max_consecutive_skips,
+            max_skips=self.max_skips,
+            steps=None if self.plan is None else arguments.plan_text(self.plan),
             generations=self.stats.finished,
         )
 
@@ -143,7 +146,7 @@ def apply(
         max_consecutive_skips: A step computes after so many skipped ones; 0 skips nothing.
         max_skips: So many steps of a generation are skipped at most. Default: no limit.
         steps: Which active steps compute (1) and which are skipped (0), for example ``"110101001"`` or a list: nothing
-            is measured and no decision is read. The threshold and the forced steps do not count then.
+            is measured and no decision is read. Thresholds, limits and forced steps have no place beside it.
 
     Returns:
         Handle: Use it as a context manager, or call its ``restore()``.
@@ -160,6 +163,17 @@ def apply(
     consecutive = arguments.consecutive_skips(max_consecutive_skips)
     most = None if max_skips is None else arguments.step_count("max_skips", max_skips)
     plan = None if steps is None else arguments.plan(steps)
+    if plan is not None:
+        limits = (
+            ("rel_l1_thresh", rel_l1_thresh is not None),
+            ("coefficients", coefficients is not None),
+            ("max_skips", max_skips is not None),
+            ("max_consecutive_skips", consecutive != DEFAULT_MAX_CONSECUTIVE_SKIPS),
+        )
+        if given := [name for name, is_given in limits if is_given]:
+            raise TeaCacheValueError(
+                f"steps plans every step, and {', '.join(given)} cannot count: leave out either"
+            )
 
     require_mflux()
     from .mflux import patch

@@ -30,6 +30,8 @@ class Trace:
     skip_first_n_steps: int
     skip_last_n_steps: int
     max_consecutive_skips: int
+    max_skips: int | None
+    steps: str | None
     generations: tuple[GenerationStats, ...]
 
     def to_json(self, path: str | Path, force: bool = False) -> None:
@@ -96,7 +98,7 @@ def replay(
 
     Raises:
         TeaCacheValueError: An argument has the wrong type or value, or the trace was made without the gate, with a
-            threshold of 0 for example, so that it has no distances, and the new threshold is above 0.
+            threshold of 0 or planned ``steps``, so that it has no distances, and the new threshold is above 0.
     """
     limits = trace.calibrated_range if coefficients is None else None
     settings = replace(
@@ -108,8 +110,7 @@ def replay(
         if max_consecutive_skips is None
         else arguments.consecutive_skips(max_consecutive_skips),
     )
-    unmeasured = any(s.kind == "skipped" and s.rel_l1 is None for g in trace.generations for s in g.steps)
-    if settings.rel_l1_thresh > 0 and (trace.rel_l1_thresh <= 0 or unmeasured):
+    if settings.rel_l1_thresh > 0 and (trace.rel_l1_thresh <= 0 or trace.steps is not None):
         raise TeaCacheValueError("the trace has no distances to replay: they are measured only where the gate decides")
     return replace(settings, generations=tuple(_replayed(g, settings) for g in trace.generations))
 
@@ -117,16 +118,18 @@ def replay(
 def _replayed(generation: GenerationStats, settings: Trace) -> GenerationStats:
     states = []
     state = mx.array([0.0] * 8)
+    skipped = 0
     for step in generation.steps:
         if step.kind == "computed" and step.rel_l1 is None:
             state = mx.array([0.0] * 8)  # it had nothing to compare with
-        state = _decide(step, state, settings)
+        state = _decide(step, state, settings, capped=skipped == settings.max_skips)
+        skipped += int(cast(list[float], state.tolist())[0])
         states.append(state)
     mx.eval(states)
     return GenerationStats(tuple(step_record(i, cast(list[float], s.tolist())) for i, s in enumerate(states)))
 
 
-def _decide(step: StepRecord, state: mx.array, settings: Trace) -> mx.array:
+def _decide(step: StepRecord, state: mx.array, settings: Trace, capped: bool) -> mx.array:
     """The gate's state after a step whose distance is known.
 
     Two channels give the gate exactly this distance: with a scale of -1 the modulated input is the shift, (1, rel); the
@@ -143,7 +146,7 @@ def _decide(step: StepRecord, state: mx.array, settings: Trace) -> mx.array:
         [[x]],
         mx.array([[1.0]]),
         state,
-        mx.array(int(step.kind == "forced"), dtype=mx.int32),
+        mx.array(int(step.kind == "forced" or capped), dtype=mx.int32),
         coefficients=settings.coefficients,
         threshold=settings.rel_l1_thresh,
         calibrated_range=settings.calibrated_range,
@@ -167,6 +170,8 @@ def _settings(data: dict[str, Any]) -> dict[str, Any]:
         "skip_first_n_steps": arguments.step_count("skip_first_n_steps", data["skip_first_n_steps"]),
         "skip_last_n_steps": arguments.step_count("skip_last_n_steps", data["skip_last_n_steps"]),
         "max_consecutive_skips": arguments.consecutive_skips(data["max_consecutive_skips"]),
+        "max_skips": None if data["max_skips"] is None else arguments.step_count("max_skips", data["max_skips"]),
+        "steps": None if data["steps"] is None else arguments.plan_text(arguments.plan(data["steps"])),
         "generations": tuple(
             GenerationStats(
                 tuple(_step(i, step) for i, step in enumerate(g["steps"])), _number("seconds", g["seconds"])

@@ -36,11 +36,18 @@ class Returns(StandIn):
 def replaced(transformer: Any, joint: list[Any], single: list[Any]) -> Iterator[None]:
     """Until the end of the block, these stand for the transformer's blocks."""
     before = transformer.transformer_blocks, transformer.single_transformer_blocks
+    checkpointing = getattr(
+        transformer, "gradient_checkpointing", False
+    )  # of training; wants blocks that return arrays
     try:
         transformer.transformer_blocks, transformer.single_transformer_blocks = joint, single
+        if checkpointing:
+            transformer.gradient_checkpointing = False
         yield
     finally:
         transformer.transformer_blocks, transformer.single_transformer_blocks = before
+        if checkpointing:
+            transformer.gradient_checkpointing = checkpointing
 
 
 class ImageTokens:

@@ -6,6 +6,7 @@ blocks. The branch compiles the blocks.
 """
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -72,25 +73,29 @@ def steps_through(transformer: Any, step: Callable[..., mx.array]) -> Iterator[N
         return
     before = type(transformer)
     enclosing = vars(transformer).get("_mlx_teacache_fast_step")
-    object.__setattr__(transformer, "_mlx_teacache_fast_step", step)
-    if enclosing is None:
-        object.__setattr__(transformer, "__class__", _stepping(cast(Hashable, before)))
     still_there = weakref.ref(transformer)
-    del transformer, step  # mflux's memory saver drops the transformer before the image is decoded
     try:
+        object.__setattr__(transformer, "_mlx_teacache_fast_step", step)
+        if enclosing is None:
+            object.__setattr__(transformer, "__class__", _stepping(cast(Hashable, before)))
+        del transformer, step  # mflux's memory saver drops the transformer before the image is decoded
         yield
     finally:
         if (changed := still_there()) is not None:
             object.__setattr__(changed, "__class__", before)
             if enclosing is None:
-                object.__delattr__(changed, "_mlx_teacache_fast_step")
+                vars(changed).pop("_mlx_teacache_fast_step", None)
             else:
                 object.__setattr__(changed, "_mlx_teacache_fast_step", enclosing)
 
 
 @functools.cache
 def _stepping(base: Any) -> type:
-    def call(self: Any, **arguments: Any) -> mx.array:
+    signature = inspect.signature(base.__call__)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> mx.array:
+        arguments = dict(signature.bind(self, *args, **kwargs).arguments)
+        del arguments["self"]
         noise: mx.array = self._mlx_teacache_fast_step(functools.partial(base.__call__, self), **arguments)
         return noise
 
@@ -207,8 +212,8 @@ class GatedStep:
         linear = norm.linear
         image = x
         with replaced(transformer, self._joint_blocks, self._single_blocks):
-            norm.linear = Returns(modulation)
             try:
+                norm.linear = Returns(modulation)
                 for i, block in enumerate(self._joint_blocks):
                     context, image = transformer._apply_joint_transformer_block(
                         idx=i,

@@ -21,6 +21,7 @@ from ..errors import (
     NoBenefitWarning,
     PatchLostError,
     TeaCacheError,
+    TeaCacheWarning,
     UntestedVersionWarning,
 )
 from ..handle import Handle
@@ -131,6 +132,7 @@ class Patch:
         self._flux = weakref.ref(flux)
         self._generation: Generation | None = None
         self._steps: Any = None  # of that generation
+        self._is_awaited = False  # whether generate_image has been called and its loop has not begun
         self._short_schedule_told = False
         self._undo: list[Callable[[], None]] = []
         try:
@@ -149,7 +151,8 @@ class Patch:
     def undo(self) -> None:
         """Take back everything, in reverse order."""
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()  # may be done twice: an interrupted restore() goes on where it was
+            self._undo.pop()
 
     def _set(self, flux: Any, name: str, value: Any) -> None:
         before = vars(flux).get(name, _ABSENT)
@@ -201,6 +204,7 @@ class Patch:
             )
         enclosing = self._generation, self._steps  # a callback may generate too
         self._generation = self._steps = None
+        self._is_awaited = True
         started = perf_counter()
         try:
             if isinstance(flux, flux1.PIPELINES):
@@ -209,16 +213,27 @@ class Patch:
             else:
                 image = original(*args, **kwargs)
             generation: Generation | None = self._generation
-            if generation is not None:
+            if generation is not None and generation.index == generation.num_steps:
                 self._handle.stats.commit(generation.stats(perf_counter() - started))
+            elif generation is not None:
+                warnings.warn(
+                    f"this generation is not counted: {generation.index} of its {generation.num_steps} steps went "
+                    "through the gate (was the transformer replaced in a callback?)",
+                    category=TeaCacheWarning,
+                    stacklevel=3,
+                )
             return image
         finally:
             self._generation, self._steps = enclosing
+            self._is_awaited = False
 
     def call_before_loop(self, config: Any, **_: Any) -> None:
         """mflux's callback: the schedule is known now."""
-        if not self._undo:  # restored while a generation was being prepared
+        # Not if restored while a generation was being prepared, nor for one that is not ours: of another pipeline with
+        # the same callbacks, or by the class's generate_image.
+        if not self._undo or not self._is_awaited:
             return
+        self._is_awaited = False
         handle = self._handle
         num_steps = max(0, config.num_inference_steps - config.init_time_step)
         forced = handle.skip_first_n_steps + handle.skip_last_n_steps
