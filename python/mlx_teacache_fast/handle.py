@@ -171,9 +171,7 @@ def apply(
             ("max_consecutive_skips", consecutive != DEFAULT_MAX_CONSECUTIVE_SKIPS),
         )
         if given := [name for name, is_given in limits if is_given]:
-            raise TeaCacheValueError(
-                f"steps plans every step, and {', '.join(given)} cannot count: leave out either"
-            )
+            raise TeaCacheValueError(f"steps plans every step, and {', '.join(given)} cannot count: leave out either")
 
     require_mflux()
     from .mflux import patch
