@@ -27,6 +27,7 @@ import platform
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -187,15 +188,15 @@ class Copy:
 # ---- On a GPU
 
 
-class Chain:
+class Chain(ABC):
     """Several steps in one evaluation; ``prepare`` builds their graph."""
 
     def __init__(self, length: int) -> None:
         self.length = length
         self.outputs: list[mx.array] = []
 
-    def prepare(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def prepare(self) -> None: ...
 
     def __call__(self) -> None:
         mx.eval(self.outputs)

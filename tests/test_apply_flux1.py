@@ -26,6 +26,7 @@ from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.exceptions import StopImageGenerationException
 from mlx import nn
 from mlx.utils import tree_flatten
+from test_apply_flux2 import dies_with_its_last_reference
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast import ops
@@ -690,14 +691,9 @@ def test_the_handle_does_not_keep_the_pipeline(transformers: Callable[..., Any])
     flux = build.pipeline(Flux1, transformers(ModelConfig.dev()))
     handle = tc.apply(flux, **ALWAYS)
     generate(flux, num_inference_steps=4)
-    alive = weakref.ref(flux)
-    gc.collect()
-    gc.disable()  # without the collector: no reference cycle through gigabytes of weights
-    try:
-        del flux
-        assert alive() is None
-    finally:
-        gc.enable()
+    pipelines = [flux]
+    del flux
+    assert dies_with_its_last_reference(pipelines)
     handle.restore()
 
 

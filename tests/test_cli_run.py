@@ -1,7 +1,6 @@
 """``run`` and ``info``: mflux's real commands, but for its loading of weights, and what is refused before that."""
 
 import contextlib
-import dataclasses
 import importlib
 import inspect
 import io
@@ -27,6 +26,7 @@ from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.flux2_initializer import Flux2Initializer
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from PIL import Image
+from test_cli import COMMAND, Result, run
 
 import mlx_teacache_fast
 from mlx_teacache_fast import VARIANTS, Trace, cli, demo, variants
@@ -34,26 +34,8 @@ from mlx_teacache_fast.mflux import commands, patch
 
 GENERATE = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt", "red apple"]
 SMALL = ["--width", "64", "--height", "64"]
-COMMAND = [sys.executable, "-m", "mlx_teacache_fast"]
 CLASSES = [pipeline for family in patch.FAMILIES for pipeline in family.PIPELINES]
 INITS = MappingProxyType({pipeline: vars(pipeline)["__init__"] for pipeline in CLASSES})
-
-
-@dataclasses.dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-def run(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(autouse=True)

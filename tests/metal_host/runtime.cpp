@@ -829,9 +829,11 @@ int anonymous_file(size_t bytes) {
 #ifdef __linux__
   const int fd = memfd_create("metal_host", 0);
 #else
-  char path[] = "/tmp/metal_host_XXXXXX";
-  const int fd = mkstemp(path);
-  unlink(path);
+  FILE* file = tmpfile();
+  const int fd = file ? dup(fileno(file)) : -1;
+  if (file) {
+    fclose(file);
+  }
 #endif
   if (fd >= 0 && ftruncate(fd, off_t(bytes)) != 0) {
     close(fd);
