@@ -25,6 +25,10 @@ from mlx_teacache_fast.demo import compare as compare_module
 from mlx_teacache_fast.demo import output, report
 
 COMMAND = [sys.executable, "-m", "mlx_teacache_fast"]
+
+# A test run in the background of a shell ignores Ctrl-C, and so would its children. (Not by `preexec_fn`: a process
+# with threads may hang in it.)
+LISTEN = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
 QUICK = ["--steps", "8", "--size", "32", "--guidance", "1", "--seed", "3"]  # 4 tokens: a step in milliseconds
 
 
@@ -243,20 +247,21 @@ def test_full_disk(tmp_path, monkeypatch):
 
 def test_ctrl_c(tmp_path):
     # Steps enough to be in the middle of them when the signal comes.
-    command = [*COMMAND, "demo", "sun", "--steps", "5000", "--size", "32", "--guidance", "1", "--output", tmp_path]
-
-    def listen() -> None:  # a test run in the background of a shell ignores the signal, and so would its children
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
+    command = [sys.executable, "-c", f"{LISTEN}\nfrom mlx_teacache_fast.cli import main\nsys.exit(main())"]
+    command += ["demo", "sun", "--steps", "5000", "--size", "32", "--guidance", "1", "--output", tmp_path]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, preexec_fn=listen) as process:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
         head = b""
         while b"sun, plain" not in head:
             chunk = process.stderr.read1()
             assert chunk, head.decode()
             head += chunk
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()  # else the end of the block waits for it
+            raise
     assert process.returncode == 130
     assert out == b""
     assert err.decode().splitlines()[-1] == "mlx-teacache-fast demo: error: interrupted"

@@ -6,7 +6,6 @@ import inspect
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -26,7 +25,7 @@ from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.flux2_initializer import Flux2Initializer
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from PIL import Image
-from test_cli import COMMAND, Result, run
+from test_cli import COMMAND, LISTEN, Result, run
 
 import mlx_teacache_fast
 from mlx_teacache_fast import VARIANTS, Trace, cli, demo, variants
@@ -56,7 +55,8 @@ def weights(monkeypatch):
         Flux2Initializer._init_config(model, model_config)
         model.tokenizers = {}
         model.bits = model.lora_paths = model.lora_scales = None
-        model.compute_precision = tiny.compute_precision
+        if hasattr(tiny, "compute_precision"):  # from mflux 0.22 on
+            model.compute_precision = tiny.compute_precision
         model.small_decoder = model.small_text_encoder = False
         model.vae, model.transformer, model.text_encoder = tiny.vae, tiny.transformer, tiny.text_encoder
         model._encode_prompt_pair = tiny._encode_prompt_pair
@@ -131,6 +131,42 @@ def test_plan(tmp_path, weights):
     kinds = [step.kind for step in Trace.from_json(trace).generations[0].steps]
     assert kinds == ["computed", "skipped", "computed", "computed", "skipped"]
     assert "flux2-klein-base-4b, steps as planned\n" in result.out
+
+
+def test_like_a_picture(tmp_path, weights):
+    first, second, third = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
+    command = [*GENERATE, *SMALL, "--steps", 12, "--guidance", 4, "--seed", 5, "--output", first]
+    assert run("run", "--threshold", 0.4, "--max-skips", 3, "--", *command).code == 0
+    result = run("run", "--like", first, "--", "mflux-generate-flux2", "--output", second)
+    assert result.code == 0, result.err
+    np.testing.assert_array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(second)))
+    said, again = (mlx_teacache_fast.read_metadata(path) for path in (first, second))
+    assert (said.settings, said.steps) == (again.settings, again.steps)
+    assert said.steps.count("0") == 3
+
+    result = run("run", "--no-metadata", "--like", second, "--", *GENERATE[:1], "--seed", 6, "--output", third)
+    assert result.code == 0, result.err
+    assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(third)))
+    result = run("info", third)
+    assert result.code == 2
+    assert result.err.startswith(f"mlx-teacache-fast info: error: {third} does not say that it was made with gating")
+
+    result = run("info", first)
+    assert result.code == 0
+    assert result.out.splitlines()[1].split() == ["steps", said.steps]
+
+    result = run("run", "--like", first, "--skip-last", 1, "--", "mflux-generate-flux2")
+    assert result.code == 2
+    assert result.err == (
+        "mlx-teacache-fast run: error: --like has all options of the gate: leave out either it or them\n"
+    )
+
+
+def test_commands_that_take_metadata(no_weights):
+    """``TAKING_METADATA`` is what mflux's parsers say."""
+    for name in set(commands.COMMANDS) & set(commands.scripts()):
+        source = inspect.getsource(importlib.import_module(commands.scripts()[name].module))
+        assert ("supports_metadata_config=True" in source) == (name in commands.TAKING_METADATA), name
 
 
 def test_threshold_0_is_mflux_s_picture(tmp_path, weights):
@@ -404,9 +440,6 @@ def test_finished_pictures_are_summed_up_after_an_error(tmp_path, weights, monke
 
 
 INTERRUPTED = """
-import signal
-import sys
-
 from mflux.models.flux2.flux2_initializer import Flux2Initializer
 
 import test_cli_run
@@ -439,11 +472,8 @@ sys.exit(main(sys.argv[1:]))
 
 def test_ctrl_c_in_a_step(tmp_path):
     """mflux stops, says so, and ends with 0. The signal comes in the second of two pictures."""
-    command = [sys.executable, "-c", INTERRUPTED, "run", "--", *GENERATE, *SMALL]
+    command = [sys.executable, "-c", LISTEN + INTERRUPTED, "run", "--", *GENERATE, *SMALL]
     command += ["--steps", "6", "--seed", "1", "2", "--output", str(tmp_path / "x.png")]
-
-    def listen() -> None:  # a test run in the background of a shell ignores the signal, and so would its children
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
@@ -452,7 +482,6 @@ def test_ctrl_c_in_a_step(tmp_path):
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": path},
-        preexec_fn=listen,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
@@ -596,16 +625,18 @@ def test_run_s_help_names_every_command():
     assert run("run", "-h").out == text
 
 
-def test_run_s_defaults_are_apply_s():
-    arguments = cli._parser().parse_args(["run"])
+def test_run_s_defaults_are_apply_s(monkeypatch):
+    """Options that are not given are left to ``apply``, and the help says what it does then."""
+    seen = []
+    monkeypatch.setattr(commands, "find", lambda name: lambda: 0)
+    monkeypatch.setattr(commands, "gating", lambda options, _: contextlib.nullcontext(seen.append(options)))
+    assert run("run", "--", "mflux-generate").code == 0
+    assert seen == [{"save_metadata": True}]
     defaults = {name: p.default for name, p in inspect.signature(mlx_teacache_fast.apply).parameters.items()}
-    assert arguments.threshold is defaults["rel_l1_thresh"] is None
-    assert arguments.coefficients is defaults["coefficients"] is None
-    assert arguments.skip_first == defaults["skip_first_n_steps"]
-    assert arguments.skip_last == defaults["skip_last_n_steps"]
-    assert arguments.max_consecutive_skips == defaults["max_consecutive_skips"]
-    assert arguments.max_skips is defaults["max_skips"] is None
-    assert arguments.plan is defaults["steps"] is None
+    words = " ".join(run("run", "--help").out.split())
+    assert f"first steps are always computed (default: {defaults['skip_first_n_steps']})" in words
+    assert f"last steps are always computed (default: {defaults['skip_last_n_steps']})" in words
+    assert f"after so many skipped ones (default: {defaults['max_consecutive_skips']})" in words
 
 
 def test_as_a_module():

@@ -40,6 +40,7 @@ from .errors import (
     UntestedVersionWarning,
 )
 from .handle import Handle, apply
+from .metadata import Metadata, read_metadata
 from .stats import GenerationStats, Stats, StepRecord
 from .support import Pipeline, Pipelines, VariantInfo, match_variant, supported
 from .trace import Trace, replay
@@ -67,6 +68,7 @@ __all__ = [
     "IncompatibleModelError",
     "InternalStateError",
     "InvalidStepWindowError",
+    "Metadata",
     "MissingGenerationContextError",
     "NoBenefitWarning",
     "PatchLostError",
@@ -96,6 +98,7 @@ __all__ = [
     "check_step_window",
     "match_variant",
     "ops",
+    "read_metadata",
     "replay",
     "supported",
 ]

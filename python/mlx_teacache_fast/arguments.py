@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from .errors import InvalidStepWindowError, TeaCacheValueError
@@ -78,6 +78,18 @@ def calibrated_range(value: object) -> tuple[float, float] | None:
             f"calibrated_range must be two finite numbers, the lower first, or None, got {value!r}"
         )
     return low, high
+
+
+# What ``apply`` takes, by name, from a file: each check returns the value in one form.
+SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "rel_l1_thresh": threshold,
+    "coefficients": coefficients,
+    "skip_first_n_steps": lambda value: step_count("skip_first_n_steps", value),
+    "skip_last_n_steps": lambda value: step_count("skip_last_n_steps", value),
+    "max_consecutive_skips": consecutive_skips,
+    "max_skips": lambda value: None if value is None else step_count("max_skips", value),
+    "steps": lambda value: None if value is None else plan_text(plan(value)),
+}
 
 
 def check_step_window(

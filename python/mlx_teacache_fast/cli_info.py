@@ -1,11 +1,13 @@
 """``mlx-teacache-fast info``: what is known of a model, and whether gating helps, without weights."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import check_step_window
 from .cli_common import integer, quiet_logging, require_mflux
 from .errors import InvalidStepWindowError, TeaCacheValueError
+from .metadata import read_metadata
 from .stats import bound
 from .support import supported
 from .variants import VARIANTS, Published, Variant
@@ -32,6 +34,7 @@ examples:
   mlx-teacache-fast info
   mlx-teacache-fast info flux2-klein-base-4b --steps 30
   mlx-teacache-fast info somebody/my-finetune --base-model dev
+  mlx-teacache-fast info apple.png
 
 exit code: 0 known, also where gating does not help; 1 failed; 2 unknown model or bad input
 """
@@ -50,7 +53,7 @@ def add_parser(commands: Any) -> None:
         metavar="MODEL",
         nargs="?",
         help="a name that mflux's --model takes, such as dev or flux2-klein-base-4b, or a hub name; nothing is "
-        "downloaded",
+        "downloaded. Or a gated picture's file: says how it was made",
     )
     parser.add_argument(
         "--base-model", metavar="NAME", help="the model that a checkpoint of another name was made from, as for mflux"
@@ -70,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     with quiet_logging():
         require_mflux()
         from .mflux import models
-    if arguments.model is None:
+    if arguments.model is not None and Path(arguments.model).is_file():
+        print(read_metadata(arguments.model))
+    elif arguments.model is None:
         print(f"mflux's pipelines, and the models that each can be gated with:\n\n{supported()}\n\n{_overview()}")
     else:
         print(_about(models.find(arguments.model, arguments.base_model), arguments.steps))

@@ -19,6 +19,7 @@ from .cli_common import (
 )
 from .errors import TeaCacheError, TeaCacheValueError
 from .handle import Handle
+from .metadata import read_metadata
 from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_THRESHOLD
 
 DESCRIPTION = """\
@@ -50,6 +51,7 @@ examples:
       --guidance 4
   mlx-teacache-fast run --threshold 0.25 --trace apple.json -- mflux-generate --model dev --prompt "a red apple"
   mlx-teacache-fast run --plan 1110101010101010101010101 -- mflux-generate --model dev --steps 25 --prompt "a red apple"
+  mlx-teacache-fast run --like apple.png -- mflux-generate-flux2 --seed 2
   mlx-teacache-fast run -- mflux-generate-flux2 --help      (mflux's own help)
 
 exit code: mflux's own (0 done, 1 failed, 2 bad options); also 2 for what cannot be gated, 130 interrupted. mflux itself
@@ -96,22 +98,19 @@ def add_parser(commands: Any) -> None:
         "--skip-first",
         metavar="N",
         type=steps,
-        default=1,
-        help="so many first steps are always computed (default: %(default)s)",
+        help="so many first steps are always computed (default: 1)",
     )
     parser.add_argument(
         "--skip-last",
         metavar="N",
         type=steps,
-        default=1,
-        help="so many last steps are always computed (default: %(default)s)",
+        help="so many last steps are always computed (default: 1)",
     )
     parser.add_argument(
         "--max-consecutive-skips",
         metavar="N",
         type=steps,
-        default=DEFAULT_MAX_CONSECUTIVE_SKIPS,
-        help="a step is computed after so many skipped ones (default: %(default)s)",
+        help=f"a step is computed after so many skipped ones (default: {DEFAULT_MAX_CONSECUTIVE_SKIPS})",
     )
     parser.add_argument(
         "--max-skips", metavar="N", type=steps, help="at most so many skipped steps a picture (default: no limit)"
@@ -122,6 +121,16 @@ def add_parser(commands: Any) -> None:
         type=_plan,
         help="which steps are computed (1) and skipped (0), one digit for each, instead of measuring; the first must "
         "be 1, and neither threshold nor forced steps count",
+    )
+    parser.add_argument(
+        "--like",
+        metavar="PICTURE",
+        type=Path,
+        help="repeat how a gated PICTURE was made, or its .metadata.json: the options above, and where COMMAND has "
+        "--config-from-metadata also prompt, model, seed, steps and size. What you give after COMMAND takes precedence",
+    )
+    parser.add_argument(
+        "--no-metadata", action="store_true", help="pictures do not say in their metadata how they were gated"
     )
     parser.add_argument(
         "--trace",
@@ -146,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
         from .mflux import commands
 
         command = commands.find(arguments.mflux[0])
-    options = dict(
+    given = dict(
         rel_l1_thresh=arguments.threshold,
         coefficients=arguments.coefficients,
         skip_first_n_steps=arguments.skip_first,
@@ -155,9 +164,22 @@ def run(arguments: argparse.Namespace) -> int:
         max_skips=arguments.max_skips,
         steps=arguments.plan,
     )
+    options = {name: value for name, value in given.items() if value is not None}
+    like = None
+    if arguments.like is not None:
+        if options:
+            raise TeaCacheValueError("--like has all options of the gate: leave out either it or them")
+        like = read_metadata(arguments.like)
+        options = dict(like.settings)
+    options["save_metadata"] = not arguments.no_metadata
     handles: list[Handle] = []
     try:
-        with commands.called_as(arguments.mflux), commands.gating(options, handles), warnings_in_one_line():
+        with (
+            commands.called_as(arguments.mflux),
+            commands.with_options_of(like),
+            commands.gating(options, handles),
+            warnings_in_one_line(),
+        ):
             return int(command() or 0)  # None, as all of them return, is 0; --help and argparse raise SystemExit
     except TeaCacheError:
         raise

@@ -37,6 +37,7 @@ class Handle:
         max_consecutive_skips: A step computes after so many skipped ones.
         max_skips: So many steps of a generation are skipped at most; None for no limit.
         plan: For each active step whether it computes; None where the gate decides.
+        save_metadata: Whether pictures say how they were made, when mflux saves them.
         stats: Totals over finished generations, and the last one step by step. Kept after ``restore``.
     """
 
@@ -54,6 +55,7 @@ class Handle:
         max_consecutive_skips: int,
         max_skips: int | None,
         plan: tuple[bool, ...] | None,
+        save_metadata: bool,
     ) -> None:
         self.variant_id = variant.variant_id
         self.calibrated = calibrated
@@ -66,6 +68,7 @@ class Handle:
         self.max_consecutive_skips = max_consecutive_skips
         self.max_skips = max_skips
         self.plan = plan
+        self.save_metadata = save_metadata
         self.stats = Stats()
         self._patch: Patch | None = None  # set by Patch, which it undoes
 
@@ -80,6 +83,20 @@ class Handle:
             self._patch.undo()
             self._patch = None
             self.stats.freeze()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments with which ``apply`` gates another pipeline of this model in the same way."""
+        if self.plan is not None:
+            return {"steps": arguments.plan_text(self.plan)}
+        own = {"coefficients": self.coefficients} if self.provenance.source == "user" else {}
+        return own | {
+            "rel_l1_thresh": self.rel_l1_thresh,
+            "skip_first_n_steps": self.skip_first_n_steps,
+            "skip_last_n_steps": self.skip_last_n_steps,
+            "max_consecutive_skips": self.max_consecutive_skips,
+            "max_skips": self.max_skips,
+        }
 
     @property
     def trace(self) -> Trace:
@@ -127,6 +144,7 @@ def apply(
     max_consecutive_skips: int = DEFAULT_MAX_CONSECUTIVE_SKIPS,
     max_skips: int | None = None,
     steps: str | Sequence[int] | None = None,
+    save_metadata: bool = True,
 ) -> Handle:
     """Skip denoising steps of an mflux FLUX pipeline whose input has hardly changed since the step before.
 
@@ -147,6 +165,8 @@ def apply(
         max_skips: So many steps of a generation are skipped at most. Default: no limit.
         steps: Which active steps compute (1) and which are skipped (0), for example ``"110101001"`` or a list: nothing
             is measured and no decision is read. Thresholds, limits and forced steps have no place beside it.
+        save_metadata: Pictures that mflux saves say in their metadata how they were gated, so that ``read_metadata``
+            can repeat it.
 
     Returns:
         Handle: Use it as a context manager, or call its ``restore()``.
@@ -212,6 +232,7 @@ def apply(
         max_consecutive_skips=consecutive,
         max_skips=most,
         plan=plan,
+        save_metadata=bool(save_metadata),
     )
     patch.warn_if_untested()
     patch.Patch(flux, handle)

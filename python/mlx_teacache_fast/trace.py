@@ -164,14 +164,8 @@ def _settings(data: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
     return data | {
         "variant_id": str(data["variant_id"]),
-        "rel_l1_thresh": arguments.threshold(data["rel_l1_thresh"]),
-        "coefficients": arguments.coefficients(data["coefficients"]),
         "calibrated_range": arguments.calibrated_range(data["calibrated_range"]),
-        "skip_first_n_steps": arguments.step_count("skip_first_n_steps", data["skip_first_n_steps"]),
-        "skip_last_n_steps": arguments.step_count("skip_last_n_steps", data["skip_last_n_steps"]),
-        "max_consecutive_skips": arguments.consecutive_skips(data["max_consecutive_skips"]),
-        "max_skips": None if data["max_skips"] is None else arguments.step_count("max_skips", data["max_skips"]),
-        "steps": None if data["steps"] is None else arguments.plan_text(arguments.plan(data["steps"])),
+        **{name: check(data[name]) for name, check in arguments.SETTINGS.items()},
         "generations": tuple(
             GenerationStats(
                 tuple(_step(i, step) for i, step in enumerate(g["steps"])), _number("seconds", g["seconds"])

@@ -12,13 +12,17 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 from mflux.callbacks.callback_registry import CallbackRegistry
-from mflux.models.common.compute_precision import ComputePrecision
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.flux2.model.flux2_transformer.transformer import Flux2Transformer
 from mflux.models.flux2.model.flux2_vae.common.batch_norm_stats import Flux2BatchNormStats
 from mflux.models.flux2.model.flux2_vae.vae import Flux2VAE
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from mlx.nn.layers.base import Module
+
+try:
+    from mflux.models.common.compute_precision import ComputePrecision
+except ModuleNotFoundError:  # before mflux 0.22
+    ComputePrecision = None
 
 SIZE = 128  # side in pixels of the training pictures; other multiples of 16 run, with worse pictures
 WEIGHTS = Path(__file__).with_name("tiny_klein.safetensors")
@@ -89,7 +93,7 @@ class LinearCodec(Module):
         scale: Standard deviation of the patches per latent channel, shape ``(128,)``.
     """
 
-    decode_mode = Flux2VAE.DECODE_LEGACY
+    decode_mode = getattr(Flux2VAE, "DECODE_LEGACY", None)  # from mflux 0.24 on
     latent_channels = 32
     spatial_scale = 8
 
@@ -148,7 +152,8 @@ class TinyKlein(Flux2Klein):  # type: ignore[misc]  # mflux is untyped
         model.bits = None
         model.lora_paths = []
         model.lora_scales = []
-        model.compute_precision = ComputePrecision()
+        if ComputePrecision is not None:
+            model.compute_precision = ComputePrecision()
         model.text_encoder = WordTable(
             arrays["text.weight"].astype(dtype), json.loads(metadata["vocab"]), config["context"], config["stop_words"]
         )

@@ -4,15 +4,19 @@ import difflib
 import functools
 import importlib
 import inspect
+import json
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import EntryPoint, distribution
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from ..errors import TeaCacheValueError
+from ..errors import TeaCacheValueError, TeaCacheWarning
 from ..handle import Handle, apply
+from ..metadata import Metadata
 from . import patch
 
 # Those that can be gated.
@@ -29,6 +33,16 @@ COMMANDS = (
     "mflux-generate-kontext",
     "mflux-generate-redux",
     "mflux-upscale-controlnet",
+)
+
+# Of these, the ones with mflux's option --config-from-metadata.
+TAKING_METADATA = (
+    "mflux-generate",
+    "mflux-generate-flux2",
+    "mflux-generate-flux2-edit",
+    "mflux-generate-in-context",
+    "mflux-generate-kontext",
+    "mflux-generate-redux",
 )
 
 _FLUX_MODULES = ("mflux.models.flux.cli.", "mflux.models.flux2.cli.")
@@ -74,6 +88,27 @@ def called_as(command_line: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+@contextmanager
+def with_options_of(like: Metadata | None) -> Iterator[None]:
+    """Until the end of the block, the command in ``sys.argv`` takes what it is not given from a picture's metadata."""
+    if like is None:
+        yield
+        return
+    if (name := sys.argv[0]) not in TAKING_METADATA:
+        warnings.warn(
+            f"{name} has no --config-from-metadata: prompt, model, seed, steps and size are as you give them",
+            category=TeaCacheWarning,
+            stacklevel=2,
+        )
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "like.json"
+        path.write_text(json.dumps(like.mflux), encoding="utf-8")
+        with called_as([name, "--config-from-metadata", str(path), *sys.argv[1:]]):
+            yield
 
 
 @contextmanager

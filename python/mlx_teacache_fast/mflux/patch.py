@@ -13,7 +13,7 @@ import mlx.core as mx
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 
-from .. import ops
+from .. import metadata, ops
 from ..arguments import check_step_window
 from ..errors import (
     IncompatibleModelError,
@@ -214,7 +214,10 @@ class Patch:
                 image = original(*args, **kwargs)
             generation: Generation | None = self._generation
             if generation is not None and generation.index == generation.num_steps:
-                self._handle.stats.commit(generation.stats(perf_counter() - started))
+                handle, stats = self._handle, generation.stats(perf_counter() - started)
+                handle.stats.commit(stats)
+                if handle.save_metadata:
+                    metadata.add_to(image, handle.settings, handle.variant_id, stats)
             elif generation is not None:
                 warnings.warn(
                     f"this generation is not counted: {generation.index} of its {generation.num_steps} steps went "

@@ -1,0 +1,119 @@
+"""A picture says how it was gated, and that repeats it: files as mflux writes them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mflux", reason="the pictures are mflux's")
+
+from PIL import Image
+
+import mlx_teacache_fast as tc
+
+RUN = dict(prompt="red apple", seed=3, num_inference_steps=14, height=64, width=64, guidance=1.0)
+OWN = dict(coefficients=(0.0, 0.0, 0.0, 1.5, 0.0), rel_l1_thresh=0.6, skip_first_n_steps=2, skip_last_n_steps=3)
+
+
+def pixels(image: Any) -> np.ndarray:
+    return np.asarray(image.image)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(rel_l1_thresh=0.5, max_skips=3), OWN, dict(steps="11010010111011"), dict(max_consecutive_skips=1)],
+    ids=["defaults", "max_skips", "own coefficients", "plan", "max_consecutive_skips"],
+)
+def test_a_picture_repeats(flux: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
+    with tc.apply(flux, **settings) as handle:
+        first = flux.generate_image(**RUN)
+    assert handle.stats.skipped_count > 0
+    first.save(tmp_path / "a.png", export_json_metadata=True)
+
+    said = tc.read_metadata(tmp_path / "a.png")
+    assert said == tc.read_metadata(tmp_path / "a.metadata.json")
+    assert said.settings == handle.settings
+    assert settings.items() <= said.settings.items()
+    assert said.variant_id == "flux2-klein-base-4b"
+    assert [step == "0" for step in said.steps] == [s.kind == "skipped" for s in handle.stats.finished[0].steps]
+    assert said.versions["mlx_teacache_fast"] == tc.__version__
+    assert (said.mflux["prompt"], said.mflux["seed"], said.mflux["steps"]) == ("red apple", 3, 14)
+    rows = dict(line.split(maxsplit=1) for line in str(said).splitlines())
+    assert rows["skipped"] == f"{handle.stats.skipped_count} of 14"
+    assert rows["prompt"] == "red apple"
+
+    for again in (said.settings, dict(steps=said.steps)):
+        with tc.apply(flux, **again) as handle:
+            second = flux.generate_image(**RUN)
+        np.testing.assert_array_equal(pixels(first), pixels(second))
+
+
+def test_each_picture_says_its_own_steps(flux: Any, tmp_path: Path) -> None:
+    with tc.apply(flux, rel_l1_thresh=0.5) as handle:
+        images = [flux.generate_image(**RUN | dict(num_inference_steps=n)) for n in (6, 12)]
+    for i, image in enumerate(images):  # saved after both, and after restore()
+        image.save(tmp_path / f"{i}.png")
+        said = tc.read_metadata(tmp_path / f"{i}.png").steps
+        assert said == "".join("01"[step.kind != "skipped"] for step in handle.stats.finished[i].steps)
+
+
+def test_a_cut_picture_says_it_too(flux: Any, tmp_path: Path) -> None:
+    """As mflux's in-context commands save."""
+    image = gated(flux)
+    if not hasattr(image, "generation_parameters"):
+        pytest.skip("this mflux carries no further metadata over")
+    image.get_right_half().save(tmp_path / "half.png")
+    assert len(tc.read_metadata(tmp_path / "half.png").steps) == 14
+
+
+def gated(flux: Any, **settings: Any) -> Any:
+    with tc.apply(flux, **settings):
+        return flux.generate_image(**RUN)
+
+
+def test_without(flux: Any, tmp_path: Path) -> None:
+    gated(flux, save_metadata=False).save(tmp_path / "silent.png")
+    flux.generate_image(**RUN).save(tmp_path / "plain.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "other.json").write_text("[]")
+    (tmp_path / "text.json").write_text("not JSON")
+    for name in ("silent.png", "plain.png", "other.png", "text.png", "other.json", "text.json"):
+        with pytest.raises(tc.TeaCacheValueError) as caught:
+            tc.read_metadata(tmp_path / name)
+        assert str(caught.value) == (
+            f"{tmp_path / name} does not say that it was made with gating: it has no 'mlx_teacache_fast' metadata"
+        )
+    for missing in ("missing.png", "missing.json"):
+        with pytest.raises(FileNotFoundError):
+            tc.read_metadata(tmp_path / missing)
+
+
+def test_no_step_at_all(flux: Any, photo: Path, tmp_path: Path) -> None:
+    with tc.apply(flux):
+        image = flux.generate_image(**RUN, image_path=photo, image_strength=1.0)
+    image.save(tmp_path / "a.png")
+    assert tc.read_metadata(tmp_path / "a.png").steps == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (dict(settings=dict(forecast=2)), "ValueError('forecast: no argument of apply()')"),
+        (dict(settings=['x']), "ValueError('x: no argument of apply()')"),
+        (dict(settings=dict(rel_l1_thresh=3)), "rel_l1_thresh must be a number from 0.0 to 1.0, got 3"),
+        (dict(steps="12"), "steps must be a 1 or 0 for each active step"),
+        (dict(versions="1.0"), "AttributeError"),
+        (dict(variant_id=...), "KeyError('variant_id')"),
+    ],
+)
+def test_what_cannot_be_understood(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    path = tmp_path / "a.json"
+    record = dict(settings={"rel_l1_thresh": 0.2}, steps="101", versions={"mlx": "0"}, variant_id="flux1-dev") | change
+    path.write_text(json.dumps({"mlx_teacache_fast": {k: v for k, v in record.items() if v is not ...}}))
+    with pytest.raises(tc.TeaCacheValueError) as caught:
+        tc.read_metadata(path)
+    assert str(caught.value).startswith(f"{path} has 'mlx_teacache_fast' metadata that cannot be understood: ")
+    assert problem in str(caught.value)
