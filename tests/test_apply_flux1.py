@@ -342,7 +342,7 @@ def test_same_steps_and_image_as_the_peer(
     generation = handle.stats.last_generation
     assert generation is not None
     assert kinds(handle) == [d.decision for d in decisions]
-    assert 5 <= generation.skipped <= 10
+    assert 5 <= generation.skipped <= 11  # 11 before mflux 0.22: its norm_out has no bias, so the picture is another
     assert generation.count("computed") >= 5
     differences = [0.0]
     for step, their in zip(generation.steps, decisions, strict=True):
@@ -619,10 +619,11 @@ def test_weights_of_a_gated_pipeline(tmp_path: Path) -> None:
     assert not any(same(plain[0], plain[i]) for i in (1, 2, 4))
 
 
-def test_a_quantised_transformer_with_lora_is_gated() -> None:
-    """4-bit layers inside mflux's LoRA layers, one of them the layer that the gate takes shift and scale from."""
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_transformer_with_lora_is_gated(bits: int) -> None:
+    """Quantised layers inside mflux's LoRA layers, one of them the layer that the gate takes shift and scale from."""
     transformer = build.transformer(ModelConfig.dev())
-    nn.quantize(transformer, group_size=64, bits=4)
+    nn.quantize(transformer, group_size=64, bits=bits)
     block = transformer.transformer_blocks[0]
     for module, name in ((block.norm1, "linear"), (block.attn, "to_q"), (transformer.norm_out, "linear")):
         layers = getattr(module, name).layers

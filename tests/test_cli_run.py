@@ -28,7 +28,7 @@ from PIL import Image
 from test_cli import COMMAND, LISTEN, Result, run
 
 import mlx_teacache_fast
-from mlx_teacache_fast import VARIANTS, Trace, cli, demo, variants
+from mlx_teacache_fast import VARIANTS, Trace, demo, variants
 from mlx_teacache_fast.mflux import commands, patch
 
 GENERATE = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt", "red apple"]
@@ -195,6 +195,22 @@ def test_flux1(tmp_path, monkeypatch):
     assert result.code == 0, result.err
     assert "flux1-dev, steps as planned\ngenerations     1\n" in result.out
     assert Image.open(tmp_path / "x.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("own", "command", "message"),
+    [
+        ([], ["mflux-generate", "--model", "dev", "--steps", 2], "leave no step to gate: the schedule has 2 active"),
+        (["--skip-last", 9], [*GENERATE[:3], "--steps", 10], "leave no step to gate: the schedule has 10 active"),
+        (["--plan", "1010"], [*GENERATE[:3], "--steps", 5], "steps plans 4 steps and the schedule has 5 active"),
+    ],
+)
+def test_steps_are_checked_before_weights(own, command, message, no_weights):
+    result = run("run", *own, "--", *command, "--prompt", "red apple")
+    assert result.code == 2
+    assert result.err.startswith("mlx-teacache-fast run: error: ")
+    assert message in result.err
+    assert len(result.err.splitlines()) == 1
 
 
 def test_every_pipeline_that_a_command_makes_is_gated(weights):

@@ -120,3 +120,30 @@ def check_step_window(
             f"skip_first_n_steps={first} and skip_last_n_steps={last} leave no step to gate: the schedule has {active} "
             f"active{of}; use {first + last + 2} or more active steps"
         )
+
+
+def check_schedule(
+    num_steps: int,
+    num_inference_steps: int,
+    *,
+    plan: tuple[bool, ...] | None = None,
+    rel_l1_thresh: float | None = None,
+    skip_first_n_steps: int = 1,
+    skip_last_n_steps: int = 1,
+) -> None:
+    """Do these settings of ``apply`` fit a schedule of ``num_steps`` active steps? InvalidStepWindowError if not."""
+    if num_steps == 0:
+        return
+    if plan is not None:
+        if len(plan) != num_steps:
+            raise InvalidStepWindowError(
+                f"steps plans {len(plan)} steps and the schedule has {num_steps} active of "
+                f"num_inference_steps={num_inference_steps}: plan one entry for each active step"
+            )
+    elif rel_l1_thresh != 0:
+        check_step_window(
+            num_steps,
+            skip_first_n_steps=skip_first_n_steps,
+            skip_last_n_steps=skip_last_n_steps,
+            nominal_num_inference_steps=num_inference_steps,
+        )

@@ -15,7 +15,7 @@ class TeaCacheValueError(TeaCacheError, ValueError):
 
 
 class InvalidStepWindowError(TeaCacheValueError):
-    """The forced first and last steps leave no step of the schedule for the gate to decide."""
+    """The forced steps leave the gate no step to decide, or planned ``steps`` are not as many as the schedule has."""
 
 
 class IncompatibleModelError(TeaCacheError, TypeError):
@@ -49,7 +49,7 @@ class TeaCacheWarning(UserWarning):
 
 
 class DisabledWarning(TeaCacheWarning):
-    """A threshold of 0 turns gating off: every step computes."""
+    """The settings skip nothing: a threshold of 0, a limit of 0 skips, or a plan without a skipped step."""
 
 
 class NoBenefitWarning(TeaCacheWarning):
@@ -57,7 +57,7 @@ class NoBenefitWarning(TeaCacheWarning):
 
 
 class UncalibratedWarning(TeaCacheWarning):
-    """The coefficients were fitted on another model: on the one that this checkpoint was made from."""
+    """The coefficients were fitted on something else: a checkpoint's base model, or another pipeline."""
 
 
 class UntestedVersionWarning(TeaCacheWarning):

@@ -206,19 +206,23 @@ def apply(
     if threshold is None:
         threshold = variant.rel_l1_thresh if own_coefficients is None else DEFAULT_THRESHOLD
     calibrated = own_coefficients is None and patch.is_calibrated(flux)
-    if plan is None:
-        if threshold == 0.0:
-            warnings.warn(
-                "rel_l1_thresh=0.0 turns gating off: every step computes", category=DisabledWarning, stacklevel=2
-            )
-        elif variant.distilled and own_coefficients is None:
+    disabled = (
+        ("rel_l1_thresh=0.0 turns gating off", plan is None and threshold == 0.0),
+        ("max_skips=0 skips nothing", most == 0),
+        ("max_consecutive_skips=0 skips nothing", consecutive == 0),
+        ("the planned steps have no 0", plan is not None and all(plan)),
+    )
+    if reason := next((text for text, is_so in disabled if is_so), None):
+        warnings.warn(f"{reason}: every step computes", category=DisabledWarning, stacklevel=2)
+    elif plan is None and own_coefficients is None:
+        if variant.distilled:
             warnings.warn(
                 f"{variant.variant_id} is distilled to a few steps that differ too much for any to be skipped: "
                 "expect no speedup",
                 category=NoBenefitWarning,
                 stacklevel=2,
             )
-        if own_coefficients is None and threshold > 0 and not calibrated:
+        if not calibrated:
             warnings.warn(patch.uncalibrated_message(flux, variant), category=UncalibratedWarning, stacklevel=2)
     handle = Handle(
         variant,

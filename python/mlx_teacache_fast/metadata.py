@@ -57,7 +57,7 @@ def add_to(image: Any, settings: dict[str, Any], variant_id: str, generation: Ge
     }
     if hasattr(image, "generation_parameters"):
         image.generation_parameters[KEY] = record
-    else:  # mflux 0.20
+    elif hasattr(image, "_get_metadata"):  # mflux 0.20; anything else is not mflux's picture
         own = image._get_metadata
         image._get_metadata = lambda: own() | {KEY: record}
 

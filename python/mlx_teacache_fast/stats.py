@@ -16,7 +16,8 @@ class StepRecord:
 
     Attributes:
         index: Active step, from 0 (in image-to-image, steps that mflux leaves out are not counted).
-        kind: ``computed``, ``forced`` (first and last steps), ``skipped`` or ``numerical-miss`` (computed).
+        kind: ``computed``, ``forced`` (first and last steps, and those after ``max_skips``), ``skipped`` or
+            ``numerical-miss`` (computed).
         rel_l1: Relative L1 distance of the modulated input to the step before; None where not measured.
         predicted: The polynomial's value at ``rel_l1``, at least 0; None where not measured.
         accumulated: Sum of ``predicted`` since the last computed step, after this step's decision.

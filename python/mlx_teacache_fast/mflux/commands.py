@@ -14,6 +14,9 @@ from importlib.metadata import EntryPoint, distribution
 from pathlib import Path, PurePath
 from typing import Any
 
+from mflux.cli.parser.parsers import CommandLineParser
+
+from .. import arguments
 from ..errors import TeaCacheValueError, TeaCacheWarning
 from ..handle import Handle, apply
 from ..metadata import Metadata
@@ -44,6 +47,8 @@ TAKING_METADATA = (
     "mflux-generate-kontext",
     "mflux-generate-redux",
 )
+
+_OF_A_SCHEDULE = ("rel_l1_thresh", "skip_first_n_steps", "skip_last_n_steps")
 
 _FLUX_MODULES = ("mflux.models.flux.cli.", "mflux.models.flux2.cli.")
 
@@ -118,14 +123,34 @@ def gating(options: Mapping[str, Any], handles: list[Handle]) -> Iterator[None]:
     A command of mflux makes its pipeline and uses it in one function, and no hook of mflux lies between. So
     ``__init__`` of the classes is wrapped for that time: the one place where classes are changed, not instances, and
     only in a process that is there for one command. (Another name in the command's module would miss pipelines that
-    are made elsewhere, and nobody would notice.)
+    are made elsewhere, and nobody would notice.) The parser's ``parse_args`` is wrapped too: steps that cannot be gated
+    are refused before weights are loaded.
     """
+    patch.require_kernels()
     with ExitStack() as undo:
+        undo.callback(setattr, CommandLineParser, "parse_args", CommandLineParser.parse_args)
+        CommandLineParser.parse_args = _checked(CommandLineParser.parse_args, options)
         for family in patch.FAMILIES:
             for pipeline in family.PIPELINES:
                 undo.callback(setattr, pipeline, "__init__", pipeline.__init__)
                 pipeline.__init__ = _gated_from_the_start(pipeline, options, handles)
         yield
+
+
+def _checked(parse_args: Any, options: Mapping[str, Any]) -> Callable[..., Any]:
+    settings = {name: options[name] for name in _OF_A_SCHEDULE if name in options}
+    if options.get("steps") is not None:
+        settings["plan"] = arguments.plan(options["steps"])
+
+    @functools.wraps(parse_args)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        namespace = parse_args(*args, **kwargs)
+        # How many steps image-to-image leaves out is known to its pipeline only.
+        if namespace.steps is not None and getattr(namespace, "image_path", None) is None:
+            arguments.check_schedule(namespace.steps, namespace.steps, **settings)
+        return namespace
+
+    return checked
 
 
 def _gated_from_the_start(pipeline: Any, options: Mapping[str, Any], handles: list[Handle]) -> Callable[..., None]:

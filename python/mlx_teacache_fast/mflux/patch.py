@@ -14,10 +14,9 @@ from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 
 from .. import metadata, ops
-from ..arguments import check_step_window
+from ..arguments import check_schedule
 from ..errors import (
     IncompatibleModelError,
-    InvalidStepWindowError,
     NoBenefitWarning,
     PatchLostError,
     TeaCacheError,
@@ -109,6 +108,14 @@ def warn_if_untested() -> None:
         )
 
 
+def require_kernels() -> None:
+    """Raises TeaCacheError where MLX uses a GPU that this build cannot."""
+    if mx.default_device() == mx.gpu and not ops.gpu_supported():
+        raise TeaCacheError(
+            "this build has no kernels for MLX's GPU: run on the CPU with mx.set_default_device(mx.cpu)"
+        )
+
+
 def _numbers(v: str) -> tuple[int, ...]:
     return tuple(int(part) for part in v.split(".") if part.isdigit())
 
@@ -123,16 +130,14 @@ class Patch:
     """
 
     def __init__(self, flux: Any, handle: Handle) -> None:
-        if mx.default_device() == mx.gpu and not ops.gpu_supported():
-            raise TeaCacheError(
-                "this build has no kernels for MLX's GPU: run on the CPU with mx.set_default_device(mx.cpu)"
-            )
+        require_kernels()
         handle._patch = self  # first, so that restore() undoes a patch that was interrupted
         self._handle = handle
         self._flux = weakref.ref(flux)
         self._generation: Generation | None = None
         self._steps: Any = None  # of that generation
         self._is_awaited = False  # whether generate_image has been called and its loop has not begun
+        self._depth = 0  # of generate_image's frame, for warnings
         self._short_schedule_told = False
         self._undo: list[Callable[[], None]] = []
         try:
@@ -205,6 +210,7 @@ class Patch:
         enclosing = self._generation, self._steps  # a callback may generate too
         self._generation = self._steps = None
         self._is_awaited = True
+        self._depth = _depth()
         started = perf_counter()
         try:
             if isinstance(flux, flux1.PIPELINES):
@@ -239,28 +245,25 @@ class Patch:
         self._is_awaited = False
         handle = self._handle
         num_steps = max(0, config.num_inference_steps - config.init_time_step)
+        check_schedule(
+            num_steps,
+            config.num_inference_steps,
+            plan=handle.plan,
+            rel_l1_thresh=handle.rel_l1_thresh,
+            skip_first_n_steps=handle.skip_first_n_steps,
+            skip_last_n_steps=handle.skip_last_n_steps,
+        )
         forced = handle.skip_first_n_steps + handle.skip_last_n_steps
-        if handle.plan is not None:
-            if len(handle.plan) != num_steps and num_steps > 0:
-                raise InvalidStepWindowError(
-                    f"steps plans {len(handle.plan)} steps and the schedule has {num_steps} active of "
-                    f"num_inference_steps={config.num_inference_steps}: plan one entry for each active step"
-                )
-        elif handle.rel_l1_thresh > 0 and num_steps > 0:
-            check_step_window(
-                num_steps,
-                skip_first_n_steps=handle.skip_first_n_steps,
-                skip_last_n_steps=handle.skip_last_n_steps,
-                nominal_num_inference_steps=config.num_inference_steps,
+        gated = handle.plan is None and handle.rel_l1_thresh > 0
+        if gated and num_steps - forced == 1 and not self._short_schedule_told:
+            self._short_schedule_told = True
+            warnings.warn(
+                f"no possible skip: skip_first_n_steps={handle.skip_first_n_steps} and "
+                f"skip_last_n_steps={handle.skip_last_n_steps} leave one eligible step of "
+                f"active_num_steps={num_steps}, and it has to be computed before another can reuse it",
+                category=NoBenefitWarning,
+                stacklevel=_depth() - self._depth + 3,  # the caller of generate_image
             )
-            if num_steps - forced == 1 and not self._short_schedule_told:
-                self._short_schedule_told = True
-                warnings.warn(
-                    f"nothing can be skipped in {num_steps} active steps: {forced} always compute, and one has to be "
-                    "computed before another can reuse it",
-                    category=NoBenefitWarning,
-                    stacklevel=2,
-                )
         self._generation = Generation(handle, num_steps, config)
 
     def _predict(self, original: Callable[..., Any], transformer: Any) -> Callable[..., mx.array]:
@@ -286,6 +289,14 @@ class Patch:
             self._steps = flux1.GatedStep(flux.transformer, generation)
         noise: mx.array = self._steps(forward, **arguments)
         return noise
+
+
+def _depth() -> int:
+    """Frames below the caller's."""
+    frame, depth = inspect.currentframe(), 0
+    while frame is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _counted(inner: Callable[..., mx.array], generation: Generation) -> Callable[..., mx.array]:
