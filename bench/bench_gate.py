@@ -1,14 +1,18 @@
 """What does one gated step cost, beside the plain-MLX gates and beside the memory traffic that no gate can avoid?
 
-Rivals, measured interleaved in one process:
+Rivals, measured in turn within a process, in several processes:
 
-    gate      ops.gate, one branch with one residual; anchor and state go from step to step, the decision is evaluated
-    eager     mlx-teacache's gate as it runs eagerly: modulation, gate_step with its host reads, x + residual. Its
-              residual also covers the text tokens, which is left out here, in its favour
+    gate      ops.gate; anchor and state go from step to step, the decision is evaluated
+    eager     mlx-teacache's gate as it runs eagerly: modulation, gate_step with its host reads, x + residual. It knows
+              one residual a branch. Its residual also covers the text tokens, which is left out here, in its favour
     compiled  this package's plain-MLX reference inside mx.compile
-    copy      the fewest bytes: x, anchor and residual are read, modulated and reused written, so 2.5 arrays of x's
-              size are copied, by numpy into memory that is in use already; with 1 and 2 threads, the faster counts
+    copy      the fewest bytes: x, anchor and residuals are read, modulated and each branch's result written, so half as
+              many arrays of x's size are copied, by numpy into memory that is in use already; with 1 and 2 threads,
+              the faster counts
     fresh     the same copy into newly allocated memory: what a gate that does not reuse its inputs' memory must pay
+
+A ratio is of two times of the same turn. In brackets where the processes' medians differ by more than 10 %: too noisy
+to quote.
 
 On a GPU (--device gpu) two times are taken:
 
@@ -22,6 +26,8 @@ and `2 disp.` is the gate in two dispatches, as it runs before macOS 15.
 
 import argparse
 import importlib.util
+import itertools
+import json
 import os
 import platform
 import statistics
@@ -32,7 +38,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import mlx.core as mx
@@ -42,14 +48,14 @@ from common import DTYPES
 from mlx_teacache_fast import ops, reference
 from mlx_teacache_fast.variants import VARIANTS
 
-TOKENS = (1024, 4096, 16384)  # 512 x 512, 1024 x 1024 and 2048 x 2048 pixels
+TOKENS = (256, 1024, 4096, 16384)  # 256 x 256 to 2048 x 2048 pixels
 CHANNELS = (3072, 4096)  # klein-4b and FLUX.1; klein-9b
 VARIANT = VARIANTS["flux2-klein-base-4b"]
-TRAFFIC = 5  # arrays of x's size: three read, two written
 DISTRIBUTIONS = ("mlx-teacache", "numpy")
+PEER = importlib.util.find_spec("mlx_teacache") is not None
 
-# Of what a chain of gates writes, 2 arrays of x's size each: all that is reused is kept to the end, and MLX keeps the
-# anchors until the GPU is done with them, so that here the next gate cannot write to where its anchor is.
+# Of what a chain of gates writes: all that is reused is kept to the end, and MLX keeps the anchors until the GPU is
+# done with them, so that here the next gate cannot write to where its anchor is.
 CHAIN_BYTES = 1 << 30
 MIN_CHAIN = 4
 LARGE_COPY = 1 << 29  # bytes: more than any chip's cache
@@ -67,23 +73,44 @@ def available_memory() -> int:
     return min(everything, int(mx.device_info().get("max_recommended_working_set_size", everything)))
 
 
+class Shape(NamedTuple):
+    tokens: int
+    channels: int
+    dtype: str
+    branches: int  # of guidance
+    terms: int  # residuals of each
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {self.channels} {self.dtype}, {self.branches} x {self.terms} residuals"
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens * self.channels * DTYPES[self.dtype].size
+
+    @property
+    def traffic(self) -> int:
+        """Arrays of x's size: x, the anchor and the residuals are read, the anchor and a result a branch written."""
+        return 2 + self.branches * self.terms + 1 + self.branches
+
+
 class Inputs:
     """Two steps' worth of inputs, so that consecutive steps differ as in a real schedule."""
 
-    def __init__(self, tokens: int, channels: int, dtype: mx.Dtype) -> None:
-        def normal(shape: tuple[int, ...], seed: int, size: float = 1.0) -> mx.array:
-            return (size * mx.random.normal(shape, key=mx.random.key(seed))).astype(dtype)
+    def __init__(self, shape: Shape) -> None:
+        dtype = DTYPES[shape.dtype]
 
-        shape = (1, tokens, channels)
-        x = normal(shape, 0)
-        self.xs = [x, x + normal(shape, 1, 0.05)]
-        self.shift, self.scale = normal((1, 1, channels), 2), normal((1, 1, channels), 3, 0.3)
-        self.residual = normal(shape, 4)
-        self.weights = mx.ones((1, 1))
+        def normal(size: tuple[int, ...], seed: int, scale: float = 1.0) -> mx.array:
+            return (scale * mx.random.normal(size, key=mx.random.key(seed))).astype(dtype)
+
+        size = (1, shape.tokens, shape.channels)
+        x = normal(size, 0)
+        self.xs = [x, x + normal(size, 1, 0.05)]
+        self.shift, self.scale = normal((1, 1, shape.channels), 2), normal((1, 1, shape.channels), 3, 0.3)
+        numbers = iter(range(4, 99))
+        self.residuals = [[normal(size, next(numbers)) for _ in range(shape.terms)] for _ in range(shape.branches)]
+        self.weights = mx.array([[float(k == 0) or -0.5 for k in range(shape.terms)]] * shape.branches)
         self.force = mx.array(0, mx.int32)
-        mx.eval(self.xs, self.shift, self.scale, self.residual, self.weights, self.force)
-        self.nbytes = x.nbytes
-        self.size = x.size
+        mx.eval(self.xs, self.shift, self.scale, self.residuals, self.weights, self.force)
 
 
 class GateStep:
@@ -97,14 +124,14 @@ class GateStep:
         self.state = mx.zeros(8)
 
         def step(
-            x: Any, shift: Any, scale: Any, anchor: Any, residual: Any, weights: Any, state: Any, force: Any
+            x: Any, shift: Any, scale: Any, anchor: Any, residuals: Any, weights: Any, state: Any, force: Any
         ) -> Any:
-            modulated, (reused,), state = gate(
+            return gate(
                 x,
                 shift,
                 scale,
                 anchor,
-                [[residual]],
+                residuals,
                 weights,
                 state,
                 force,
@@ -112,7 +139,6 @@ class GateStep:
                 threshold=VARIANT.rel_l1_thresh,
                 calibrated_range=VARIANT.calibrated_range,
             )
-            return modulated, reused, state
 
         self.step = mx.compile(step) if compiled else step
 
@@ -122,7 +148,7 @@ class GateStep:
         x = i.xs[self.index % 2]
         self.index += 1
         self.anchor, reused, self.state = self.step(
-            x, i.shift, i.scale, self.anchor, i.residual, i.weights, self.state, i.force
+            x, i.shift, i.scale, self.anchor, i.residuals, i.weights, self.state, i.force
         )
         return reused
 
@@ -162,15 +188,13 @@ class EagerStep:
         )
         self.index += 1
         if decision.should_update_cache:
-            self.state.cached_residual = i.residual  # the body's work, which is not measured
-        mx.eval(x + i.residual)
+            self.state.cached_residual = i.residuals[0][0]  # the body's work, which is not measured
+        mx.eval([x + terms[0] for terms in i.residuals])
 
 
 class Copy:
-    """2.5 arrays of x's size, as bytes."""
-
     def __init__(self, nbytes: int, threads: int, pool: ThreadPoolExecutor, fresh: bool = False) -> None:
-        self.source = np.ones(nbytes * TRAFFIC // 2, np.uint8)
+        self.source = np.ones(nbytes, np.uint8)
         self.target = None if fresh else np.zeros_like(self.source)
         bounds = [len(self.source) * t // threads for t in range(threads + 1)]
         self.parts = [slice(a, b) for a, b in pairwise(bounds)]
@@ -242,216 +266,229 @@ class Nothing:
 # ---- Measuring
 
 
-def measure(rivals: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median milliseconds. Interleaved: what disturbs the machine disturbs every rival."""
+def measure(rivals: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each round. Interleaved: what disturbs the machine disturbs every rival."""
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     for round_index in range(-2, rounds):  # Two rounds to compile, to seed the gates and to touch the memory.
         for name, rival in rivals.items():
+            n = 1
             if isinstance(rival, Chain):
                 rival.prepare()
+                n = rival.length
             mx.synchronize()
             start = time.perf_counter()
             rival()
             mx.synchronize()
             if round_index >= 0:
-                samples[name].append(1e3 * (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    return {n: ms / rival.length if isinstance(rival := rivals[n], Chain) else ms for n, ms in medians.items()}
+                samples[name].append(1e3 * (time.perf_counter() - start) / n)
+    return samples
 
 
-def measure_cpu(tokens: int, channels: int, dtype: str, rounds: int, eager: bool) -> dict[str, Any]:
-    inputs = Inputs(tokens, channels, DTYPES[dtype])
+def measure_cpu(shape: Shape, rounds: int) -> dict[str, list[float]]:
+    inputs = Inputs(shape)
+    fewest = shape.nbytes * shape.traffic // 2
     with ThreadPoolExecutor(2) as pool:
         rivals: dict[str, Callable[[], None]] = {"gate": GateStep(inputs, ops.gate, compiled=False)}
-        if eager:
+        if shape.terms == 1 and PEER:
             rivals["eager"] = EagerStep(inputs)
         rivals["compiled"] = GateStep(inputs, reference.gate, compiled=True)
-        rivals["copy_1_thread"] = Copy(inputs.nbytes, 1, pool)
-        rivals["copy_2_threads"] = Copy(inputs.nbytes, 2, pool)
-        rivals["copy_fresh"] = Copy(inputs.nbytes, 2, pool, fresh=True)
-        ms = measure(rivals, rounds)
-    limit = min(ms["copy_1_thread"], ms["copy_2_threads"])
-    traffic = TRAFFIC * inputs.nbytes
-    return {
-        "tokens": tokens,
-        "channels": channels,
-        "dtype": dtype,
-        "rounds": rounds,
-        "ms": ms,
-        "limit_ms": limit,
-        "limit_gb_per_s": traffic / limit / 1e6,
-        "gate_gb_per_s": traffic / ms["gate"] / 1e6,
-        "gate_over_copy": ms["gate"] / limit,
-        "eager_over_gate": ms["eager"] / ms["gate"] if eager else None,
-        "compiled_over_gate": ms["compiled"] / ms["gate"],
-    }
+        rivals["copy_1_thread"] = Copy(fewest, 1, pool)
+        rivals["copy_2_threads"] = Copy(fewest, 2, pool)
+        rivals["copy_fresh"] = Copy(fewest, 2, pool, fresh=True)
+        return measure(rivals, rounds)
 
 
-def chain_length(longest: int, nbytes: int) -> int:
-    return max(MIN_CHAIN, min(longest, CHAIN_BYTES // (2 * nbytes)))
+def chain_length(longest: int, shape: Shape) -> int:
+    return max(MIN_CHAIN, min(longest, CHAIN_BYTES // ((1 + shape.branches) * shape.nbytes)))
 
 
-def measure_gpu(tokens: int, channels: int, dtype: str, rounds: int, eager: bool, longest: int) -> dict[str, Any]:
-    inputs = Inputs(tokens, channels, DTYPES[dtype])
-    length = chain_length(longest, inputs.nbytes)
+def measure_gpu(shape: Shape, rounds: int, longest: int) -> dict[str, list[float]]:
+    inputs = Inputs(shape)
+    length = chain_length(longest, shape)
     gates: dict[str, Callable[[], GateStep]] = {
         "gate": lambda: GateStep(inputs, ops.gate, compiled=False),
         "two_dispatches": lambda: GateStep(inputs, ops.gate, compiled=False, dispatches=2),
         "compiled": lambda: GateStep(inputs, reference.gate, compiled=True),
     }
     rivals: dict[str, Callable[[], None]] = {f"kernel {n}": GateChain(make(), length) for n, make in gates.items()}
-    rivals["kernel copy"] = CopyChain(inputs.nbytes * TRAFFIC // 2, length)
+    rivals["kernel copy"] = CopyChain(shape.nbytes * shape.traffic // 2, length)
     rivals |= {f"step {n}": make() for n, make in gates.items()}
-    if eager:
+    if shape.terms == 1 and PEER:
         rivals["step eager"] = EagerStep(inputs)
     rivals["step nothing"] = Nothing()
-    ms = measure(rivals, rounds)
-    kernel, step = (
-        {name.removeprefix(kind): t for name, t in ms.items() if name.startswith(kind)} for kind in ("kernel ", "step ")
-    )
-    traffic = TRAFFIC * inputs.nbytes
-    return {
-        "tokens": tokens,
-        "channels": channels,
-        "dtype": dtype,
-        "rounds": rounds,
-        "chain": length,
-        "kernel_ms": kernel,
-        "step_ms": step,
-        "limit_gb_per_s": traffic / kernel["copy"] / 1e6,
-        "gate_gb_per_s": traffic / kernel["gate"] / 1e6,
-        "gate_over_copy": kernel["gate"] / kernel["copy"],
-        "two_dispatches_over_gate": kernel["two_dispatches"] / kernel["gate"],
-        "compiled_over_gate": kernel["compiled"] / kernel["gate"],
-        "step_eager_over_gate": step["eager"] / step["gate"] if eager else None,
-        "step_compiled_over_gate": step["compiled"] / step["gate"],
-    }
+    return measure(rivals, rounds)
+
+
+def row_of(shape: Shape, processes: list[dict[str, list[float]]], gpu: bool) -> dict[str, Any]:
+    """Median milliseconds of each rival, and the ratios that are quoted."""
+    ms = {name: statistics.median(t for p in processes for t in p[name]) for name in processes[0]}
+    if gpu:
+        copy, gate, step = "kernel copy", "kernel gate", "step gate"
+        over_gate = {"two_dispatches": "kernel two_dispatches", "compiled": "kernel compiled"}
+        over_step = {"step_eager": "step eager", "step_compiled": "step compiled"}
+    else:
+        copy, gate, step = min("copy_1_thread", "copy_2_threads", key=lambda name: ms[name]), "gate", "gate"
+        over_gate, over_step = {"eager": "eager", "compiled": "compiled"}, {}
+
+    def ratio(a: str, b: str) -> dict[str, Any]:
+        return common.summary([[x / y for x, y in zip(p[a], p[b], strict=True)] for p in processes])
+
+    ratios = {"gate_over_copy": ratio(gate, copy)}
+    ratios |= {f"{n}_over_gate": ratio(rival, gate) for n, rival in over_gate.items() if rival in ms}
+    ratios |= {f"{n}_over_gate": ratio(rival, step) for n, rival in over_step.items() if rival in ms}
+    traffic = shape.traffic * shape.nbytes / 1e6
+    rates = {"gate_gb_per_s": traffic / ms[gate], "limit_gb_per_s": traffic / ms[copy]}
+    return shape._asdict() | {"ms": ms, "limit_ms": ms[copy]} | rates | {"ratios": ratios}
+
+
+def exponents(rows: list[dict[str, Any]], gate: str) -> list[dict[str, Any]]:
+    """For each kind of shape, by how much the gate's time grows with the tokens: ms ~ tokens ** exponent."""
+    fits = []
+    kinds = {tuple(row[name] for name in Shape._fields[1:]): None for row in rows}
+    for kind in kinds:
+        same = [row for row in rows if tuple(row[name] for name in Shape._fields[1:]) == kind]
+        if len(same) > 1:
+            slope, _ = np.polyfit(np.log([r["tokens"] for r in same]), np.log([r["ms"][gate] for r in same]), 1)
+            fits.append(dict(zip(Shape._fields[1:], kind, strict=True)) | {"exponent": float(slope)})
+    return fits
 
 
 def large_copy(rounds: int) -> float:
     """GB/s of the device's memory."""
-    ms = measure({"copy": CopyChain(LARGE_COPY, 10)}, rounds)["copy"]
+    ms = statistics.median(measure({"copy": CopyChain(LARGE_COPY, 10)}, rounds)["copy"])
     return 2 * LARGE_COPY / ms / 1e6
 
 
 # ---- Tables
 
 
-COLUMNS = (
-    "tokens",
-    "channels",
-    "dtype",
-    "gate",
-    "eager",
-    "compiled",
-    "copy x1",
-    "copy x2",
-    "fresh",
-    "GB/s",
-    "limit GB/s",
-)
-RATIOS = ("gate/copy", "eager/gate", "compiled/gate")
+SHAPE = ("tokens", "channels", "dtype", "branches", "terms")
+CPU_TIMES = {
+    "gate": "gate",
+    "eager": "eager",
+    "compiled": "compiled",
+    "copy_1_thread": "copy x1",
+    "copy_2_threads": "copy x2",
+    "copy_fresh": "fresh",
+}
+KERNEL_TIMES = {f"kernel {n}": title for n, title in {"gate": "gate", "two_dispatches": "2 disp."}.items()}
+KERNEL_TIMES |= {"kernel compiled": "compiled", "kernel copy": "copy"}
+STEP_TIMES = {"step gate": "gate", "step two_dispatches": "2 disp.", "step eager": "eager", "step compiled": "compiled"}
+STEP_TIMES |= {"step nothing": "nothing"}
+RATES = {"gate_gb_per_s": "GB/s", "limit_gb_per_s": "limit GB/s"}
+CPU_RATIOS = {"gate_over_copy": "gate/copy", "eager_over_gate": "eager/gate", "compiled_over_gate": "compiled/gate"}
+KERNEL_RATIOS = {
+    "gate_over_copy": "gate/copy",
+    "two_dispatches_over_gate": "2 disp./gate",
+    "compiled_over_gate": "compiled/gate",
+}
+STEP_RATIOS = {"step_eager_over_gate": "eager/gate", "step_compiled_over_gate": "compiled/gate"}
 
 
-def table_row(row: dict[str, Any]) -> list[str]:
-    ms = row["ms"]
-    names = ("gate", "eager", "compiled", "copy_1_thread", "copy_2_threads", "copy_fresh")
-    cells = [f"{row['tokens']}", f"{row['channels']}", row["dtype"]]
-    cells += [f"{ms[name]:.2f}" if name in ms else "-" for name in names]
-    cells += [f"{row['gate_gb_per_s']:.1f}", f"{row['limit_gb_per_s']:.1f}", f"{row['gate_over_copy']:.2f}"]
-    cells += ["-" if row["eager_over_gate"] is None else f"{row['eager_over_gate']:.1f}"]
-    return [*cells, f"{row['compiled_over_gate']:.1f}"]
-
-
-KERNEL_COLUMNS = ("tokens", "channels", "dtype", "gates", "gate", "2 disp.", "compiled", "copy", "GB/s", "limit GB/s")
-KERNEL_RATIOS = ("gate/copy", "2 disp./gate", "compiled/gate")
-STEP_COLUMNS = ("tokens", "channels", "dtype", "gate", "2 disp.", "eager", "compiled", "nothing")
-STEP_RATIOS = ("eager/gate", "compiled/gate")
-
-
-def kernel_row(row: dict[str, Any]) -> list[str]:
-    cells = [f"{row['tokens']}", f"{row['channels']}", row["dtype"], f"{row['chain']}"]
-    cells += [f"{row['kernel_ms'][name]:.3f}" for name in ("gate", "two_dispatches", "compiled", "copy")]
-    cells += [f"{row['gate_gb_per_s']:.1f}", f"{row['limit_gb_per_s']:.1f}"]
-    return [*cells, *(f"{row[r]:.2f}" for r in ("gate_over_copy", "two_dispatches_over_gate", "compiled_over_gate"))]
-
-
-def step_row(row: dict[str, Any]) -> list[str]:
-    ms = row["step_ms"]
-    cells = [f"{row['tokens']}", f"{row['channels']}", row["dtype"]]
-    names = ("gate", "two_dispatches", "eager", "compiled", "nothing")
-    cells += [f"{ms[name]:.3f}" if name in ms else "-" for name in names]
-    cells += ["-" if row["step_eager_over_gate"] is None else f"{row['step_eager_over_gate']:.1f}"]
-    return [*cells, f"{row['step_compiled_over_gate']:.1f}"]
+def print_rows(
+    rows: list[dict[str, Any]], times: dict[str, str], rates: dict[str, str], ratios: dict[str, str]
+) -> None:
+    lines = [[*SHAPE, *times.values(), *rates.values(), *ratios.values()]]
+    for row in rows:
+        cells = [f"{row[name]}" for name in SHAPE]
+        cells += [f"{row['ms'][name]:.3g}" if name in row["ms"] else "-" for name in times]
+        cells += [f"{row[name]:.1f}" for name in rates]
+        cells += [common.ratio_cell(row["ratios"][n]) if n in row["ratios"] else "-" for n in ratios]
+        lines.append(cells)
+    common.print_table(lines)
 
 
 def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="image tokens S (default: %(default)s)")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS, help="channels D (default: %(default)s)")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=("float32", "bfloat16"), help="dtypes (default: %(default)s)"
-    )
-    parser.add_argument("--rounds", type=int, default=15, help="measured rounds of each shape (default: %(default)s)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES), help="default: %(default)s")
+    parser.add_argument("--branches", type=int, nargs="+", default=(1, 2), help="of guidance (default: %(default)s)")
+    parser.add_argument("--terms", type=int, nargs="+", default=(1, 2, 3), help="residuals each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="in each process, of each shape (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=3, help="processes (default: %(default)s)")
     parser.add_argument(
         "--chain", type=int, default=64, help="gates in one evaluation, on a GPU; fewer where large (default: 64)"
     )
-    parser.add_argument("--quick", action="store_true", help="1024 and 4096 tokens, 3072 channels, 7 rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="256 to 4096 tokens, 3072 channels, bfloat16 and float32, and of bfloat16 "
+        "also two branches and three terms"
+    )  # fmt: skip
     args = common.parse(parser)
+    if min(*args.tokens, *args.channels, *args.branches, *args.terms, args.rounds, args.repetitions, args.chain) < 1:
+        parser.error("all numbers must be at least 1")
     if args.quick:
-        args.tokens, args.channels, args.rounds = TOKENS[:2], CHANNELS[:1], 7
-    if min(*args.tokens, *args.channels, args.rounds, args.chain) < 1:
-        parser.error("--tokens, --channels, --rounds and --chain must be at least 1")
+        kinds = [("bfloat16", 1, 1), ("bfloat16", 2, 1), ("bfloat16", 1, 3), ("float32", 1, 1)]
+        args.shapes = [Shape(s, 3072, *kind) for kind in kinds for s in (256, 1024, 4096)]
+    else:
+        sizes = itertools.product(args.dtypes, args.channels, args.branches, args.terms, args.tokens)
+        args.shapes = [Shape(s, d, t, b, k) for t, d, b, k, s in sizes]
     return args
+
+
+def measured(args: argparse.Namespace) -> list[dict[str, list[float]] | None]:
+    """For each shape the milliseconds of each round; None where there is too little memory."""
+    results: list[dict[str, list[float]] | None] = []
+    for shape in args.shapes:
+        if needed_memory(shape, args) > 0.8 * available_memory():
+            results.append(None)
+        elif args.device == "gpu":
+            results.append(measure_gpu(shape, args.rounds, args.chain))
+        else:
+            results.append(measure_cpu(shape, args.rounds))
+        mx.clear_cache()
+    return results
+
+
+def needed_memory(shape: Shape, args: argparse.Namespace) -> int:
+    """Bytes: inputs, anchors, results, the copies' sources and targets, and the eager gate's temporaries in float32."""
+    arrays = 5 + 2 * shape.branches * (1 + shape.terms) + 3 * shape.traffic
+    if args.device == "gpu":
+        arrays += 3 + (1 + shape.branches) * chain_length(args.chain, shape)
+    return shape.nbytes * arrays + shape.tokens * shape.channels * 6 * 4
 
 
 def main() -> None:
     args = parse()
+    if args.measure:
+        print("\n" + json.dumps(measured(args)))
+        return
     gpu = args.device == "gpu"
-    eager = importlib.util.find_spec("mlx_teacache") is not None
+    memory = large_copy(args.rounds) if gpu else None
+    processes = common.in_fresh_processes(args.repetitions)
     common.print_header(*DISTRIBUTIONS)
-    memory = None
+    print(f"medians of {args.repetitions} processes with {args.rounds} rounds each; ratios in (brackets) are too noisy")
     if gpu:
-        memory = large_copy(args.rounds)
-        mx.clear_cache()
         print("kernel: milliseconds of one of several gates in one evaluation; 'copy' moves the gate's fewest bytes")
         print("step:   milliseconds of one evaluation of one gate, with its decision read on the host")
-        print(f"medians of {args.rounds} rounds; GB/s: the gate's fewest bytes by the time of gate and of copy")
         print(f"limit:  {LARGE_COPY >> 20} MiB are copied at {memory:.1f} GB/s; less may stay in the chip's cache")
         if sys.platform == "darwin" and int(platform.mac_ver()[0].split(".")[0]) < 15:
             print("note: before macOS 15 the gate always takes two dispatches")
     else:
-        print("milliseconds, medians; 'copy' is the faster of one and two threads, and its bytes are the gate's fewest")
-    if not eager:
+        print("milliseconds; 'copy' is the faster of one and two threads, and its bytes are the gate's fewest")
+    if not PEER:
         print("note: mlx-teacache is not installed, so there is no eager column")
-    rows, skipped = [], []
-    shapes = [(s, d, t) for t in args.dtypes for d in args.channels for s in args.tokens]
-    for index, (tokens, channels, dtype) in enumerate(shapes, 1):
-        name = f"{tokens} x {channels} {dtype}"
-        # Inputs 3, anchors 3, three copies of 2.5 in and (two of them, and the fresh one) 2.5 out, and the eager gate's
-        # temporaries, of which up to 6 are float32. On a GPU there are 3 more anchors, and all that a chain writes.
-        itemsize = DTYPES[dtype].size
-        arrays = 21 + (3 + 2 * chain_length(args.chain, tokens * channels * itemsize) if gpu else 0)
-        needed = tokens * channels * (arrays * itemsize + 6 * 4)
-        if needed > 0.8 * available_memory():
-            skipped.append(f"{name}: needs about {needed / 2**30:.1f} GiB, {available_memory() / 2**30:.1f} are free")
-            continue
-        print(f"[{index}/{len(shapes)}] {name} ...", file=sys.stderr, flush=True)
-        if gpu:
-            rows.append(measure_gpu(tokens, channels, dtype, args.rounds, eager, args.chain))
+    rows, left_out = [], []
+    for shape, *results in zip(args.shapes, *processes, strict=True):
+        if None in results:
+            left_out.append(str(shape))
         else:
-            rows.append(measure_cpu(tokens, channels, dtype, args.rounds, eager))
-        mx.clear_cache()
+            rows.append(row_of(shape, results, gpu))
     if gpu:
         print("\nkernel")
-        common.print_table([[*KERNEL_COLUMNS, *KERNEL_RATIOS], *map(kernel_row, rows)])
+        print_rows(rows, KERNEL_TIMES, RATES, KERNEL_RATIOS)
         print("\nstep")
-        common.print_table([[*STEP_COLUMNS, *STEP_RATIOS], *map(step_row, rows)])
+        print_rows(rows, STEP_TIMES, {}, STEP_RATIOS)
     else:
-        common.print_table([[*COLUMNS, *RATIOS], *map(table_row, rows)])
-    for note in skipped:
-        print(f"left out: {note}")
-    numbers: dict[str, Any] = {"rows": rows, "left_out": skipped} | ({"memory_gb_per_s": memory} if gpu else {})
+        print_rows(rows, CPU_TIMES, RATES, CPU_RATIOS)
+    for name in left_out:
+        print(f"left out, too little memory: {name}")
+    fits = exponents(rows, "kernel gate" if gpu else "gate")
+    if fits:
+        grows = [fit["exponent"] for fit in fits]
+        print(f"\nthe gate's time grows as tokens ** {min(grows):.2f} to {max(grows):.2f} ({len(grows)} fits)")
+    numbers: dict[str, Any] = {"rounds": args.rounds, "repetitions": args.repetitions, "rows": rows}
+    numbers |= {"exponents": fits, "left_out": left_out} | ({"memory_gb_per_s": memory} if gpu else {})
     common.write_json(args, numbers, *DISTRIBUTIONS)
 
 

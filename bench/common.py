@@ -1,6 +1,7 @@
 """What the benchmarks share: their options, what they print of the machine, fresh processes, the JSON file."""
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
@@ -100,6 +101,28 @@ def print_table(lines: list[list[str]], left: int = 0) -> None:
         print("  ".join(cells).rstrip())
 
 
+NOISE = 0.1  # of the median, between processes: another run's ratio may differ by as much
+
+
+def summary(processes: list[list[float]]) -> dict[str, Any]:
+    """A ratio's median and quartiles over all turns, and whether the processes agree on it well enough to quote it.
+
+    Args:
+        processes: For each process the ratio in each of its turns.
+    """
+    medians = [statistics.median(turns) for turns in processes]
+    everything = [ratio for turns in processes for ratio in turns]
+    low, middle, high = statistics.quantiles(everything, n=4) if len(everything) > 1 else 3 * everything
+    noise = (max(medians) - min(medians)) / middle
+    return {"median": middle, "low": low, "high": high, "noise": noise, "noisy": noise > NOISE}
+
+
+def ratio_cell(ratio: dict[str, Any], digits: int = 2) -> str:
+    """A summary as a cell of a table; in brackets where it is too noisy to quote."""
+    text = f"{ratio['median']:.{digits}f}"
+    return f"({text})" if ratio["noisy"] else text
+
+
 def quartiles(values: list[float], digits: int) -> list[str]:
     """The median, and the first and the third quartile, as two cells."""
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
@@ -108,7 +131,9 @@ def quartiles(values: list[float], digits: int) -> list[str]:
 
 def write_json(args: argparse.Namespace, numbers: dict[str, Any], *distributions: str) -> None:
     if args.json:
-        report = {"machine": machine(), "device": device(), "versions": versions(*distributions)} | numbers
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {"bench": Path(sys.argv[0]).stem, "date": f"{datetime.date.today()}"}
+        report |= {"machine": machine(), "device": device(), "versions": versions(*distributions)} | numbers
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
