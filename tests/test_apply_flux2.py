@@ -831,8 +831,8 @@ def with_lora(transformer: Any) -> None:
 def test_quantised_and_with_lora(change: int | str) -> None:
     """Changed while gated; computed and skipped steps as those of a pipeline that was changed before.
 
-    LoRA's additions change what MLX fuses, and a fused kernel's constants have 7 digits: compiled, a computed step in
-    which other operations are fused than in mflux's may round differently. Uncompiled, all bits are equal.
+    The changed weights are evaluated: MLX would compile what is left to do for them into mflux's step, and mflux's own
+    picture would be another one as soon as they are.
     """
     from mlx_teacache_fast import demo
 
@@ -841,26 +841,21 @@ def test_quantised_and_with_lora(change: int | str) -> None:
             with_lora(flux.transformer)
         if change != "lora":
             nn.quantize(flux.transformer, group_size=64, bits=change if isinstance(change, int) else 4)
+        mx.eval(flux.parameters())
         return flux
 
     def image(flux: Any) -> np.ndarray:
-        return np.asarray(flux.generate_image(1, "red apple", 6, 64, 64, guidance=4.0).image).astype(int)
+        return np.asarray(flux.generate_image(1, "red apple", 6, 64, 64, guidance=4.0).image)
 
+    tolerance = 2 if isinstance(change, str) else 0  # levels of 255
     plain, flux = changed(demo.pipeline()), demo.pipeline()
     before, expected = image(flux), image(plain)
     assert not np.array_equal(before, expected)
     with tc.apply(flux, rel_l1_thresh=1e-9):
         assert np.array_equal(image(flux), before)
-        assert np.abs(image(changed(flux)) - expected).max() <= (2 if isinstance(change, str) else 0)
+        assert np.array_equal(image(changed(flux)), expected)
     with tc.apply(flux, steps="110101"), tc.apply(plain, steps="110101"):
         assert np.array_equal(image(flux), image(plain))
-    mx.disable_compile()
-    try:
-        expected = image(plain)
-        with tc.apply(flux, rel_l1_thresh=1e-9):
-            assert np.array_equal(image(flux), expected)
-    finally:
-        mx.enable_compile()
 
 
 def test_save_model_of_a_gated_pipeline(flux: Any, generate: Generate, tmp_path: Path) -> None:

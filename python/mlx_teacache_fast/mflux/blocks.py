@@ -3,7 +3,7 @@
 They are modules because an nn.Module keeps the place of a child only for another module.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,20 +32,36 @@ class Returns(StandIn):
         return self.output
 
 
+class Later(StandIn):
+    """Stands for a layer whose output only the blocks need: hands its input on, and the body calls the layer."""
+
+    def __init__(self, wrap: Callable[[mx.array], Any] = lambda given: given) -> None:
+        super().__init__()
+        self.keep(wrap=wrap)
+
+    def __call__(self, given: mx.array) -> Any:
+        return self.wrap(given)
+
+
 @contextmanager
-def replaced(transformer: Any, joint: list[Any], single: list[Any]) -> Iterator[None]:
-    """Until the end of the block, these stand for the transformer's blocks."""
+def replaced(transformer: Any, joint: list[Any], single: list[Any], **layers: Any) -> Iterator[None]:
+    """Until the end of the block, these stand for the transformer's blocks, and for other layers by name."""
     before = transformer.transformer_blocks, transformer.single_transformer_blocks
+    layers_before = {name: getattr(transformer, name) for name in layers}
     checkpointing = getattr(
         transformer, "gradient_checkpointing", False
     )  # of training; wants blocks that return arrays
     try:
         transformer.transformer_blocks, transformer.single_transformer_blocks = joint, single
+        for name, layer in layers.items():
+            setattr(transformer, name, layer)
         if checkpointing:
             transformer.gradient_checkpointing = False
         yield
     finally:
         transformer.transformer_blocks, transformer.single_transformer_blocks = before
+        for name, layer in layers_before.items():
+            setattr(transformer, name, layer)
         if checkpointing:
             transformer.gradient_checkpointing = checkpointing
 

@@ -26,7 +26,7 @@ from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 from mflux.models.flux.variants.txt2img.flux import Flux1
 
 from .. import ops
-from .blocks import ImageTokens, Returns, StandIn, replaced
+from .blocks import ImageTokens, Later, Returns, StandIn, replaced
 from .generation import Generation
 
 PIPELINES = (
@@ -110,6 +110,7 @@ class GatedStep:
         self._generation = generation
         self._joint_blocks = transformer.transformer_blocks
         self._single_blocks = transformer.single_transformer_blocks
+        self._context_embedder = transformer.context_embedder
         self._body: Any = None  # an ops.Body; with a plan, a compiled function
         self._arrays: list[mx.array] = []  # state, anchor, residual; with a plan, the residual
 
@@ -128,10 +129,11 @@ class GatedStep:
         samples = (controlnet_block_samples, controlnet_single_block_samples)
         joint = _JointBlocks()
         single = _SingleBlocks(joint, lambda *inputs: self._image_tokens(n_tokens, samples, *inputs))
-        with replaced(self._transformer, [joint], [single]):
+        with replaced(self._transformer, [joint], [single], context_embedder=Later()):  # which only the blocks need
             noise = forward(config=config, **arguments)
         if self._generation.is_over:  # mflux's memory saver frees the weights before it decodes the image
-            self._transformer = self._joint_blocks = self._single_blocks = self._body = None
+            self._transformer = self._joint_blocks = self._single_blocks = None
+            self._context_embedder = self._body = None
             self._arrays = []
         return noise
 
@@ -140,7 +142,7 @@ class GatedStep:
         n_tokens: int,
         samples: tuple[list[mx.array] | None, list[mx.array] | None],
         x: mx.array,
-        context: mx.array,
+        prompt: mx.array,
         time: mx.array,
         rotary: mx.array,
     ) -> mx.array:
@@ -148,7 +150,7 @@ class GatedStep:
         handle = self._generation.handle
         norm = self._joint_blocks[0].norm1
         modulation: mx.array = norm.linear(nn.silu(time))  # type: ignore[attr-defined]  # (B, 6 D), for gate and block
-        inputs = [x, context, time, rotary, modulation, *(s for part in samples for s in part or ())]
+        inputs = [x, prompt, time, rotary, modulation, *(s for part in samples for s in part or ())]
         gated = x if x.shape[1] == n_tokens else x[:, :n_tokens]
         if self._body is None:
             counts = [None if part is None else len(part) for part in samples]
@@ -197,7 +199,7 @@ class GatedStep:
         n_tokens: int,
         counts: list[int | None],
         x: mx.array,
-        context: mx.array,
+        prompt: mx.array,
         time: mx.array,
         rotary: mx.array,
         modulation: mx.array,
@@ -210,7 +212,7 @@ class GatedStep:
         transformer = self._transformer
         norm = self._joint_blocks[0].norm1
         linear = norm.linear
-        image = x
+        image, context = x, self._context_embedder(prompt)
         with replaced(transformer, self._joint_blocks, self._single_blocks):
             try:
                 norm.linear = Returns(modulation)
@@ -253,7 +255,9 @@ class _JointBlocks(StandIn):
         rotary_embeddings: Any,
     ) -> tuple[mx.array, mx.array]:
         self.keep(given=(hidden_states, encoder_hidden_states, text_embeddings, rotary_embeddings))
-        return encoder_hidden_states, mx.array(hidden_states)
+        n_text, n_channels = encoder_hidden_states.shape[1], hidden_states.shape[-1]
+        context = mx.zeros((hidden_states.shape[0], n_text, n_channels))  # joined on, which nobody reads
+        return context, mx.array(hidden_states)
 
 
 class _SingleBlocks(StandIn):

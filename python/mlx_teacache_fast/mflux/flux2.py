@@ -2,12 +2,13 @@
 
 While a step is traced, stand-ins take the place of the transformer's two lists of blocks. mflux's forward runs as it
 is: embeddings, modulation, rotary embeddings, tail and guidance are its own. The first stand-in notes what the joint
-blocks were given; the second one runs the gate and the branch, whose body is the real blocks of both lists.
+blocks were given; the second one runs the gate and the branch, whose body is the real blocks of both lists. Layers
+before the blocks that only the blocks need, for the text, are part of the body too: a skipped step leaves them out.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mflux.models.flux2.variants.edit.flux2_klein_edit import Flux2KleinEdit
@@ -16,7 +17,7 @@ from mflux.utils.apple_silicon import AppleSiliconUtil
 
 from .. import ops
 from ..errors import InternalStateError, TeaCacheValueError
-from .blocks import ImageTokens, StandIn, replaced
+from .blocks import ImageTokens, Later, StandIn, replaced
 from .generation import Generation
 
 PIPELINES = (Flux2Klein, Flux2KleinEdit)
@@ -41,11 +42,14 @@ class GatedSteps:
     def __init__(self, transformer: Any, generation: Generation) -> None:
         self._transformer: Any = transformer
         self._generation = generation
-        self._joint_blocks = transformer.transformer_blocks
-        self._single_blocks = transformer.single_transformer_blocks
-        self._bodies: list[
-            ops.Body
-        ] = []  # one for each branch of the guidance, if there is a key-value cache; else one
+        self._layers: Any = _Layers(
+            transformer.transformer_blocks,
+            transformer.single_transformer_blocks,
+            transformer.context_embedder,
+            transformer.double_stream_modulation_txt,
+            transformer.single_stream_modulation,
+        )
+        self._bodies: list[ops.Body] = []  # one for each branch of the guidance if there is a key-value cache, else one
         self._arrays: list[mx.array] = []
 
     def predict(self, inner: Predict) -> Predict:
@@ -96,7 +100,7 @@ class GatedSteps:
                 noise, self._arrays = (skip if uncompiled else compiled_skip)(self._arrays, kwargs)
                 self._generation.record("skipped")
             if self._generation.is_over:  # mflux's memory saver frees the weights before it decodes the image
-                self._transformer = self._joint_blocks = self._single_blocks = None
+                self._transformer = self._layers = None
                 self._bodies, self._arrays = [], []
             return noise
 
@@ -129,7 +133,7 @@ class GatedSteps:
                     threshold=handle.rel_l1_thresh,
                     calibrated_range=handle.calibrated_range,
                     max_consecutive_skips=handle.max_consecutive_skips,
-                    eps=self._joint_blocks[0].norm1.eps,
+                    eps=self._layers.joint_blocks[0].norm1.eps,
                 )
                 skip = ops.decide(state)
             out, residual = ops.branch(
@@ -154,9 +158,7 @@ class GatedSteps:
             if residuals is not None:
                 new_residuals.append(residuals[len(new_residuals)])
                 return inputs.gated + new_residuals[-1]
-            image, residual = _run_blocks(
-                self._joint_blocks, self._single_blocks, inputs.n_gated, inputs.kv_cache, *inputs.flat()
-            )
+            image, residual = _run_blocks(self._layers, inputs.n_gated, inputs.kv_cache, *inputs.flat())
             new_residuals.append(residual)
             return image
 
@@ -201,7 +203,7 @@ class GatedSteps:
             self._bodies.append(
                 ops.Body(
                     lambda *arrays, cache=inputs.kv_cache, n=inputs.n_gated: _run_blocks(
-                        self._joint_blocks, self._single_blocks, n, cache, *arrays
+                        self._layers, n, cache, *arrays
                     )
                 )
             )
@@ -211,7 +213,14 @@ class GatedSteps:
         # Reference images have their tokens behind those of the latents, and the pipeline cuts them off afterwards.
         joint = _JointBlocks()
         single = _SingleBlocks(joint, image_tokens, n_gated=kwargs["latents"].shape[1])
-        return replaced(self._transformer, [joint], [single])
+        return replaced(
+            self._transformer,
+            [joint],
+            [single],
+            context_embedder=Later(),
+            double_stream_modulation_txt=Later(),
+            single_stream_modulation=Later(lambda time: (time,)),  # mflux takes the first of its sets
+        )
 
 
 def _unexpected_calls(found: int, expected: int) -> InternalStateError:
@@ -226,10 +235,10 @@ class _BlockInputs:
     """What mflux gives its blocks."""
 
     x: mx.array  # image tokens (B, S, D)
-    context: mx.array  # text tokens (B, T, D)
+    prompt: mx.array  # text tokens (B, T, of the text encoder)
     image_modulation: tuple[Modulation, Modulation]  # attention, feed-forward
-    text_modulation: tuple[Modulation, Modulation]
-    single_modulation: Modulation
+    text_time: mx.array  # what the text's and the single blocks' modulations are made from: (B, D)
+    single_time: mx.array
     rotary: tuple[mx.array, mx.array]  # cos and sin of text and image positions
     kv_cache: Any  # of the reference images' tokens, or None
     n_gated: int  # image tokens whose output the pipeline uses: the first ones
@@ -240,34 +249,44 @@ class _BlockInputs:
 
     def flat(self) -> list[mx.array]:
         """The body's arguments; ``_run_blocks`` takes them apart."""
-        modulations = (*self.image_modulation, *self.text_modulation, self.single_modulation)
-        return [self.x, self.context, *(a for m in modulations for a in m), *self.rotary]
+        modulation = [a for m in self.image_modulation for a in m]
+        return [self.x, self.prompt, self.text_time, self.single_time, *self.rotary, *modulation]
 
 
-def _run_blocks(
-    joint_blocks: Sequence[Any], single_blocks: Sequence[Any], n_gated: int, kv_cache: Any, *flat: mx.array
-) -> list[mx.array]:
+class _Layers(NamedTuple):
+    """What the body is made of."""
+
+    joint_blocks: Sequence[Any]
+    single_blocks: Sequence[Any]
+    context_embedder: Any
+    text_modulation: Any
+    single_modulation: Any
+
+
+def _run_blocks(layers: _Layers, n_gated: int, kv_cache: Any, *flat: mx.array) -> list[mx.array]:
     """The body: all blocks, from ``_BlockInputs.flat``. Returns the image tokens, and what was added to ``x``.
 
     Block 0 normalises and modulates ``x`` itself, although the gate has done so: one more pass over ``x``, for which a
     computed step is mflux's to the last bit. The gate adds up the layer norm in another order.
     """
-    x, context, *rest = flat
-    image_attention, image_mlp, text_attention, text_mlp, single = (tuple(rest[i : i + 3]) for i in range(0, 15, 3))
-    rotary = tuple(rest[15:])
+    x, prompt, text_time, single_time, cosine, sine, *modulation = flat
+    rotary = cosine, sine
+    context = layers.context_embedder(prompt)
+    text_modulation = layers.text_modulation(text_time)
+    single = layers.single_modulation(single_time)[0]
     image = x
-    for i, block in enumerate(joint_blocks):
+    for i, block in enumerate(layers.joint_blocks):
         context, image = block(
             hidden_states=image,
             encoder_hidden_states=context,
-            temb_mod_params_img=(image_attention, image_mlp),
-            temb_mod_params_txt=(text_attention, text_mlp),
+            temb_mod_params_img=(tuple(modulation[:3]), tuple(modulation[3:])),
+            temb_mod_params_txt=text_modulation,
             image_rotary_emb=rotary,
             kv_cache=kv_cache,
             kv_cache_layer_idx=i,
         )
     tokens = mx.concatenate([context, image], axis=1)
-    for i, block in enumerate(single_blocks):
+    for i, block in enumerate(layers.single_blocks):
         tokens = block(
             hidden_states=tokens,
             temb_mod_params=single,
@@ -294,7 +313,9 @@ class _JointBlocks(StandIn):
         kv_cache_layer_idx: int | None = None,
     ) -> tuple[mx.array, mx.array]:
         self.keep(given=(hidden_states, encoder_hidden_states, temb_mod_params_img, temb_mod_params_txt))
-        return encoder_hidden_states, hidden_states
+        n_text, n_channels = encoder_hidden_states.shape[1], hidden_states.shape[-1]
+        context = mx.zeros((hidden_states.shape[0], n_text, n_channels))  # joined on, which nobody reads
+        return context, hidden_states
 
 
 class _SingleBlocks(StandIn):
@@ -307,15 +328,8 @@ class _SingleBlocks(StandIn):
     def __call__(
         self, hidden_states: mx.array, temb_mod_params: Any, image_rotary_emb: Any, kv_cache: Any = None, **_: Any
     ) -> Any:
-        x, context, image_modulation, text_modulation = self.joint.given
+        x, prompt, image_modulation, text_time = self.joint.given
         inputs = _BlockInputs(
-            x,
-            context,
-            image_modulation,
-            text_modulation,
-            temb_mod_params,
-            image_rotary_emb,
-            kv_cache,
-            self.n_gated,
+            x, prompt, image_modulation, text_time, temb_mod_params, image_rotary_emb, kv_cache, self.n_gated
         )
-        return ImageTokens(self.image_tokens(inputs), n_text=inputs.context.shape[1])
+        return ImageTokens(self.image_tokens(inputs), n_text=prompt.shape[1])
