@@ -1,47 +1,106 @@
-"""What one denoising step costs: mflux's compiled step, ours, and mlx-teacache's, on the embedded model.
+"""What one denoising step costs: mflux's compiled step, ours, and mlx-teacache's, of several sizes.
 
 Whole images through mflux's own generate_image, the kinds in turn and each time in another order, in several
 processes. A step's time ends when its latents are evaluated. The first step of an image traces and compiles and is left
 out. A ratio is that of two images of the same turn, each by its median step; printed are the median over all turns and
 the quartiles. bench_branch.py measures the conditional by itself.
 
+The limit of a computed step is mflux's own. That of a skipped step is mflux's step without its blocks: embeddings, all
+modulations, the last layers and the scheduler.
+
     python bench/bench_step.py
-    python bench/bench_step.py --device gpu --size 256 --guidance 4 --repetitions 3
+    python bench/bench_step.py --device gpu --models demo wide --size 256 --guidance 4
 """
 
+import argparse
 import json
 import statistics
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
 
 import common
 import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
 
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
 KINDS = {
     "mflux": "mflux's compiled step",
     "off": "ours, threshold 0",
     "computed": "ours, gated and computed",
-    "skipped": "ours, skipped",
     "peer computed": "mlx-teacache, gated and computed",
+    "no blocks": "mflux's step without its blocks",
+    "skipped": "ours, skipped",
+    "planned": "ours, skipped by a plan",
     "peer skipped": "mlx-teacache, skipped",
 }
+LIMITS = {kind: "no blocks" if kind in ("skipped", "planned", "peer skipped") else "mflux" for kind in KINDS}
+LIMITS["no blocks"] = "mflux"
 TURNS = len(KINDS)  # in each process; each kind has each place once
 ALWAYS_SKIP = (0.0, 0.0, 0.0, 0.0, 0.0)  # up to 8 in a row
 
+# Heads of 64 channels, joint and single blocks, text tokens; random weights, but for the demo model's own.
+MODELS = {"demo": None, "wide": (8, 1, 2, 64), "wider": (16, 1, 1, 64), "deep": (4, 5, 20, 64)}
 
-def measure(size: int, guidance: float, steps: int) -> list[dict[str, float]]:
+
+def pipeline(model: str) -> Any:
+    """The demo's pipeline with a transformer of this size."""
+    from mflux.models.flux2.model.flux2_transformer.transformer import Flux2Transformer
+
+    from mlx_teacache_fast import demo
+
+    flux = demo.pipeline()
+    if (shape := MODELS[model]) is not None:
+        heads, joint, single, flux.text_encoder.context = shape
+        mx.random.seed(0)
+        flux.transformer = Flux2Transformer(
+            num_layers=joint,
+            num_single_layers=single,
+            attention_head_dim=64,
+            num_attention_heads=heads,
+            joint_attention_dim=128,
+            axes_dims_rope=(16, 16, 16, 16),
+        )
+        mx.eval(flux.transformer.parameters())
+    return flux
+
+
+class Joint(nn.Module):  # type: ignore[misc, name-defined]
+    """Needs what a block needs, and does nothing."""
+
+    def __call__(self, hidden_states: Any, encoder_hidden_states: Any, **more: Any) -> Any:
+        needed = [more["temb_mod_params_img"], more["temb_mod_params_txt"], more["image_rotary_emb"]]
+        return mx.depends([encoder_hidden_states, hidden_states], [a for _, a in tree_flatten(needed)])
+
+
+class Single(nn.Module):  # type: ignore[misc, name-defined]
+    def __call__(self, hidden_states: Any, temb_mod_params: Any, **_: Any) -> Any:
+        return mx.depends(hidden_states, list(temb_mod_params))
+
+
+@contextmanager
+def without_blocks(flux: Any) -> Iterator[None]:
+    t = flux.transformer
+    blocks = t.transformer_blocks, t.single_transformer_blocks
+    t.transformer_blocks, t.single_transformer_blocks = [Joint()], [Single()]
+    try:
+        yield
+    finally:
+        t.transformer_blocks, t.single_transformer_blocks = blocks
+
+
+def measure(model: str, size: int, guidance: float, steps: int) -> list[dict[str, float]]:
     """Median seconds of a step of each kind, for each turn in this process."""
     from mlx_teacache import apply_teacache
 
     import mlx_teacache_fast as tc
-    from mlx_teacache_fast import demo
 
     warnings.simplefilter("ignore")
-    flux = demo.pipeline()
+    flux = pipeline(model)
+    plan = "1" + "0" * (steps - 1)
 
     class Clock:
         def call_before_loop(self, **_: Any) -> None:
@@ -75,6 +134,8 @@ def measure(size: int, guidance: float, steps: int) -> list[dict[str, float]]:
         "off": lambda: tc.apply(flux, rel_l1_thresh=0.0),
         "computed": lambda: tc.apply(flux, rel_l1_thresh=1e-9),
         "skipped": lambda: tc.apply(flux, rel_l1_thresh=1.0, coefficients=ALWAYS_SKIP),
+        "no blocks": lambda: without_blocks(flux),
+        "planned": lambda: tc.apply(flux, steps=plan),
         "peer computed": lambda: apply_teacache(flux, rel_l1_thresh=1e-9),
         "peer skipped": lambda: apply_teacache(flux, rel_l1_thresh=1.0, coefficients=ALWAYS_SKIP),
     }
@@ -85,46 +146,76 @@ def measure(size: int, guidance: float, steps: int) -> list[dict[str, float]]:
         seconds = {}
         for kind in order:
             times, step_kinds = image(contexts[kind]())
-            skipped = kind.endswith("skipped")
-            seconds[kind] = statistics.median(
-                t for t, k in zip(times, step_kinds, strict=True) if (k == "skipped") == skipped
-            )
+            skipped = kind in ("skipped", "planned", "peer skipped")
+            of_kind = [t for t, k in zip(times, step_kinds, strict=True) if (k == "skipped") == skipped]
+            seconds[kind] = statistics.median(of_kind[1:] if kind == "planned" else of_kind)  # its first one compiles
         if turn > 0:  # the first turn fills MLX's kernel cache
             turns.append(seconds)
     return turns
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=["demo", "wide", "wider", "deep"], help="default: %(default)s"
+    )
     parser.add_argument("--size", type=int, default=128, help="image side in pixels, a multiple of 16 (default 128)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="above 1 runs two branches a step (default 1)")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=(1.0, 4.0), help="above 1: two branches (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=8, help="of each image (default 8)")
     parser.add_argument("--repetitions", type=int, default=3, help="processes (default 3)")
+    parser.add_argument("--quick", action="store_true", help="the demo model, guidance 1, 2 processes")
     args = common.parse(parser)
+    if args.quick:
+        args.models, args.guidance, args.repetitions = ["demo"], [1.0], 2
+    if args.steps < 5 or args.size < 16 or args.size % 16 or args.repetitions < 1:
+        parser.error("--steps must be at least 5, --size a multiple of 16, --repetitions at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    cases = [(model, guidance) for model in args.models for guidance in args.guidance]
     if args.measure:
-        print("\n" + json.dumps(measure(args.size, args.guidance, args.steps)))
+        print("\n" + json.dumps([measure(model, args.size, guidance, args.steps) for model, guidance in cases]))
         return
 
-    runs: list[dict[str, float]] = [turn for turns in common.in_fresh_processes(args.repetitions) for turn in turns]
+    processes: list[list[list[dict[str, float]]]] = common.in_fresh_processes(args.repetitions)
     from mflux.utils.apple_silicon import AppleSiliconUtil
 
-    tokens = (args.size // 16) ** 2
     common.print_header(*DISTRIBUTIONS)
-    print(f"demo model, float32, S = {tokens}, D = 256, guidance {args.guidance:g}, {len(runs)} turns")
     if AppleSiliconUtil.is_m1_or_m2():
         print("note: mflux does not compile its step on this chip; what is called compiled below runs eagerly")
-    lines = [["step", "ms", "to mflux", "quartiles"]]
+    tokens = (args.size // 16) ** 2
     rows = []
-    for kind, name in KINDS.items():
-        ratios = [run[kind] / run["mflux"] for run in runs]
-        ms = 1e3 * statistics.median(run[kind] for run in runs)
-        lines.append([name, f"{ms:.2f}", *common.quartiles(ratios, 3)])
-        rows.append({"kind": kind, "ms": ms, "to_mflux": ratios})
-    print()
-    common.print_table(lines, left=1)
-    print("\nThe limit of a computed step is 1.000: mflux's own work.")
-    shape = {"tokens": tokens, "channels": 256, "dtype": "float32", "guidance": args.guidance}
-    common.write_json(args, shape | {"rows": rows}, *DISTRIBUTIONS)
+    for i, (model, guidance) in enumerate(cases):
+        transformer = pipeline(model).transformer
+        n_blocks = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+        shape = {"model": model, "guidance": guidance, "tokens": tokens, "channels": transformer.inner_dim}
+        shape |= {"joint_blocks": n_blocks[0], "single_blocks": n_blocks[1], "dtype": "float32"}
+        print(
+            f"\n{model}: S = {tokens}, D = {shape['channels']}, {n_blocks[0]} + {n_blocks[1]} blocks, float32, "
+            f"guidance {guidance:g}; {args.repetitions} processes with {TURNS} turns each"
+        )
+        lines = [["step", "ms", "to mflux", "quartiles", "to its limit", "quartiles"]]
+        for kind, name in KINDS.items():
+            to_mflux, to_limit = (
+                common.summary([[turn[kind] / turn[limit] for turn in process[i]] for process in processes])
+                for limit in ("mflux", LIMITS[kind])
+            )
+            ms = 1e3 * statistics.median(turn[kind] for process in processes for turn in process[i])
+            cells = []
+            for ratio, is_known in ((to_mflux, kind == "mflux"), (to_limit, LIMITS[kind] == "mflux")):
+                quartiles = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+                cells += ["", ""] if is_known else [common.ratio_cell(ratio, 3), quartiles]
+            lines.append([name, f"{ms:.2f}", *cells])
+            rows.append(shape | {"kind": kind, "ms": ms, "to_mflux": to_mflux, "to_limit": to_limit})
+        common.print_table(lines, left=1)
+    print(
+        "\nA computed step's limit is mflux's, a skipped one's mflux's without blocks. In (brackets): too noisy to quote."
+    )
+    common.write_json(args, {"repetitions": args.repetitions, "rows": rows}, *DISTRIBUTIONS)
 
 
 if __name__ == "__main__":
