@@ -212,9 +212,7 @@ def main() -> None:
             lines.append([name, f"{ms:.2f}", *cells])
             rows.append(shape | {"kind": kind, "ms": ms, "to_mflux": to_mflux, "to_limit": to_limit})
         common.print_table(lines, left=1)
-    print(
-        "\nA computed step's limit is mflux's, a skipped one's mflux's without blocks. In (brackets): too noisy to quote."
-    )
+    print("\nA computed step's limit is mflux's, a skipped one's mflux's without its blocks. In (brackets): too noisy.")
     common.write_json(args, {"repetitions": args.repetitions, "rows": rows}, *DISTRIBUTIONS)
 
 

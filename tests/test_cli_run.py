@@ -28,7 +28,7 @@ from PIL import Image
 from test_cli import COMMAND, LISTEN, Result, run
 
 import mlx_teacache_fast
-from mlx_teacache_fast import VARIANTS, Trace, demo, variants
+from mlx_teacache_fast import VARIANTS, Trace, cli, demo, variants
 from mlx_teacache_fast.mflux import commands, patch
 
 GENERATE = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt", "red apple"]
@@ -153,7 +153,7 @@ def test_like_a_picture(tmp_path, weights):
 
     result = run("info", first)
     assert result.code == 0
-    assert result.out.splitlines()[1].split() == ["steps", said.steps]
+    assert result.out.splitlines()[2].split() == ["steps", said.steps]
 
     result = run("run", "--like", first, "--skip-last", 1, "--", "mflux-generate-flux2")
     assert result.code == 2
@@ -162,11 +162,63 @@ def test_like_a_picture(tmp_path, weights):
     )
 
 
-def test_commands_that_take_metadata(no_weights):
-    """``TAKING_METADATA`` is what mflux's parsers say."""
-    for name in set(commands.COMMANDS) & set(commands.scripts()):
+def test_like_an_image_to_image_picture(tmp_path, weights, monkeypatch, photo):
+    """Its input is found beside the picture; a picture of another pipeline, and an input that is gone, are refused."""
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    Path("photo.png").write_bytes(photo.read_bytes())
+    command = [*GENERATE, *SMALL, "--steps", 12, "--image-path", "photo.png", "--image-strength", 0.3]
+    assert run("run", "--threshold", 0.4, "--", *command, "--output", "a.png").code == 0
+    monkeypatch.chdir(tmp_path)
+    result = run("run", "--like", "in/a.png", "--", GENERATE[0], "--output", "b.png")
+    assert result.code == 0, result.err
+    np.testing.assert_array_equal(np.asarray(Image.open("in/a.png")), np.asarray(Image.open("b.png")))
+
+    result = run("run", "--like", "in/a.png", "--", "mflux-generate-flux2-edit", "--image-paths", "in/photo.png")
+    assert result.code == 2
+    assert result.err.endswith("the picture was made by Flux2Klein, and this command runs Flux2KleinEdit\n")
+
+    Path("in/photo.png").unlink()
+    result = run("run", "--like", "in/a.png", "--", GENERATE[0])
+    assert result.code == 2
+    assert result.err == (
+        "mlx-teacache-fast run: error: the picture was made from photo.png, which is not there: "
+        "give it with --image-path\n"
+    )
+
+
+def test_like_with_a_command_that_takes_no_metadata(tmp_path, weights, no_weights):
+    record = {"settings": {"rel_l1_thresh": 0.4}, "steps": "101", "variant_id": "flux1-dev", "pipeline": "Flux1Fill"}
+    record |= {"scheduler": "linear", "versions": {"mlx_teacache_fast": "0.0.1"}}
+    path = tmp_path / "a.metadata.json"
+    path.write_text(json.dumps({"prompt": "x", "mlx_teacache_fast": record}))
+    result = run("run", "--like", path, "--", "mflux-generate-fill", "--help")
+    assert result.err.splitlines() == [
+        "mlx-teacache-fast: warning: version 0.0.1 of this package made the picture, and "
+        f"{mlx_teacache_fast.__version__} may decide otherwise: --plan 101 repeats its steps",
+        "mlx-teacache-fast: warning: mflux-generate-fill takes from a picture only how it is gated: give prompt, "
+        "model, seed, steps and size yourself",
+    ]
+
+
+def test_commands_that_repeat_a_picture():
+    """``REPEATING`` is what mflux's parsers say, but for one."""
+    for name in set(commands.COMMANDS) & set(commands.scripts()) - {"mflux-generate-in-context"}:
         source = inspect.getsource(importlib.import_module(commands.scripts()[name].module))
-        assert ("supports_metadata_config=True" in source) == (name in commands.TAKING_METADATA), name
+        assert ("supports_metadata_config=True" in source) == (name in commands.REPEATING), name
+
+
+def test_the_trace_is_written_before_anything_is_printed(tmp_path, weights, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    command = [*GENERATE, *SMALL, "--steps", "5", "--output", str(tmp_path / "x.png")]
+    code = cli.main(["run", "--trace", str(tmp_path / "t.json"), "--", *command])
+    monkeypatch.undo()
+    assert code == 1
+    assert len(Trace.from_json(tmp_path / "t.json").generations) == 1
 
 
 def test_threshold_0_is_mflux_s_picture(tmp_path, weights):
@@ -201,6 +253,12 @@ def test_flux1(tmp_path, monkeypatch):
     ("own", "command", "message"),
     [
         ([], ["mflux-generate", "--model", "dev", "--steps", 2], "leave no step to gate: the schedule has 2 active"),
+        ([], ["mflux-generate-kontext", "--image-path", "x.png", "--steps", 2], "the schedule has 2 active"),
+        (
+            [],
+            [*GENERATE[:3], "--steps", 4, "--image-path", "x.png", "--image-strength", 0.9],
+            "the schedule has 1 active of num_inference_steps=4",
+        ),
         (["--skip-last", 9], [*GENERATE[:3], "--steps", 10], "leave no step to gate: the schedule has 10 active"),
         (["--plan", "1010"], [*GENERATE[:3], "--steps", 5], "steps plans 4 steps and the schedule has 5 active"),
     ],
@@ -645,7 +703,7 @@ def test_run_s_defaults_are_apply_s(monkeypatch):
     """Options that are not given are left to ``apply``, and the help says what it does then."""
     seen = []
     monkeypatch.setattr(commands, "find", lambda name: lambda: 0)
-    monkeypatch.setattr(commands, "gating", lambda options, _: contextlib.nullcontext(seen.append(options)))
+    monkeypatch.setattr(commands, "gating", lambda options, *_, **__: contextlib.nullcontext(seen.append(options)))
     assert run("run", "--", "mflux-generate").code == 0
     assert seen == [{"save_metadata": True}]
     defaults = {name: p.default for name, p in inspect.signature(mlx_teacache_fast.apply).parameters.items()}

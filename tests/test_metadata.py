@@ -1,7 +1,9 @@
 """A picture says how it was gated, and that repeats it: files as mflux writes them."""
 
 import json
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ def test_a_picture_repeats(flux: Any, tmp_path: Path, settings: dict[str, Any]) 
     assert said == tc.read_metadata(tmp_path / "a.metadata.json")
     assert said.settings == handle.settings
     assert settings.items() <= said.settings.items()
-    assert said.variant_id == "flux2-klein-base-4b"
+    assert (said.variant_id, said.pipeline) == ("flux2-klein-base-4b", "TinyKlein")
     assert [step == "0" for step in said.steps] == [s.kind == "skipped" for s in handle.stats.finished[0].steps]
     assert said.versions["mlx_teacache_fast"] == tc.__version__
     assert (said.mflux["prompt"], said.mflux["seed"], said.mflux["steps"]) == ("red apple", 3, 14)
@@ -78,9 +80,11 @@ def test_without(flux: Any, tmp_path: Path) -> None:
     flux.generate_image(**RUN).save(tmp_path / "plain.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     (tmp_path / "text.png").write_text("not a picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "odd.png", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x09")  # cut off
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "other.json").write_text("[]")
     (tmp_path / "text.json").write_text("not JSON")
-    for name in ("silent.png", "plain.png", "other.png", "text.png", "other.json", "text.json"):
+    for name in ("silent.png", "plain.png", "other.png", "text.png", "odd.png", "other.json", "text.json", "deep.json"):
         with pytest.raises(tc.TeaCacheValueError) as caught:
             tc.read_metadata(tmp_path / name)
         assert str(caught.value) == (
@@ -89,6 +93,48 @@ def test_without(flux: Any, tmp_path: Path) -> None:
     for missing in ("missing.png", "missing.json"):
         with pytest.raises(FileNotFoundError):
             tc.read_metadata(tmp_path / missing)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_other_formats_and_languages(flux: Any, tmp_path: Path, suffix: str) -> None:
+    prompt = "red apple, pomme, リンゴ\nред"
+    with tc.apply(flux):
+        flux.generate_image(**RUN | dict(prompt=prompt)).save(tmp_path / f"a{suffix}")
+    said = tc.read_metadata(tmp_path / f"a{suffix}")
+    assert said.mflux["prompt"] == prompt
+    assert "prompt red apple, pomme, リンゴ ред" in [" ".join(line.split()) for line in str(said).splitlines()]
+
+
+@pytest.mark.parametrize("image", [None, [1, 2], SimpleNamespace(generation_parameters=None)], ids=str)
+def test_a_picture_of_another_kind_is_not_lost(flux: Any, image: Any) -> None:
+    """As from somebody who wrapped ``generate_image`` before."""
+    own = flux.generate_image
+    flux.generate_image = lambda **arguments: own(**arguments) and image
+    try:
+        with tc.apply(flux) as handle:
+            assert flux.generate_image(**RUN) is image
+        assert handle.stats.generations == 1
+    finally:
+        del flux.generate_image
+
+
+def test_a_picture_is_not_lost_to_bookkeeping(
+    flux: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(tc.metadata, "add_to", fail)
+    with tc.apply(flux) as handle:
+        with pytest.warns(tc.TeaCacheWarning) as warned:
+            assert flux.generate_image(**RUN) is not None
+        assert str(warned[-1].message) == "this generation is not counted: OSError('no')"
+        assert warned[-1].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert flux.generate_image(**RUN) is not None
+        assert "this generation is not counted: OSError('no')\n" in capsys.readouterr().err
+    assert handle.stats.generations == 0
 
 
 def test_no_step_at_all(flux: Any, photo: Path, tmp_path: Path) -> None:
@@ -112,6 +158,7 @@ def test_no_step_at_all(flux: Any, photo: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_understood(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
     path = tmp_path / "a.json"
     record = dict(settings={"rel_l1_thresh": 0.2}, steps="101", versions={"mlx": "0"}, variant_id="flux1-dev") | change
+    record = {"pipeline": "Flux1", "scheduler": "linear"} | record
     path.write_text(json.dumps({"mlx_teacache_fast": {k: v for k, v in record.items() if v is not ...}}))
     with pytest.raises(tc.TeaCacheValueError) as caught:
         tc.read_metadata(path)

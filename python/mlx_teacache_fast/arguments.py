@@ -50,9 +50,9 @@ def plan(value: object) -> tuple[bool, ...]:
     entries = []
     if isinstance(value, str):
         entries = [{"0": 0, "1": 1}.get(e, 2) for e in value]
-    elif isinstance(value, Sequence):
+    else:
         try:
-            entries = [operator.index(e) for e in value]
+            entries = [operator.index(e) for e in cast(Any, value)]
         except TypeError:
             entries = []
     if not entries or set(entries) - {0, 1}:

@@ -39,6 +39,8 @@ examples:
 exit code: 0 known, also where gating does not help; 1 failed; 2 unknown model or bad input
 """
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".json")  # .json: mflux's .metadata.json
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
@@ -73,8 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
     with quiet_logging():
         require_mflux()
         from .mflux import models
-    if arguments.model is not None and Path(arguments.model).is_file():
-        print(read_metadata(arguments.model))
+    if arguments.model is not None and (picture := Path(arguments.model)).suffix.lower() in PICTURES:
+        if arguments.steps is not None or arguments.base_model is not None:
+            raise TeaCacheValueError("--steps and --base-model are about a model, not a picture")
+        print(read_metadata(picture))
     elif arguments.model is None:
         print(f"mflux's pipelines, and the models that each can be gated with:\n\n{supported()}\n\n{_overview()}")
     else:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .cli_common import (
 )
 from .errors import TeaCacheError, TeaCacheValueError
 from .handle import Handle
-from .metadata import read_metadata
+from .metadata import KEY, read_metadata
 from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_THRESHOLD
 
 DESCRIPTION = """\
@@ -126,8 +127,9 @@ def add_parser(commands: Any) -> None:
         "--like",
         metavar="PICTURE",
         type=Path,
-        help="repeat how a gated PICTURE was made, or its .metadata.json: the options above, and where COMMAND has "
-        "--config-from-metadata also prompt, model, seed, steps and size. What you give after COMMAND takes precedence",
+        help="repeat how a gated PICTURE was made (or its .metadata.json): the options above and, with mflux-generate, "
+        "-flux2, -flux2-edit, -kontext and -redux, also prompt, model, seed, steps and size, like mflux's "
+        "--config-from-metadata, which knows nothing of the gate. What you give after COMMAND takes precedence",
     )
     parser.add_argument(
         "--no-metadata", action="store_true", help="pictures do not say in their metadata how they were gated"
@@ -165,20 +167,27 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.plan,
     )
     options = {name: value for name, value in given.items() if value is not None}
-    like = None
+    like, folder = None, Path()
     if arguments.like is not None:
         if options:
             raise TeaCacheValueError("--like has all options of the gate: leave out either it or them")
         like = read_metadata(arguments.like)
         options = dict(like.settings)
+        folder = arguments.like.parent
+        if (made_with := like.versions.get(KEY)) != (here := version("mlx-teacache-fast")):
+            print(
+                f"{PROG}: warning: version {made_with} of this package made the picture, and {here} may decide "
+                f"otherwise: --plan {like.steps} repeats its steps",
+                file=sys.stderr,
+            )
     options["save_metadata"] = not arguments.no_metadata
     handles: list[Handle] = []
     try:
         with (
-            commands.called_as(arguments.mflux),
-            commands.with_options_of(like),
-            commands.gating(options, handles),
             warnings_in_one_line(),
+            commands.called_as(arguments.mflux),
+            commands.with_options_of(like, folder),
+            commands.gating(options, handles, only=None if like is None else like.pipeline),
         ):
             return int(command() or 0)  # None, as all of them return, is 0; --help and argparse raise SystemExit
     except TeaCacheError:
@@ -195,12 +204,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _report(handles: Sequence[Handle], trace: Path | None, *, force: bool) -> None:
     """Also after an error or Ctrl-C: earlier pictures of the same command are finished."""
     finished = [handle for handle in handles if handle.stats.generations > 0]
-    for handle in finished:
-        print(f"\n{handle.summary()}")
-    for i, handle in enumerate(finished if trace is not None else ()):
+    written = []
+    for i, handle in enumerate(finished if trace is not None else ()):  # first: stdout may be closed
         assert trace is not None
         path = trace if i == 0 else trace.with_stem(f"{trace.stem}-{i + 1}")  # mflux's commands make one pipeline
         handle.trace.to_json(path, force=force)
+        written.append(path)
+    for handle in finished:
+        print(f"\n{handle.summary()}")
+    for path in written:
         print(f"wrote {path}")
 
 

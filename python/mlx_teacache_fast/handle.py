@@ -165,8 +165,8 @@ def apply(
         max_skips: So many steps of a generation are skipped at most. Default: no limit.
         steps: Which active steps compute (1) and which are skipped (0), for example ``"110101001"`` or a list: nothing
             is measured and no decision is read. Thresholds, limits and forced steps have no place beside it.
-        save_metadata: Pictures that mflux saves say in their metadata how they were gated, so that ``read_metadata``
-            can repeat it.
+        save_metadata: Pictures that mflux saves as PNG, JPEG or WebP say in their metadata how they were gated, for
+            ``read_metadata``.
 
     Returns:
         Handle: Use it as a context manager, or call its ``restore()``.
@@ -183,12 +183,16 @@ def apply(
     consecutive = arguments.consecutive_skips(max_consecutive_skips)
     most = None if max_skips is None else arguments.step_count("max_skips", max_skips)
     plan = None if steps is None else arguments.plan(steps)
+    if not isinstance(save_metadata, bool):
+        raise TeaCacheValueError(f"save_metadata must be True or False, got {save_metadata!r}")
     if plan is not None:
         limits = (
             ("rel_l1_thresh", rel_l1_thresh is not None),
             ("coefficients", coefficients is not None),
             ("max_skips", max_skips is not None),
             ("max_consecutive_skips", consecutive != DEFAULT_MAX_CONSECUTIVE_SKIPS),
+            ("skip_first_n_steps", first != 1),
+            ("skip_last_n_steps", last != 1),
         )
         if given := [name for name, is_given in limits if is_given]:
             raise TeaCacheValueError(f"steps plans every step, and {', '.join(given)} cannot count: leave out either")
@@ -236,7 +240,7 @@ def apply(
         max_consecutive_skips=consecutive,
         max_skips=most,
         plan=plan,
-        save_metadata=bool(save_metadata),
+        save_metadata=save_metadata,
     )
     patch.warn_if_untested()
     patch.Patch(flux, handle)

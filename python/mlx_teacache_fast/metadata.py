@@ -3,13 +3,16 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from . import arguments
 from .errors import TeaCacheValueError
 from .stats import GenerationStats
+
+if TYPE_CHECKING:
+    from .handle import Handle
 
 KEY = "mlx_teacache_fast"  # in mflux's metadata, which is JSON in a picture's EXIF and in .metadata.json files
 
@@ -24,39 +27,44 @@ class Metadata:
             ``apply(flux, steps=steps)`` repeats just that, also where another machine's rounding would decide
             differently.
         variant_id: The model whose coefficients were in use.
+        pipeline: mflux's class.
         versions: Of this package, MLX and mflux, by their names.
-        mflux: What mflux says of the picture: prompt, seed, steps, guidance, ...
+        mflux: What mflux says of the picture: prompt, seed, steps, guidance, ... ; and the scheduler, of which it says
+            nothing in FLUX.1's pictures.
     """
 
     settings: dict[str, Any]
     steps: str
     variant_id: str
+    pipeline: str
     versions: dict[str, str]
     mflux: dict[str, Any] = field(repr=False)
 
     def __str__(self) -> str:
-        rows = {"variant": self.variant_id, "steps": self.steps, "skipped": f"{self.steps.count('0')}"}
-        rows["skipped"] += f" of {len(self.steps)}"
+        rows = {"pipeline": self.pipeline, "variant": self.variant_id}
+        rows |= {"steps": self.steps, "skipped": f"{self.steps.count('0')} of {len(self.steps)}"}
         rows |= {name: str(value) for name, value in self.settings.items() if name != "steps"}
-        rows |= {"versions": ", ".join(f"{name} {version}" for name, version in self.versions.items())}
-        known = ("prompt", "negative_prompt", "model", "seed", "guidance", "width", "height", "image_path")
-        rows |= {name: str(self.mflux[name]) for name in known if self.mflux.get(name) is not None}
+        rows["versions"] = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        said_above = {"steps", "mflux_version"}
+        rows |= {n: str(v) for n, v in self.mflux.items() if v is not None and n not in said_above}
         width = max(map(len, rows)) + 2
-        return "\n".join(f"{name.ljust(width)}{value}" for name, value in rows.items())
+        return "\n".join(f"{name.ljust(width)}{' '.join(value.split())}" for name, value in rows.items())
 
 
-def add_to(image: Any, settings: dict[str, Any], variant_id: str, generation: GenerationStats) -> None:
+def add_to(image: Any, handle: "Handle", generation: GenerationStats, *, pipeline: str, scheduler: str | None) -> None:
     """Have mflux write, whenever it saves ``image`` (a ``GeneratedImage``), how it was gated."""
     from . import __version__
 
     record = {
-        "variant_id": variant_id,
-        "settings": settings,
+        "variant_id": handle.variant_id,
+        "pipeline": pipeline,
+        "scheduler": scheduler,
+        "settings": handle.settings,
         "steps": arguments.plan_text(tuple(step.kind != "skipped" for step in generation.steps)),
         "versions": {KEY: __version__, "mlx": mx.__version__},  # type: ignore[attr-defined]
     }
-    if hasattr(image, "generation_parameters"):
-        image.generation_parameters[KEY] = record
+    if isinstance(parameters := getattr(image, "generation_parameters", None), dict):
+        parameters[KEY] = record
     elif hasattr(image, "_get_metadata"):  # mflux 0.20; anything else is not mflux's picture
         own = image._get_metadata
         image._get_metadata = lambda: own() | {KEY: record}
@@ -79,13 +87,15 @@ def read_metadata(path: str | Path) -> Metadata:
     if record is None:
         raise TeaCacheValueError(f"{path} does not say that it was made with gating: it has no {KEY!r} metadata")
     try:
+        own = {name: value for name, value in data.items() if name != KEY}
         versions = {str(name): str(version) for name, version in record["versions"].items()}
         return Metadata(
             settings=_settings(record["settings"]),
             steps=arguments.plan_text(arguments.plan(record["steps"])) if record["steps"] else "",
             variant_id=str(record["variant_id"]),
+            pipeline=str(record["pipeline"]),
             versions=versions | {"mflux": str(data.get("mflux_version"))},
-            mflux={name: value for name, value in data.items() if name != KEY},
+            mflux={"scheduler": record["scheduler"]} | own,
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TeaCacheValueError(f"{path} has {KEY!r} metadata that cannot be understood: {error!r}") from error
@@ -94,7 +104,7 @@ def read_metadata(path: str | Path) -> Metadata:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # not JSON, or not even UTF-8
+    except (ValueError, RecursionError):  # not JSON, or not even UTF-8
         return None
 
 
@@ -105,7 +115,11 @@ def _exif(path: Path) -> Any:
     from mflux.utils.metadata_reader import MetadataReader
 
     with path.open("rb"):  # mflux says of a missing file only that it has no metadata
+        pass
+    try:
         return MetadataReader.read_exif_metadata(path)
+    except Exception:  # of other programs' metadata: struct.error, RecursionError, ...
+        return None
 
 
 def _settings(record: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mflux.cli.parser.parsers import CommandLineParser
+from mflux.models.common.config.config import Config
 
 from .. import arguments
 from ..errors import TeaCacheValueError, TeaCacheWarning
@@ -38,15 +39,25 @@ COMMANDS = (
     "mflux-upscale-controlnet",
 )
 
-# Of these, the ones with mflux's option --config-from-metadata.
-TAKING_METADATA = (
+# Of these, the ones whose pictures mflux's option --config-from-metadata repeats. (mflux-generate-in-context has the
+# option, but writes twice the width and takes its image on the command line only.)
+REPEATING = (
     "mflux-generate",
     "mflux-generate-flux2",
     "mflux-generate-flux2-edit",
-    "mflux-generate-in-context",
     "mflux-generate-kontext",
     "mflux-generate-redux",
 )
+
+# What --config-from-metadata takes paths from, and the options that replace them.
+_PATHS = {
+    "image_path": ("--image-path",),
+    "image_paths": ("--image-paths",),
+    "redux_image_paths": ("--redux-image-paths",),
+}
+
+# Whose pipelines leave steps out in image-to-image.
+_IMAGE_TO_IMAGE = ("mflux-generate", "mflux-generate-flux2")
 
 _OF_A_SCHEDULE = ("rel_l1_thresh", "skip_first_n_steps", "skip_last_n_steps")
 
@@ -96,29 +107,53 @@ def called_as(command_line: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def with_options_of(like: Metadata | None) -> Iterator[None]:
-    """Until the end of the block, the command in ``sys.argv`` takes what it is not given from a picture's metadata."""
+def with_options_of(like: Metadata | None, folder: Path) -> Iterator[None]:
+    """Until the end of the block, the command in ``sys.argv`` takes what it is not given from a picture's metadata.
+
+    Args:
+        like: Its metadata; None for no picture.
+        folder: The picture's, where its own input pictures are looked for too.
+
+    Raises:
+        TeaCacheValueError: An input picture is not there any more.
+    """
     if like is None:
         yield
         return
-    if (name := sys.argv[0]) not in TAKING_METADATA:
+    name, *given = sys.argv
+    if name not in REPEATING:
         warnings.warn(
-            f"{name} has no --config-from-metadata: prompt, model, seed, steps and size are as you give them",
+            f"{name} takes from a picture only how it is gated: give prompt, model, seed, steps and size yourself",
             category=TeaCacheWarning,
             stacklevel=2,
         )
         yield
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "like.json"
-        path.write_text(json.dumps(like.mflux), encoding="utf-8")
-        with called_as([name, "--config-from-metadata", str(path), *sys.argv[1:]]):
+    settings = dict(like.mflux)
+    for key, options in _PATHS.items():
+        if settings.get(key) and not any(argument.startswith(options) for argument in given):
+            paths = settings[key]
+            found = [_found(path, folder, options[0]) for path in ([paths] if isinstance(paths, str) else paths)]
+            settings[key] = found[0] if isinstance(paths, str) else found
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "like.json"
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        with called_as([name, "--config-from-metadata", str(path), *given]):
             yield
 
 
+def _found(path: str, folder: Path, option: str) -> str:
+    for place in (Path(path), folder / path):
+        if place.is_file():
+            return str(place)
+    raise TeaCacheValueError(f"the picture was made from {path}, which is not there: give it with {option}")
+
+
 @contextmanager
-def gating(options: Mapping[str, Any], handles: list[Handle]) -> Iterator[None]:
+def gating(options: Mapping[str, Any], handles: list[Handle], only: str | None = None) -> Iterator[None]:
     """Until the end of the block, every FLUX pipeline that is made is gated; its handle is added to ``handles``.
+
+    With ``only``, pipelines of other classes are refused.
 
     A command of mflux makes its pipeline and uses it in one function, and no hook of mflux lies between. So
     ``__init__`` of the classes is wrapped for that time: the one place where classes are changed, not instances, and
@@ -133,7 +168,7 @@ def gating(options: Mapping[str, Any], handles: list[Handle]) -> Iterator[None]:
         for family in patch.FAMILIES:
             for pipeline in family.PIPELINES:
                 undo.callback(setattr, pipeline, "__init__", pipeline.__init__)
-                pipeline.__init__ = _gated_from_the_start(pipeline, options, handles)
+                pipeline.__init__ = _gated_from_the_start(pipeline, options, handles, only)
         yield
 
 
@@ -145,20 +180,28 @@ def _checked(parse_args: Any, options: Mapping[str, Any]) -> Callable[..., Any]:
     @functools.wraps(parse_args)
     def checked(*args: Any, **kwargs: Any) -> Any:
         namespace = parse_args(*args, **kwargs)
-        # How many steps image-to-image leaves out is known to its pipeline only.
-        if namespace.steps is not None and getattr(namespace, "image_path", None) is None:
-            arguments.check_schedule(namespace.steps, namespace.steps, **settings)
+        if (steps := namespace.steps) is not None:
+            left_out = 0
+            if sys.argv[0] in _IMAGE_TO_IMAGE:
+                strength = getattr(namespace, "image_strength", None)
+                config = Config(None, steps, image_path=namespace.image_path, image_strength=strength)
+                left_out = config.init_time_step
+            arguments.check_schedule(max(0, steps - left_out), steps, **settings)
         return namespace
 
     return checked
 
 
-def _gated_from_the_start(pipeline: Any, options: Mapping[str, Any], handles: list[Handle]) -> Callable[..., None]:
+def _gated_from_the_start(
+    pipeline: Any, options: Mapping[str, Any], handles: list[Handle], only: str | None
+) -> Callable[..., None]:
     original = pipeline.__init__
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if only not in (None, type(self).__name__):
+            raise TeaCacheValueError(f"the picture was made by {only}, and this command runs {type(self).__name__}")
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
         config = given.arguments.get("model_config")

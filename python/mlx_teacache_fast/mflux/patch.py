@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -218,23 +219,35 @@ class Patch:
                     image = original(*args, **kwargs)
             else:
                 image = original(*args, **kwargs)
-            generation: Generation | None = self._generation
-            if generation is not None and generation.index == generation.num_steps:
-                handle, stats = self._handle, generation.stats(perf_counter() - started)
-                handle.stats.commit(stats)
-                if handle.save_metadata:
-                    metadata.add_to(image, handle.settings, handle.variant_id, stats)
-            elif generation is not None:
-                warnings.warn(
-                    f"this generation is not counted: {generation.index} of its {generation.num_steps} steps went "
-                    "through the gate (was the transformer replaced in a callback?)",
-                    category=TeaCacheWarning,
-                    stacklevel=3,
-                )
+            self._account(flux, image, perf_counter() - started)
             return image
         finally:
             self._generation, self._steps = enclosing
             self._is_awaited = False
+
+    def _account(self, flux: Any, image: Any, seconds: float) -> None:
+        """Statistics and metadata of a finished picture, which is not lost, whatever happens here."""
+        generation = self._generation
+        if generation is None:
+            return
+        try:
+            if generation.index == generation.num_steps:
+                stats = generation.stats(seconds)
+                if self._handle.save_metadata:
+                    scheduler = getattr(generation.config, "_scheduler_str", None)
+                    metadata.add_to(image, self._handle, stats, pipeline=type(flux).__name__, scheduler=scheduler)
+                self._handle.stats.commit(stats)
+                return
+            message = (
+                f"this generation is not counted: {generation.index} of its {generation.num_steps} steps went "
+                "through the gate (was the transformer replaced in a callback?)"
+            )
+        except Exception as error:
+            message = f"this generation is not counted: {error!r}"
+        try:
+            warnings.warn(message, category=TeaCacheWarning, stacklevel=4)  # the caller of generate_image
+        except TeaCacheWarning:  # where warnings are errors
+            print(message, file=sys.stderr)
 
     def call_before_loop(self, config: Any, **_: Any) -> None:
         """mflux's callback: the schedule is known now."""
