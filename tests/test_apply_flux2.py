@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.lora.layer.linear_lora_layer import LoRALinear
+from mflux.models.common.lora.mapping.lora_saver import LoRASaver
 from mlx import nn
 from mlx.utils import tree_flatten
 
@@ -827,7 +828,7 @@ def with_lora(transformer: Any) -> None:
         setattr(module, name, layer)
 
 
-@pytest.mark.parametrize("change", [4, 8, "lora", "lora, 4 bits"])
+@pytest.mark.parametrize("change", [4, 8, "baked lora", "lora", "lora, 4 bits"])
 def test_quantised_and_with_lora(change: int | str) -> None:
     """Changed while gated; computed and skipped steps as those of a pipeline that was changed before.
 
@@ -839,7 +840,9 @@ def test_quantised_and_with_lora(change: int | str) -> None:
     def changed(flux: Any) -> Any:
         if isinstance(change, str):
             with_lora(flux.transformer)
-        if change != "lora":
+        if change == "baked lora":
+            LoRASaver.bake_and_strip_lora(flux.transformer)
+        elif change != "lora":
             nn.quantize(flux.transformer, group_size=64, bits=change if isinstance(change, int) else 4)
         mx.eval(flux.parameters())
         return flux
@@ -855,6 +858,29 @@ def test_quantised_and_with_lora(change: int | str) -> None:
         assert np.array_equal(image(changed(flux)), expected)
     with tc.apply(flux, steps="110101"), tc.apply(plain, steps="110101"):
         assert np.array_equal(image(flux), image(plain))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_compute_precision(dtype: mx.Dtype) -> None:
+    """mflux's option to compute in float16 whatever the weights' dtype."""
+    precision = pytest.importorskip("mflux.models.common.compute_precision", reason="from mflux 0.22 on")
+    from mlx_teacache_fast import demo
+
+    flux = demo.pipeline(dtype)
+    flux.compute_precision = precision.ComputePrecision(mx.float16)
+    flux.transformer.apply_compute_precision(flux.compute_precision)
+
+    def image() -> np.ndarray:
+        return np.asarray(flux.generate_image(1, "red apple", 5, 64, 64, guidance=4.0).image)
+
+    plain = image()
+    with off(flux):
+        assert np.array_equal(image(), plain)
+    with tc.apply(flux, rel_l1_thresh=1e-9):
+        assert np.array_equal(image(), plain)
+    with tc.apply(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
+        assert not np.array_equal(image(), plain)
+    assert "skipped" in kinds(handle)
 
 
 def test_save_model_of_a_gated_pipeline(flux: Any, generate: Generate, tmp_path: Path) -> None:

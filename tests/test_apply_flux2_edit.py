@@ -1,5 +1,6 @@
 """``apply`` on mflux's real ``Flux2KleinEdit``, run by its own generate_image with the embedded model's weights."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def edit_pipeline(dtype: mx.Dtype = mx.float32) -> TinyEdit:
     for name in ("callbacks", "tiling_config", "tokenizers", "bits", "lora_paths", "lora_scales"):
         setattr(edit, name, getattr(tiny, name))
     for name in ("compute_precision", "text_encoder", "vae", "transformer"):
-        setattr(edit, name, getattr(tiny, name))
+        if hasattr(tiny, name):  # compute_precision: from mflux 0.22 on
+            setattr(edit, name, getattr(tiny, name))
     edit.model_config = ModelConfig.flux2_klein_base_4b()
     return edit
 
@@ -78,9 +80,10 @@ def test_computed_steps_are_bit_equal(
 
 def test_bfloat16(image: Callable[..., np.ndarray]) -> None:
     edit = edit_pipeline(mx.bfloat16)
-    plain = image(edit, height=32, width=32, num_inference_steps=3)
-    with tc.apply(edit, rel_l1_thresh=1e-9, coefficients=(0, 0, 0, 1, 0)):
-        assert np.array_equal(image(edit, height=32, width=32, num_inference_steps=3), plain)
+    plain = image(edit, height=32, width=32, num_inference_steps=4)
+    for threshold in (0.0, 1e-9):
+        with warnings.catch_warnings(action="ignore"), tc.apply(edit, rel_l1_thresh=threshold):
+            assert np.array_equal(image(edit, height=32, width=32, num_inference_steps=4), plain)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

@@ -124,6 +124,19 @@ def test_options_reach_apply(tmp_path, weights):
     assert kinds.count("skipped") == 1
 
 
+def test_low_ram(tmp_path, weights):
+    """mflux frees the transformer after each picture but the last seed's; the same pictures come out."""
+    command = [*GENERATE, *SMALL, "--steps", 8, "--seed", 3, "--output"]
+    for name, more in (("a.png", []), ("b.png", ["--low-ram"])):
+        result = run("run", "--threshold", 0.4, "--", *command, tmp_path / name, *more)
+        assert result.code == 0, result.err
+        assert " skipped" in result.out
+    first, second = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    np.testing.assert_array_equal(first, second)
+    assert weights[0].transformer is not None
+    assert weights[1].transformer is None
+
+
 def test_plan(tmp_path, weights):
     output, trace = tmp_path / "x.png", tmp_path / "trace.json"
     result = run("run", "--plan", "10110", "--trace", trace, "--", *GENERATE, *SMALL, "--steps", 5, "--output", output)
