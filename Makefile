@@ -7,12 +7,14 @@ UV := $(shell command -v uv || echo .tools/bin/uv)
 SYNC = $(UV) sync --quiet --python $(PYTHON) --no-editable
 RUN = $(UV) run --no-sync
 
-.PHONY: help headers demo test test-full check-mac bench lint clean
+.PHONY: help headers demo test test-full test-mflux test-peer check-mac bench lint clean
 
 help:
 	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/ (overwritten)"
 	@echo "make test        the tests"
 	@echo "make test-full   the tests, with every combination of what make test covers in part (about 20 minutes)"
+	@echo "make test-mflux  the tests of mflux's pipelines with mflux 0.20 to 0.23; one of them with MFLUX=0.20.0"
+	@echo "make test-peer   mlx-teacache's own unit tests, run against this package: passed, differs and why"
 	@echo "make check-mac   on any system: compile and link the extension for macOS, with each MLX of cmake/versions.cmake"
 	@echo "make bench       gate, branch and step against their rivals and limits"
 	@echo "make lint        ruff, mypy --strict, clang-format"
@@ -30,6 +32,14 @@ test: $(UV) headers
 test-full: $(UV) headers
 	$(SYNC) --extra demo --group test
 	$(RUN) pytest -n 2
+
+# The newest mflux is in `make test`.
+test-mflux: $(UV) headers
+	UV=$(UV) $(PYTHON) tests/mflux_versions.py $(MFLUX)
+
+test-peer: $(UV) headers
+	$(SYNC) --extra demo --group test
+	$(RUN) python tests/peer_suite/run.py
 
 check-mac: $(UV) headers
 	$(UV) run --quiet --script --python $(PYTHON) --no-python-downloads tests/mac_link/check.py

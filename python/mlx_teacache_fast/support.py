@@ -120,5 +120,5 @@ def require_mflux() -> None:
     except ImportError as error:
         raise IncompatibleModelError(
             f"apply needs mflux to gate a pipeline, and it cannot be imported ({error}). "
-            'Fix: pip install "mlx-teacache-fast[mflux]"'
+            'Fix: pip install "mlx-teacache-fast[mflux]" (mflux before 0.24 also needs "pillow<13")'
         ) from error
