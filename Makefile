@@ -6,8 +6,9 @@ PYTHON ?= python3
 UV := $(shell command -v uv || echo .tools/bin/uv)
 SYNC = $(UV) sync --quiet --python $(PYTHON) --no-editable
 RUN = $(UV) run --no-sync
+BENCHES = gate branch step generation memory
 
-.PHONY: help headers demo test test-full test-mflux test-peer check-mac bench lint clean
+.PHONY: help headers demo test test-full test-mflux test-peer check-mac bench bench-full lint clean
 
 help:
 	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/ (overwritten)"
@@ -16,7 +17,8 @@ help:
 	@echo "make test-mflux  the tests of mflux's pipelines with mflux 0.20 to 0.23; one of them with MFLUX=0.20.0"
 	@echo "make test-peer   mlx-teacache's own unit tests, run against this package: passed, differs and why"
 	@echo "make check-mac   on any system: compile and link the extension for macOS, with each MLX of cmake/versions.cmake"
-	@echo "make bench       gate, branch and step against their rivals and limits"
+	@echo "make bench       gate, branch, step, pictures and memory against rivals and limits (about 10 minutes)"
+	@echo "make bench-full  all of it, into results/ and docs/benchmarks.md (hours on a CPU)"
 	@echo "make lint        ruff, mypy --strict, clang-format"
 	@echo "make clean       remove the environment and the build"
 
@@ -46,9 +48,12 @@ check-mac: $(UV) headers
 
 bench: $(UV) headers
 	$(SYNC) --extra demo --group test
-	$(RUN) python bench/bench_gate.py
-	$(RUN) python bench/bench_branch.py
-	$(RUN) python bench/bench_step.py
+	for b in $(BENCHES); do $(RUN) python bench/bench_$$b.py --quick --json build/bench/bench_$$b.json --force || exit 1; done
+
+bench-full: $(UV) headers
+	$(SYNC) --extra demo --group test
+	for b in $(BENCHES); do $(RUN) python bench/bench_$$b.py --json results/bench_$$b.json --force || exit 1; done
+	$(RUN) python bench/report.py
 
 lint: $(UV) headers
 	$(SYNC) --extra demo --group test --group lint

@@ -10,7 +10,8 @@ All kinds compute the same decision, from the front's result:
 
 The kinds take turns, each time in another order, in several processes. `more` is a step's time less that of the limit
 in the same turn: for the branch this is its read and, on a GPU, handing arrays from stream to stream, during which
-the GPU waits. It should not grow with the body.
+the GPU waits. It should not grow with the body. `first` is the first call, which traces and compiles (MLX keeps fused
+kernels on disk, so a second run on the same machine takes less).
 
     python bench/bench_branch.py
     python bench/bench_branch.py --device gpu --tokens 4096 --channels 3072 --dtype bfloat16 --layers 1 8
@@ -18,8 +19,10 @@ the GPU waits. It should not grow with the body.
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from time import perf_counter
+from typing import Any
 
 import common
 import mlx.core as mx
@@ -104,12 +107,16 @@ def run(step: Step, x: mx.array, limit: mx.array, steps: int) -> tuple[float, mx
 
 
 def measure(tokens: int, channels: int, dtype: str, layers: int, steps: int) -> list[list[dict[str, float]]]:
-    """For each turn and each of KINDS the microseconds of a step, and how often ops.branch read on the host."""
+    """For each turn and each of KINDS the microseconds of a step, and how often ops.branch read on the host.
+
+    ``first_us`` is that of the first call, which traces and compiles; of a process's first turn only.
+    """
     compiled = make_steps(tokens, channels, DTYPES[dtype], layers)
     x = mx.random.normal((tokens, channels), key=mx.random.key(0)).astype(DTYPES[dtype])
     limits = {False: mx.array(-1.0), True: mx.array(math.inf)}
     mx.eval(x, *limits.values())
     turns = []
+    first = [run(compiled[name], x, limits[skipped], 1)[0] for name, skipped in KINDS]
     order = list(range(len(KINDS)))
     for turn in range(1 + len(KINDS)):  # each kind has each place once; the first turn compiles
         order = [*order[1:], order[0]]  # a drift of the machine's speed falls on each kind in turn
@@ -120,7 +127,7 @@ def measure(tokens: int, channels: int, dtype: str, layers: int, steps: int) -> 
             ops.reset_counters()
             us, outputs[k] = run(compiled[name], x, limits[skipped], steps)
             reads = 1.0 if name == "split" else ops.counters()["reads"] / steps
-            results[k] = {"us": us, "reads": reads}
+            results[k] = {"us": us, "reads": reads, "first_us": first[k]}
         for k, (name, skipped) in enumerate(KINDS):
             limit = outputs[KINDS.index(("no body", True) if skipped else ("plain", False))]
             if not mx.allclose(outputs[k], limit, rtol=0.02, atol=0.02).item():
@@ -140,7 +147,10 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=200, help="of a kind in each turn (default 200)")
     parser.add_argument("--repetitions", type=int, default=3, help=f"processes, of {len(KINDS)} turns each (default 3)")
+    parser.add_argument("--quick", action="store_true", help="100 steps, 2 processes")
     args = common.parse(parser)
+    if args.quick:
+        args.steps, args.repetitions = 100, 2
     if min(args.tokens, args.channels, *args.layers, args.steps, args.repetitions) < 1:
         parser.error("--tokens, --channels, --layers, --steps and --repetitions must be at least 1")
     if args.measure:
@@ -149,31 +159,45 @@ def main() -> None:
         return
 
     processes = common.in_fresh_processes(args.repetitions)
-    common.print_header()
     rows = []
     for layers in args.layers:
-        turns = [turn for process in processes for turn in process[str(layers)]]
-        body = f"{layers} matrix product{'s'[: layers > 1]} in the body"
-        shape = f"{args.dtype}, S = {args.tokens}, D = {args.channels}"
-        print(f"\n{shape}, {body}; {len(turns)} turns of {args.steps} steps\n")
-        lines = [["step", "us", "more, us", "quartiles", "to the limit", "quartiles", "host reads a step"]]
+        turns = [process[str(layers)] for process in processes]
         for k, (name, skipped) in enumerate(KINDS):
             limit = KINDS.index(("no body", True) if skipped else ("plain", False))
-            us = [turn[k]["us"] for turn in turns]
-            more = [turn[k]["us"] - turn[limit]["us"] for turn in turns]
-            ratios = [turn[k]["us"] / turn[limit]["us"] for turn in turns]
-            reads = max(turn[k]["reads"] for turn in turns)
-            kind = "skipped" if skipped else "computed"
-            more_cells = ["", ""] if k == limit else common.quartiles(more, 1)
-            ratio_cells = ["", ""] if k == limit else common.quartiles(ratios, 3)
-            label = f"{kind}: {NAMES[name]}"
-            lines.append([label, common.quartiles(us, 1)[0], *more_cells, *ratio_cells, f"{reads:g}"])
-            rows.append(
-                {"layers": layers, "kind": name, "skipped": skipped, "us": us, "more_us": more, "host_reads": reads}
-            )
+            more = [turn[k]["us"] - turn[limit]["us"] for process in turns for turn in process]
+            row = {"layers": layers, "kind": name, "skipped": skipped, "turns": len(turns[0])}
+            row |= {"us": statistics.median(turn[k]["us"] for process in turns for turn in process)}
+            row |= {"first_ms": statistics.median(process[0][k]["first_us"] for process in turns) / 1e3}
+            row |= {"more_us": statistics.quantiles(more, n=4)}
+            row |= {"host_reads": max(turn[k]["reads"] for process in turns for turn in process)}
+            row["to_limit"] = common.summary([[t[k]["us"] / t[limit]["us"] for t in process] for process in turns])
+            rows.append(row)
+    numbers = {name: getattr(args, name) for name in ("tokens", "channels", "dtype", "steps", "repetitions")}
+    common.finish(args, common.collect(numbers | {"rows": rows}), report)
+
+
+def report(data: dict[str, Any]) -> None:
+    common.print_header(data)
+    for layers in dict.fromkeys(row["layers"] for row in data["rows"]):
+        rows = [row for row in data["rows"] if row["layers"] == layers]
+        print(
+            f"\n{data['dtype']}, S = {data['tokens']}, D = {data['channels']}, {layers} matrix "
+            f"product{'s'[: layers > 1]} in the body; {data['repetitions']} processes with {rows[0]['turns']} turns of "
+            f"{data['steps']} steps\n"
+        )
+        lines = [["step", "us", "more, us", "quartiles", "to the limit", "quartiles", "host reads", "first, ms"]]
+        for row in rows:
+            low, middle, high = row["more_us"]
+            ratio = row["to_limit"]
+            cells = [f"{middle:.1f}", f"{low:.1f} to {high:.1f}", common.ratio_cell(ratio, 3)]
+            cells += [f"{ratio['low']:.3f} to {ratio['high']:.3f}"]
+            is_limit = row["kind"] in ("plain", "no body")
+            label = f"{'skipped' if row['skipped'] else 'computed'}: {NAMES[row['kind']]}"
+            first = "" if row["skipped"] and row["kind"] != "no body" else f"{row['first_ms']:.1f}"
+            cells = 4 * [""] if is_limit else cells
+            lines.append([label, f"{row['us']:.1f}", *cells, f"{row['host_reads']:g}", first])
         common.print_table(lines, left=1)
-    names = ("tokens", "channels", "dtype", "steps")
-    common.write_json(args, {name: getattr(args, name) for name in names} | {"rows": rows})
+    print("\nRatios in (brackets) are too noisy to quote.")
 
 
 if __name__ == "__main__":

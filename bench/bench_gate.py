@@ -29,9 +29,7 @@ import importlib.util
 import itertools
 import json
 import os
-import platform
 import statistics
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -456,40 +454,40 @@ def main() -> None:
     gpu = args.device == "gpu"
     memory = large_copy(args.rounds) if gpu else None
     processes = common.in_fresh_processes(args.repetitions)
-    common.print_header(*DISTRIBUTIONS)
-    print(f"medians of {args.repetitions} processes with {args.rounds} rounds each; ratios in (brackets) are too noisy")
-    if gpu:
-        print("kernel: milliseconds of one of several gates in one evaluation; 'copy' moves the gate's fewest bytes")
-        print("step:   milliseconds of one evaluation of one gate, with its decision read on the host")
-        print(f"limit:  {LARGE_COPY >> 20} MiB are copied at {memory:.1f} GB/s; less may stay in the chip's cache")
-        if sys.platform == "darwin" and int(platform.mac_ver()[0].split(".")[0]) < 15:
-            print("note: before macOS 15 the gate always takes two dispatches")
-    else:
-        print("milliseconds; 'copy' is the faster of one and two threads, and its bytes are the gate's fewest")
-    if not PEER:
-        print("note: mlx-teacache is not installed, so there is no eager column")
     rows, left_out = [], []
     for shape, *results in zip(args.shapes, *processes, strict=True):
         if None in results:
             left_out.append(str(shape))
         else:
             rows.append(row_of(shape, results, gpu))
+    numbers: dict[str, Any] = {"rounds": args.rounds, "repetitions": args.repetitions, "memory_gb_per_s": memory}
+    numbers |= {"rows": rows, "left_out": left_out, "exponents": exponents(rows, "kernel gate" if gpu else "gate")}
+    common.finish(args, common.collect(numbers, *DISTRIBUTIONS), report)
+
+
+def report(data: dict[str, Any]) -> None:
+    common.print_header(data)
+    gpu = data["memory_gb_per_s"] is not None
+    print(f"\nmedians of {data['repetitions']} processes with {data['rounds']} rounds each\n")
     if gpu:
-        print("\nkernel")
-        print_rows(rows, KERNEL_TIMES, RATES, KERNEL_RATIOS)
-        print("\nstep")
-        print_rows(rows, STEP_TIMES, {}, STEP_RATIOS)
+        print("kernel: milliseconds of one of several gates in one evaluation; 'copy' moves the gate's fewest bytes")
+        print("step:   milliseconds of one evaluation of one gate, with its decision read on the host")
+        rate = data["memory_gb_per_s"]
+        print(f"limit:  {LARGE_COPY >> 20} MiB are copied at {rate:.1f} GB/s; less may stay in the chip's cache")
+        print("note:   before macOS 15 the gate always takes two dispatches")
+        print("\nkernel\n")
+        print_rows(data["rows"], KERNEL_TIMES, RATES, KERNEL_RATIOS)
+        print("\nstep\n")
+        print_rows(data["rows"], STEP_TIMES, {}, STEP_RATIOS)
     else:
-        print_rows(rows, CPU_TIMES, RATES, CPU_RATIOS)
-    for name in left_out:
+        print("milliseconds; 'copy' is the faster of one and two threads, and its bytes are the gate's fewest\n")
+        print_rows(data["rows"], CPU_TIMES, RATES, CPU_RATIOS)
+    print("\nRatios in (brackets) are too noisy to quote.")
+    for name in data["left_out"]:
         print(f"left out, too little memory: {name}")
-    fits = exponents(rows, "kernel gate" if gpu else "gate")
-    if fits:
-        grows = [fit["exponent"] for fit in fits]
-        print(f"\nthe gate's time grows as tokens ** {min(grows):.2f} to {max(grows):.2f} ({len(grows)} fits)")
-    numbers: dict[str, Any] = {"rounds": args.rounds, "repetitions": args.repetitions, "rows": rows}
-    numbers |= {"exponents": fits, "left_out": left_out} | ({"memory_gb_per_s": memory} if gpu else {})
-    common.write_json(args, numbers, *DISTRIBUTIONS)
+    if data["exponents"]:
+        grows = [fit["exponent"] for fit in data["exponents"]]
+        print(f"The gate's time grows as tokens ** {min(grows):.2f} to {max(grows):.2f} ({len(grows)} fits).")
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ KINDS = {
 }
 LIMITS = {kind: "no blocks" if kind in ("skipped", "planned", "peer skipped") else "mflux" for kind in KINDS}
 LIMITS["no blocks"] = "mflux"
-TURNS = len(KINDS)  # in each process; each kind has each place once
+TURNS = len(KINDS)  # of the demo model in each process: each kind has each place once
+OTHER_TURNS = 3  # of the other models
 ALWAYS_SKIP = (0.0, 0.0, 0.0, 0.0, 0.0)  # up to 8 in a row
 
-# Heads of 64 channels, joint and single blocks, text tokens; random weights, but for the demo model's own.
-MODELS = {"demo": None, "wide": (8, 1, 2, 64), "wider": (16, 1, 1, 64), "deep": (4, 5, 20, 64)}
+# Heads of 64 channels, joint and single blocks; random weights, but for the demo model's own.
+MODELS = {"demo": None, "deep": (2, 5, 20), "wide": (8, 1, 1), "wider": (16, 1, 1)}
 
 
 def pipeline(model: str) -> Any:
@@ -54,7 +55,7 @@ def pipeline(model: str) -> Any:
 
     flux = demo.pipeline()
     if (shape := MODELS[model]) is not None:
-        heads, joint, single, flux.text_encoder.context = shape
+        heads, joint, single = shape
         mx.random.seed(0)
         flux.transformer = Flux2Transformer(
             num_layers=joint,
@@ -92,8 +93,53 @@ def without_blocks(flux: Any) -> Iterator[None]:
         t.transformer_blocks, t.single_transformer_blocks = blocks
 
 
+PARTS = {
+    "mflux": "mflux's other layers and its loop: a step skipped by a plan",
+    "modulation": "block 0's modulation, which the gate needs",
+    "gate": "the gate",
+    "read": "one evaluation, and a number read from it",
+    "rest": "the rest: a larger graph, Python",
+}
+
+
+def n_turns(model: str) -> int:
+    return TURNS if model == "demo" else OTHER_TURNS
+
+
+def parts(flux: Any, size: int, branches: int) -> dict[str, Callable[[], object]]:
+    """What a gated step does outside mflux's own, each by itself."""
+    from mlx_teacache_fast import ops
+
+    modulation = flux.transformer.double_stream_modulation_img
+    tokens, channels = (size // 16) ** 2, flux.transformer.inner_dim
+    time, x = mx.ones((1, channels)), mx.random.normal((1, tokens, channels))
+    zero, force, number = mx.zeros((1, 1, channels)), mx.array(0, mx.int32), mx.array(1.0)
+    modulate, negate = mx.compile(modulation), mx.compile(mx.negative)
+    mx.eval(x, zero)
+
+    def gate() -> None:
+        residuals, weights = [[x]] * branches, mx.ones((branches, 1))
+        out = ops.gate(
+            x, zero, zero, x, residuals, weights, mx.zeros(8), force, coefficients=ALWAYS_SKIP, threshold=1.0
+        )
+        mx.eval(out)
+
+    return {"modulation": lambda: mx.eval(modulate(time)), "gate": gate, "read": lambda: negate(number).item()}
+
+
+def median_seconds(run: Callable[[], object], times: int = 20) -> float:
+    seconds = []
+    for _ in range(times):
+        mx.synchronize()
+        start = perf_counter()
+        run()
+        mx.synchronize()
+        seconds.append(perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def measure(model: str, size: int, guidance: float, steps: int) -> list[dict[str, float]]:
-    """Median seconds of a step of each kind, for each turn in this process."""
+    """Median seconds of a step of each kind and of each part, for each turn in this process."""
     from mlx_teacache import apply_teacache
 
     import mlx_teacache_fast as tc
@@ -140,8 +186,9 @@ def measure(model: str, size: int, guidance: float, steps: int) -> list[dict[str
         "peer skipped": lambda: apply_teacache(flux, rel_l1_thresh=1.0, coefficients=ALWAYS_SKIP),
     }
     turns = []
+    of_step = parts(flux, size, 2 if guidance > 1 else 1)
     order = list(contexts)
-    for turn in range(1 + TURNS):
+    for turn in range(1 + n_turns(model)):
         order = [*order[1:], order[0]]  # a drift of the machine's speed falls on each kind in turn
         seconds = {}
         for kind in order:
@@ -149,6 +196,7 @@ def measure(model: str, size: int, guidance: float, steps: int) -> list[dict[str
             skipped = kind in ("skipped", "planned", "peer skipped")
             of_kind = [t for t, k in zip(times, step_kinds, strict=True) if (k == "skipped") == skipped]
             seconds[kind] = statistics.median(of_kind[1:] if kind == "planned" else of_kind)  # its first one compiles
+        seconds |= {f"part {name}": median_seconds(run) for name, run in of_step.items()}
         if turn > 0:  # the first turn fills MLX's kernel cache
             turns.append(seconds)
     return turns
@@ -156,14 +204,16 @@ def measure(model: str, size: int, guidance: float, steps: int) -> list[dict[str
 
 def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=["demo", "wide", "wider", "deep"], help="default: %(default)s"
-    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: %(default)s")
     parser.add_argument("--size", type=int, default=128, help="image side in pixels, a multiple of 16 (default 128)")
     parser.add_argument(
-        "--guidance", type=float, nargs="+", default=(1.0, 4.0), help="above 1: two branches (default: %(default)s)"
+        "--guidance",
+        type=float,
+        nargs="+",
+        default=(1.0, 4.0),
+        help="above 1: two branches, only with the demo model (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=8, help="of each image (default 8)")
+    parser.add_argument("--steps", type=int, default=6, help="of each image (default 6)")
     parser.add_argument("--repetitions", type=int, default=3, help="processes (default 3)")
     parser.add_argument("--quick", action="store_true", help="the demo model, guidance 1, 2 processes")
     args = common.parse(parser)
@@ -176,7 +226,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    cases = [(model, guidance) for model in args.models for guidance in args.guidance]
+    cases = [(m, guidance) for m in args.models for guidance in (args.guidance if m == "demo" else [1.0])]
     if args.measure:
         print("\n" + json.dumps([measure(model, args.size, guidance, args.steps) for model, guidance in cases]))
         return
@@ -184,36 +234,60 @@ def main() -> None:
     processes: list[list[list[dict[str, float]]]] = common.in_fresh_processes(args.repetitions)
     from mflux.utils.apple_silicon import AppleSiliconUtil
 
-    common.print_header(*DISTRIBUTIONS)
-    if AppleSiliconUtil.is_m1_or_m2():
-        print("note: mflux does not compile its step on this chip; what is called compiled below runs eagerly")
-    tokens = (args.size // 16) ** 2
-    rows = []
+    results = []
     for i, (model, guidance) in enumerate(cases):
         transformer = pipeline(model).transformer
-        n_blocks = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-        shape = {"model": model, "guidance": guidance, "tokens": tokens, "channels": transformer.inner_dim}
-        shape |= {"joint_blocks": n_blocks[0], "single_blocks": n_blocks[1], "dtype": "float32"}
+        blocks = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+        result = {"model": model, "guidance": guidance, "tokens": (args.size // 16) ** 2, "dtype": "float32"}
+        result |= {"channels": transformer.inner_dim, "joint_blocks": blocks[0], "single_blocks": blocks[1]}
+        turns = [process[i] for process in processes]
+        result["turns"] = len(turns[0])
+        result["kinds"] = {
+            kind: {
+                "ms": median_ms(turns, kind),
+                "to_mflux": common.summary([[turn[kind] / turn["mflux"] for turn in p] for p in turns]),
+                "to_limit": common.summary([[turn[kind] / turn[LIMITS[kind]] for turn in p] for p in turns]),
+            }
+            for kind in KINDS
+        }
+        parts_ms = {name: median_ms(turns, f"part {name}") for name in ("modulation", "gate", "read")}
+        own = {name: max(0.0, ms - parts_ms["read"]) for name, ms in parts_ms.items()} | {"read": parts_ms["read"]}
+        own = {"mflux": median_ms(turns, "planned")} | own
+        own["rest"] = median_ms(turns, "skipped") - sum(own.values())
+        results.append(result | {"skipped_parts_ms": own})
+    numbers = {"repetitions": args.repetitions, "compiled": not AppleSiliconUtil.is_m1_or_m2(), "results": results}
+    common.finish(args, common.collect(numbers, *DISTRIBUTIONS), report)
+
+
+def median_ms(processes: list[list[dict[str, float]]], name: str) -> float:
+    return 1e3 * statistics.median(turn[name] for turns in processes for turn in turns)
+
+
+def report(data: dict[str, Any]) -> None:
+    common.print_header(data)
+    if not data["compiled"]:
+        print("note: mflux does not compile its step on this chip; what is called compiled below runs eagerly")
+    for result in data["results"]:
         print(
-            f"\n{model}: S = {tokens}, D = {shape['channels']}, {n_blocks[0]} + {n_blocks[1]} blocks, float32, "
-            f"guidance {guidance:g}; {args.repetitions} processes with {TURNS} turns each"
+            f"\n{result['model']}: S = {result['tokens']}, D = {result['channels']}, {result['joint_blocks']} + "
+            f"{result['single_blocks']} blocks, {result['dtype']}, guidance {result['guidance']:g}; "
+            f"{data['repetitions']} processes with {result['turns']} turns each\n"
         )
         lines = [["step", "ms", "to mflux", "quartiles", "to its limit", "quartiles"]]
-        for kind, name in KINDS.items():
-            to_mflux, to_limit = (
-                common.summary([[turn[kind] / turn[limit] for turn in process[i]] for process in processes])
-                for limit in ("mflux", LIMITS[kind])
-            )
-            ms = 1e3 * statistics.median(turn[kind] for process in processes for turn in process[i])
+        for kind, numbers in result["kinds"].items():
             cells = []
-            for ratio, is_known in ((to_mflux, kind == "mflux"), (to_limit, LIMITS[kind] == "mflux")):
-                quartiles = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
-                cells += ["", ""] if is_known else [common.ratio_cell(ratio, 3), quartiles]
-            lines.append([name, f"{ms:.2f}", *cells])
-            rows.append(shape | {"kind": kind, "ms": ms, "to_mflux": to_mflux, "to_limit": to_limit})
+            for name, is_known in (("to_mflux", kind == "mflux"), ("to_limit", LIMITS[kind] == "mflux")):
+                quartiles = f"{numbers[name]['low']:.3f} to {numbers[name]['high']:.3f}"
+                cells += ["", ""] if is_known else [common.ratio_cell(numbers[name], 3), quartiles]
+            lines.append([KINDS[kind], f"{numbers['ms']:.2f}", *cells])
         common.print_table(lines, left=1)
-    print("\nA computed step's limit is mflux's, a skipped one's mflux's without its blocks. In (brackets): too noisy.")
-    common.write_json(args, {"repetitions": args.repetitions, "rows": rows}, *DISTRIBUTIONS)
+        parts_ms = result["skipped_parts_ms"]
+        print(f"\nWhere the {sum(parts_ms.values()):.2f} ms of a gated and skipped step go:\n")
+        common.print_table([["part", "ms"], *([PARTS[n], f"{ms:.2f}"] for n, ms in parts_ms.items())], left=1)
+    print(
+        "\nA computed step's limit is mflux's, a skipped one's mflux's without its blocks. "
+        "Ratios in (brackets) are too noisy to quote."
+    )
 
 
 if __name__ == "__main__":

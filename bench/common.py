@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,32 @@ def versions(*more: str) -> dict[str, str]:
     return {"python": platform.python_version()} | {n: of(n) for n in ("mlx-teacache-fast", "mlx", *more)}
 
 
-def print_header(*distributions: str) -> None:
-    print(f"machine:  {machine()}, device {device()}")
-    print("versions: " + ", ".join(f"{name} {version}" for name, version in versions(*distributions).items()))
+def collect(numbers: dict[str, Any], *distributions: str) -> dict[str, Any]:
+    """The numbers, with what was measured where, and with which versions."""
+    about = {"bench": Path(sys.argv[0]).stem, "date": f"{datetime.date.today()}", "machine": machine()}
+    about["preloaded"] = [Path(p).name for p in os.environ.get("LD_PRELOAD", "").replace(":", " ").split()]
+    return about | {"device": device(), "versions": versions(*distributions)} | numbers
+
+
+def print_header(data: dict[str, Any]) -> None:
+    with_libraries = f", {', '.join(data['preloaded'])} preloaded" if data["preloaded"] else ""
+    print(f"machine:  {data['machine']}, device {data['device']}{with_libraries}")
+    print("versions: " + ", ".join(f"{name} {version}" for name, version in data["versions"].items()))
+
+
+MARKDOWN = False  # how print_table prints
 
 
 def print_table(lines: list[list[str]], left: int = 0) -> None:
     """To the right, but for the first ``left`` columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+    for i, line in enumerate(lines):
+        if MARKDOWN:
+            print("| " + " | ".join(line) + " |")
+            if i == 0:
+                print("|" + "".join("---|" if k < left else "---:|" for k in range(len(line))))
+            continue
+        cells = [c.ljust(w) if k < left else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))]
         print("  ".join(cells).rstrip())
 
 
@@ -123,18 +140,12 @@ def ratio_cell(ratio: dict[str, Any], digits: int = 2) -> str:
     return f"({text})" if ratio["noisy"] else text
 
 
-def quartiles(values: list[float], digits: int) -> list[str]:
-    """The median, and the first and the third quartile, as two cells."""
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
-    return [f"{middle:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"]
-
-
-def write_json(args: argparse.Namespace, numbers: dict[str, Any], *distributions: str) -> None:
+def finish(args: argparse.Namespace, data: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
+    """Writes the file that was asked for, and prints the report, which is made of nothing else."""
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"bench": Path(sys.argv[0]).stem, "date": f"{datetime.date.today()}"}
-        report |= {"machine": machine(), "device": device(), "versions": versions(*distributions)} | numbers
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
+    report(data)
 
 
 def in_fresh_processes(count: int) -> list[Any]:

@@ -90,12 +90,12 @@ NB_MODULE(_ext, m) {
   nb::class_<CapturedGraph>(m, "CapturedGraph", R"pbdoc(
         A body traced for fixed shapes and dtypes: a pure function of its inputs that runs without Python.
 
-        Arrays that do not depend on the inputs (weights) are evaluated by the trace and kept as constants. Made by
-        ``ops.Body``.
+        Arrays that do not depend on the inputs (weights) are evaluated by the trace and kept as constants, with ``fold``.
+        Made by ``ops.Body``.
       )pbdoc")
       .def(
           "__init__",
-          [](CapturedGraph* self, const nb::callable& fn, const std::vector<mx::array>& inputs) {
+          [](CapturedGraph* self, const nb::callable& fn, const std::vector<mx::array>& inputs, bool fold) {
             std::vector<mx::Shape> shapes;
             std::vector<mx::Dtype> dtypes;
             for (auto& in : inputs) {
@@ -116,12 +116,21 @@ NB_MODULE(_ext, m) {
               }
               return outputs;
             };
-            new (self) CapturedGraph(call, shapes, dtypes);
+            new (self) CapturedGraph(call, shapes, dtypes, fold);
           },
-          "fn"_a, "inputs"_a,
+          "fn"_a, "inputs"_a, "fold"_a = true,
           nb::sig(
               "def __init__(self, fn: collections.abc.Callable[..., collections.abc.Sequence[mlx.core.array]], "
-              "inputs: collections.abc.Sequence[mlx.core.array]) -> None"))
+              "inputs: collections.abc.Sequence[mlx.core.array], fold: bool = True) -> None"))
+      .def(
+          "__call__",
+          [](const CapturedGraph& g, const std::vector<mx::array>& inputs) {
+            check_inputs(g, inputs);
+            return g(inputs);
+          },
+          "inputs"_a,
+          nb::sig("def __call__(self, inputs: collections.abc.Sequence[mlx.core.array]) -> list[mlx.core.array]"),
+          "The body's outputs for inputs of the traced shapes and dtypes; nothing is evaluated.")
       .def_prop_ro(
           "output_shapes",
           [](const CapturedGraph& g) {

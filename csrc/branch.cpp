@@ -46,6 +46,21 @@ BranchCounters& branch_counters() {
   return counters;
 }
 
+void check_inputs(const CapturedGraph& body, const Arrays& inputs) {
+  const auto& in_shapes = body.input_shapes();
+  const auto& in_dtypes = body.input_dtypes();
+  if (inputs.size() != in_shapes.size()) {
+    reject("[branch] inputs must be the ", in_shapes.size(), " that the body was traced with, got ", inputs.size());
+  }
+  for (size_t i = 0; i < inputs.size(); i++) {
+    if (inputs[i].shape() != in_shapes[i] || inputs[i].dtype() != in_dtypes[i]) {
+      reject(
+          "[branch] inputs[", i, "] must be as the body was traced, ", Spec{in_shapes[i], in_dtypes[i]}, ", got ",
+          Spec{inputs[i].shape(), inputs[i].dtype()});
+    }
+  }
+}
+
 Arrays branch(
     const mx::array& skip, const Arrays& on_skip, std::shared_ptr<const CapturedGraph> body, const Arrays& inputs) {
   const auto& shapes = body->output_shapes();
@@ -63,19 +78,7 @@ Arrays branch(
     }
   }
 
-  const auto& in_shapes = body->input_shapes();
-  const auto& in_dtypes = body->input_dtypes();
-  if (inputs.size() != in_shapes.size()) {
-    reject("[branch] inputs must be the ", in_shapes.size(), " that the body was traced with, got ", inputs.size());
-  }
-  for (size_t i = 0; i < inputs.size(); i++) {
-    if (inputs[i].shape() != in_shapes[i] || inputs[i].dtype() != in_dtypes[i]) {
-      reject(
-          "[branch] inputs[", i, "] must be as the body was traced, ", Spec{in_shapes[i], in_dtypes[i]}, ", got ",
-          Spec{inputs[i].shape(), inputs[i].dtype()});
-    }
-  }
-
+  check_inputs(*body, inputs);
   const auto own = mx::default_stream(mx::Device::cpu);
   const auto work = body->output_stream().value_or(own);
   if (work.device == mx::Device::gpu) {

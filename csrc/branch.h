@@ -17,6 +17,9 @@ struct BranchCounters {
 };
 BranchCounters& branch_counters();
 
+// Throws std::invalid_argument if the body was traced with other shapes or dtypes.
+void check_inputs(const CapturedGraph& body, const Arrays& inputs);
+
 // skip: bool scalar, or a gate's state (float32[8]), or what decide() made of one. True: on_skip. False:
 // (*body)(inputs). Throws std::invalid_argument where on_skip or inputs do not have the body's shapes and dtypes.
 Arrays branch(

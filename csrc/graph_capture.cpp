@@ -62,10 +62,10 @@ bool is_transient(const mx::array& a) {
   return a.has_primitive() && names.count(a.primitive().name()) > 0;
 }
 
-// Refuses placeholders of another trace, and evaluates what does not depend on `inputs`: rebuilding such a graph would
-// load the weights again at every step, and one that is still lazy while an enclosing evaluation holds it too would be
-// evaluated twice at once.
-void freeze_constants(const Arrays& inputs, const Arrays& outputs) {
+// Refuses placeholders of another trace, and with `fold` evaluates what does not depend on `inputs`: rebuilding such a
+// graph would load the weights again at every step, and one that is still lazy while an enclosing evaluation holds it
+// too would be evaluated twice at once.
+void freeze_constants(const Arrays& inputs, const Arrays& outputs, bool fold) {
   auto dependent = ids(inputs);
   const auto input_ids = dependent;
   Arrays constants;
@@ -101,7 +101,9 @@ void freeze_constants(const Arrays& inputs, const Arrays& outputs) {
     });
     freeze(outputs[i]);
   }
-  mx::eval(constants);
+  if (fold) {
+    mx::eval(constants);
+  }
 }
 
 }  // namespace
@@ -109,7 +111,8 @@ void freeze_constants(const Arrays& inputs, const Arrays& outputs) {
 CapturedGraph::CapturedGraph(
     const std::function<Arrays(const Arrays&)>& fn,
     const std::vector<mx::Shape>& shapes,
-    const std::vector<mx::Dtype>& dtypes)
+    const std::vector<mx::Dtype>& dtypes,
+    bool fold)
     : input_shapes_(shapes), input_dtypes_(dtypes), input_read_(shapes.size(), false) {
   Arrays placeholders;
   for (size_t i = 0; i < shapes.size(); i++) {
@@ -118,12 +121,29 @@ CapturedGraph::CapturedGraph(
   // mx::compile is used for one call: it traces fn on tracers of its own, simplifies, fuses, and hands back the result
   // over the placeholders. Recording that, instead of keeping the compiled function, leaves nothing of MLX's compile
   // cache to own: a compiled function that is destroyed while the cache erases an outer one locks the cache twice.
-  std::function<Arrays(const Arrays&)> traced = [&fn](const Arrays& tracers) {
+  Arrays with_siblings;
+  auto note_siblings = [&](const Arrays& inputs, const Arrays& outputs) {
+    visit_lazy(outputs, ids(inputs), [&](const mx::array& a) {
+      if (!a.siblings().empty()) {
+        with_siblings.push_back(a);
+      }
+    });
+  };
+  std::function<Arrays(const Arrays&)> traced = [&](const Arrays& tracers) {
     Arrays outputs = fn(tracers);
-    freeze_constants(tracers, outputs);
+    freeze_constants(tracers, outputs, fold);
+    note_siblings(tracers, outputs);
     return outputs;
   };
-  record(placeholders, mx::compile(std::move(traced))(placeholders));
+  Arrays outputs = mx::compile(std::move(traced))(placeholders);
+  record(placeholders, outputs);
+  note_siblings(placeholders, outputs);
+  // Outputs of one primitive hold each other. MLX breaks that when it destroys a graph, but not in every order in which
+  // it meets them (mx.split's outputs with a reader each): then the graph and the weights in it are never freed. A
+  // fused kernel keeps the traced graph before it, so the same is done there; such arrays are never fused themselves.
+  for (auto& a : with_siblings) {
+    a.detach();
+  }
 }
 
 void CapturedGraph::record(const Arrays& placeholders, const Arrays& outputs) {

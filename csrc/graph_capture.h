@@ -18,12 +18,14 @@ using Arrays = std::vector<mx::array>;
 class CapturedGraph {
  public:
   // Calls fn once, on placeholders of these shapes and dtypes, and keeps what it built, fused as mx.compile fuses.
-  // Arrays that do not depend on a placeholder (weights) are evaluated now and kept as constants.
+  // Arrays that do not depend on a placeholder (weights) are evaluated now and kept as constants; without fold those of
+  // them that are lazy are computed at each call, as a function of mx.compile does.
   // Throws std::invalid_argument if fn reaches a placeholder of another trace; what fn throws passes through.
   CapturedGraph(
       const std::function<Arrays(const Arrays&)>& fn,
       const std::vector<mx::Shape>& shapes,
-      const std::vector<mx::Dtype>& dtypes);
+      const std::vector<mx::Dtype>& dtypes,
+      bool fold = true);
 
   // The same graph on real inputs, which must have the traced shapes and dtypes. Lazy.
   Arrays operator()(const Arrays& inputs) const;

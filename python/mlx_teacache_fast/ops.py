@@ -15,20 +15,28 @@ __all__ = ["Body", "branch", "counters", "decide", "gate", "gpu_supported", "ref
 
 
 class Body:
-    """A function of arrays that ``branch`` evaluates or leaves out.
+    """A function of arrays as one graph, which ``branch`` evaluates or leaves out; calling it evaluates it always.
 
     ``fn`` is called on placeholders, once for each combination of input shapes and dtypes, while the branch is built,
     and never during an evaluation. Arrays that it closes over (weights) are evaluated then and become constants, and so
     does everything else that does not depend on its inputs, random numbers included. An array of an enclosing
-    ``mx.compile`` must be passed as an input instead.
+    ``mx.compile`` must be passed as an input instead. When it is gone, so are the arrays: MLX keeps some of those in
+    functions that ``mx.compile`` made, in graphs with ``mx.split``, for ever.
 
     Args:
         fn (callable): Takes arrays, returns a list of one or more arrays.
+        fold (bool): False: what does not depend on the inputs and is not evaluated yet is computed at each call, and
+            rounded as in ``mx.compile``, which does so too. For a body that is called, not for ``branch``.
     """
 
-    def __init__(self, fn: Callable[..., Sequence[mx.array]]) -> None:
+    def __init__(self, fn: Callable[..., Sequence[mx.array]], *, fold: bool = True) -> None:
         self._fn = fn
+        self._fold = fold
         self._graphs: dict[object, CapturedGraph] = {}
+
+    def __call__(self, inputs: Sequence[mx.array]) -> list[mx.array]:
+        """What ``fn(*inputs)`` returns, computed by the traced graph. Lazy; errors are those of ``trace``."""
+        return self.trace(inputs)(inputs)
 
     def trace(self, inputs: Sequence[mx.array]) -> CapturedGraph:
         """The traced graph for inputs of these shapes and dtypes; traces if there is none yet.
@@ -41,7 +49,7 @@ class Body:
         key = (specs, str(mx.default_stream(device)))  # the traced ops stay on the stream that was current
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = CapturedGraph(self._fn, inputs)
+            graph = self._graphs[key] = CapturedGraph(self._fn, inputs, self._fold)
         return graph
 
 

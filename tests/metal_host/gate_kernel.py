@@ -3,7 +3,6 @@
 import ctypes
 import fcntl
 import importlib.util
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from gate_cases import Case
 
-from .host import HERE, In, InOut, Library, Out, Run, build, compiler
+from .host import HERE, In, InOut, Library, Out, Run, build, compile_file
 
 ROOT = HERE.parent.parent
 INCLUDES = (ROOT / "metal", ROOT / "csrc")
@@ -77,8 +76,8 @@ class Header:
     def __init__(self, folder: Path) -> None:
         path = folder / "gate_host.so"
         if not path.exists():
-            command = [*compiler(), "-std=c++20", "-O1", "-fPIC", "-shared", *(f"-I{d}" for d in INCLUDES)]
-            subprocess.run([*command, str(HERE / "gate_host.cpp"), "-o", str(path)], check=True)
+            flags = ["-std=c++20", "-O1", "-fPIC", "-shared", *(f"-I{d}" for d in INCLUDES)]
+            compile_file([*flags, str(HERE / "gate_host.cpp")], path)
         self._library = ctypes.CDLL(str(path))
         self.partials: int = self._library.gate_host_partials()
         self.max_residuals: int = self._library.gate_host_max_residuals()

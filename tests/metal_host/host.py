@@ -79,7 +79,7 @@ def is_clang() -> bool:
     return "__clang__" in subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
-def _compile(arguments: Sequence[str], output: Path) -> None:
+def compile_file(arguments: Sequence[str], output: Path) -> None:
     """Runs the compiler; ``output`` appears when it is whole, whoever else makes it."""
     part = output.with_name(f"{output.name}.{os.getpid()}")
     command = [*compiler(), *arguments, "-o", str(part)]
@@ -172,13 +172,13 @@ def build(
     if not library.exists():
         runtime = folder / "runtime.o"
         if not runtime.exists() or runtime.stat().st_mtime < max(s.stat().st_mtime for s in SOURCES):
-            _compile([*_flags("runtime"), "-c", str(HERE / "runtime.cpp")], runtime)
+            compile_file([*_flags("runtime"), "-c", str(HERE / "runtime.cpp")], runtime)
         generated, compiled = stem.with_suffix(".cpp"), stem.with_suffix(".o")
         generated.write_text(source)
         version = f"-D__METAL_VERSION__={metal_version}"
-        _compile([*_flags(mode), version, *_include_flags(include_dirs), "-c", str(generated)], compiled)
+        compile_file([*_flags(mode), version, *_include_flags(include_dirs), "-c", str(generated)], compiled)
         libraries = [] if sys.platform == "darwin" else ["-ldl"]
-        _compile(["-shared", str(compiled), str(runtime), *libraries], library)
+        compile_file(["-shared", str(compiled), str(runtime), *libraries], library)
     return Library(library)
 
 

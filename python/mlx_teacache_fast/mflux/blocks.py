@@ -5,11 +5,13 @@ They are modules because an nn.Module keeps the place of a child only for anothe
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
 
+from .. import ops
 from ..errors import InternalStateError
 
 
@@ -41,6 +43,48 @@ class Later(StandIn):
 
     def __call__(self, given: mx.array) -> Any:
         return self.wrap(given)
+
+
+Step = Callable[[list[mx.array], dict[str, Any]], tuple[mx.array, list[mx.array]]]
+
+
+def captured(step: Step) -> Step:
+    """``step`` as one graph, as ``mx.compile`` makes it; but its weights are freed with it (see ``ops.Body``).
+
+    Args:
+        step: Takes arrays, and mflux's arguments; returns the noise, and arrays.
+    """
+    bodies: list[tuple[list[Any], ops.Body]] = []  # one, or more if a constant changes from step to step
+
+    def call(arrays: list[mx.array], kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
+        leaves = [leaf for _, leaf in cast(list[tuple[str, Any]], tree_flatten(kwargs))]
+        inputs = [*arrays, *(leaf for leaf in leaves if isinstance(leaf, mx.array))]
+        constants = [len(arrays), *(_INPUT if isinstance(leaf, mx.array) else leaf for leaf in leaves)]
+        body = next((body for known, body in bodies if known == constants), None)
+        if body is None:
+            body = ops.Body(_over_inputs(step, len(arrays), kwargs), fold=False)
+            bodies.append((constants, body))
+        noise, *new_arrays = body(inputs)
+        return noise, new_arrays
+
+    return call
+
+
+_INPUT = object()
+
+
+def _over_inputs(step: Step, n_arrays: int, kwargs: dict[str, Any]) -> Callable[..., list[mx.array]]:
+    """``step`` as a function of the arrays alone; keeps none of ``kwargs``."""
+    form = tree_map(lambda leaf: _INPUT if isinstance(leaf, mx.array) else leaf, kwargs)
+
+    def run(*inputs: mx.array) -> list[mx.array]:
+        rest = iter(inputs[n_arrays:])
+        noise, arrays = step(
+            list(inputs[:n_arrays]), tree_map(lambda leaf: next(rest) if leaf is _INPUT else leaf, form)
+        )
+        return [noise, *arrays]
+
+    return run
 
 
 @contextmanager

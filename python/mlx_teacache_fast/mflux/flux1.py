@@ -111,7 +111,7 @@ class GatedStep:
         self._joint_blocks = transformer.transformer_blocks
         self._single_blocks = transformer.single_transformer_blocks
         self._context_embedder = transformer.context_embedder
-        self._body: Any = None  # an ops.Body; with a plan, a compiled function
+        self._body: Any = None  # an ops.Body
         self._arrays: list[mx.array] = []  # state, anchor, residual; with a plan, the residual
 
     def __call__(
@@ -154,13 +154,12 @@ class GatedStep:
         gated = x if x.shape[1] == n_tokens else x[:, :n_tokens]
         if self._body is None:
             counts = [None if part is None else len(part) for part in samples]
-            run_blocks = functools.partial(self._run_blocks, n_tokens, counts)
-            self._body = ops.Body(run_blocks) if handle.plan is None else mx.compile(run_blocks)
+            self._body = ops.Body(functools.partial(self._run_blocks, n_tokens, counts))
         if handle.plan is not None:  # no gate: nothing is measured
             compute = handle.plan[self._generation.index]
             self._generation.record("computed" if compute else "skipped")
             if compute:
-                tokens, residual = self._body(*inputs)
+                tokens, residual = self._body(inputs)
                 self._arrays = [residual]
                 return cast(mx.array, tokens)
             return gated + self._arrays[0]

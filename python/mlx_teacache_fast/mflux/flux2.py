@@ -17,7 +17,7 @@ from mflux.utils.apple_silicon import AppleSiliconUtil
 
 from .. import ops
 from ..errors import InternalStateError, TeaCacheValueError
-from .blocks import ImageTokens, Later, StandIn, replaced
+from .blocks import ImageTokens, Later, StandIn, Step, captured, replaced
 from .generation import Generation
 
 PIPELINES = (Flux2Klein, Flux2KleinEdit)
@@ -60,18 +60,18 @@ class GatedSteps:
                 all branches of the guidance.
         """
 
-        def step(arrays: list[mx.array], force: mx.array, kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
-            return self._step(inner, arrays, force, kwargs)
+        def step(arrays: list[mx.array], kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
+            return self._step(inner, arrays, kwargs)
 
-        def compute(kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
+        def compute(_: list[mx.array], kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
             return self._planned_step(inner, None, kwargs)
 
         def skip(arrays: list[mx.array], kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
             return self._planned_step(inner, arrays, kwargs)
 
-        # mflux leaves the step uncompiled on some Macs; where it compiles, the gated step is one compiled function too.
-        def compiled(function: Any) -> Any:
-            return function if AppleSiliconUtil.is_m1_or_m2() else mx.compile(function)
+        # mflux leaves the step uncompiled on some Macs; where it compiles, the gated step is one graph too.
+        def compiled(function: Step) -> Step:
+            return function if AppleSiliconUtil.is_m1_or_m2() else captured(function)
 
         plan = self._generation.handle.plan
         compiled_step, compiled_compute, compiled_skip = compiled(step), compiled(compute), compiled(skip)
@@ -87,10 +87,10 @@ class GatedSteps:
                 if not self._arrays:
                     self._arrays = self._initial_arrays(inner, kwargs)
                 run = step if uncompiled else compiled_step
-                noise, self._arrays = run(self._arrays, self._generation.next_force(), kwargs)
+                noise, self._arrays = run([self._generation.next_force(), *self._arrays], kwargs)
                 self._generation.record(self._arrays[0])
             elif plan[self._generation.index]:
-                noise, self._arrays = (compute if uncompiled else compiled_compute)(kwargs)
+                noise, self._arrays = (compute if uncompiled else compiled_compute)([], kwargs)
                 self._generation.record("computed")
             else:
                 if not self._arrays:
@@ -106,11 +106,9 @@ class GatedSteps:
 
         return predict
 
-    def _step(
-        self, inner: Predict, arrays: list[mx.array], force: mx.array, kwargs: dict[str, Any]
-    ) -> tuple[mx.array, list[mx.array]]:
+    def _step(self, inner: Predict, arrays: list[mx.array], kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
         handle = self._generation.handle
-        state, anchor, *residuals = arrays
+        force, state, anchor, *residuals = arrays
         reused: list[mx.array] = []
         skip = state
         new_residuals: list[mx.array] = []
@@ -172,8 +170,8 @@ class GatedSteps:
         """What goes from step to step, before the first: state, anchor, and one residual for each branch.
 
         Shapes and dtypes follow from mflux's prelude and from the body, which are traced for that; nothing is
-        evaluated, and the traced body is the one that the steps use. The trace is one of mx.compile, so that a compiled
-        function within ``inner`` sees tracers and keeps nothing of what it meets here.
+        evaluated, and the traced body is the one that the steps use. A compiled function within ``inner``
+        sees tracers and keeps nothing of what it meets here.
         """
         arrays = [mx.zeros(8)]
 
@@ -186,11 +184,13 @@ class GatedSteps:
             arrays.append(mx.zeros(graph.output_shapes[1], graph.output_dtypes[1]))
             return inputs.gated
 
-        def trace(given: dict[str, Any]) -> mx.array:
-            with self._blocks_replaced(kwargs, image_tokens):
-                return inner(**(kwargs | given))
+        given = {name: a for name, a in kwargs.items() if isinstance(a, mx.array)}
 
-        mx.compile(trace)({name: a for name, a in kwargs.items() if isinstance(a, mx.array)})
+        def trace(*placeholders: mx.array) -> list[mx.array]:
+            with self._blocks_replaced(kwargs, image_tokens):
+                return [inner(**(kwargs | dict(zip(given, placeholders, strict=True))))]
+
+        ops.Body(trace, fold=False).trace(list(given.values()))
         if len(arrays) == 1:
             raise _unexpected_calls(0, 1)
         return arrays

@@ -1,0 +1,132 @@
+"""How much memory does gating take? Peak and active memory of MLX during the denoising loop, on the demo model.
+
+Each number is from a process of its own, without MLX's cache of freed memory, so what is counted is what is allocated.
+Peak is the most during the loop; active is what stays from step to step, weights and the gate's state included. Both
+are printed in MiB, and above plain mflux in units of one activation, [S, D] in float32, with S = (size / 16)^2 image
+tokens and D = 256. With several repetitions the largest counts.
+
+    python bench/bench_memory.py
+    python bench/bench_memory.py --device gpu --sizes 256 512 --guidance 4
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import common
+import mlx.core as mx
+
+DISTRIBUTIONS = ("mflux", "mlx-teacache")
+KINDS = {
+    "mflux": "plain mflux",
+    "off": "ours, threshold 0",
+    "computed": "ours, gated and computed",
+    "skipped": "ours, with skips",
+    "peer computed": "mlx-teacache, gated and computed",
+    "peer skipped": "mlx-teacache, with skips",
+}
+CHANNELS, ITEMSIZE = 256, 4
+ALWAYS_SKIP = (0.0, 0.0, 0.0, 0.0, 0.0)  # all but the first and the last step
+
+
+def measure(kind: str, size: int, guidance: float, steps: int) -> dict[str, int]:
+    """Bytes."""
+    from mlx_teacache import apply_teacache
+
+    import mlx_teacache_fast as tc
+    from mlx_teacache_fast import demo
+
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    mx.set_cache_limit(0)
+    flux = demo.pipeline()
+    seen = {"peak": 0, "active": 0}
+
+    class Meter:
+        def call_before_loop(self, **_: Any) -> None:
+            mx.reset_peak_memory()
+
+        def call_in_loop(self, latents: mx.array, **_: Any) -> None:
+            mx.eval(latents)
+            mx.synchronize()
+            seen.update(peak=mx.get_peak_memory(), active=max(seen["active"], mx.get_active_memory()))
+
+    flux.callbacks.register(Meter())
+    contexts: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "mflux": nullcontext,
+        "off": lambda: tc.apply(flux, rel_l1_thresh=0.0),
+        "computed": lambda: tc.apply(flux, rel_l1_thresh=1e-9),
+        "skipped": lambda: tc.apply(flux, rel_l1_thresh=1.0, coefficients=ALWAYS_SKIP),
+        "peer computed": lambda: apply_teacache(flux, rel_l1_thresh=1e-9),
+        "peer skipped": lambda: apply_teacache(flux, rel_l1_thresh=1.0, coefficients=ALWAYS_SKIP),
+    }
+    with contexts[kind]():
+        run = {"num_inference_steps": steps, "height": size, "width": size, "guidance": guidance}
+        flux.generate_image(prompt="red apple", seed=1, **run)
+    return seen
+
+
+def parse() -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512], help="pixels (default 128 256 512)")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0], help="default 1 4")
+    parser.add_argument("--steps", type=int, default=5, help="of each image (default 5)")
+    parser.add_argument("--repetitions", type=int, default=2, help="processes for each number (default 2)")
+    parser.add_argument("--quick", action="store_true", help="128 pixels, 1 process for each number")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)  # of this process
+    args = common.parse(parser)
+    if args.quick:
+        args.sizes, args.repetitions = [128], 1
+    if any(size < 16 or size % 16 for size in args.sizes) or args.steps < 4 or args.repetitions < 1:
+        parser.error("--sizes must be multiples of 16, --steps at least 4, --repetitions at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.measure:
+        print("\n" + json.dumps(measure(*args.case, args.steps)))
+        return
+    processes, own = {}, list(sys.argv)
+    for case in itertools.product(KINDS, args.sizes, args.guidance):
+        sys.argv = [*own, "--case", json.dumps(case)]
+        processes[case] = common.in_fresh_processes(args.repetitions)
+    rows = []
+    for size, guidance, kind in itertools.product(args.sizes, args.guidance, KINDS):
+        tokens = (size // 16) ** 2
+        row: dict[str, Any] = {"size": size, "guidance": guidance, "tokens": tokens, "kind": kind}
+        for what in ("peak", "active"):
+            all_bytes, of_mflux = ([p[what] for p in processes[k, size, guidance]] for k in (kind, "mflux"))
+            above = max(all_bytes) - max(of_mflux)
+            row |= {f"{what}_bytes": max(all_bytes), f"{what}_above": above / (tokens * CHANNELS * ITEMSIZE)}
+        rows.append(row)
+    numbers = {"channels": CHANNELS, "dtype": "float32", "steps": args.steps, "rows": rows}
+    common.finish(args, common.collect(numbers, *DISTRIBUTIONS), report)
+
+
+def report(data: dict[str, Any]) -> None:
+    common.print_header(data)
+    for size, guidance in dict.fromkeys((row["size"], row["guidance"]) for row in data["rows"]):
+        rows = [row for row in data["rows"] if (row["size"], row["guidance"]) == (size, guidance)]
+        print(
+            f"\n{size} pixels, S = {rows[0]['tokens']}, D = {data['channels']}, {data['dtype']}, "
+            f"guidance {guidance:g}, {data['steps']} steps\n"
+        )
+        lines = [["", "peak, MiB", "above mflux, [S, D]", "active, MiB", "above mflux, [S, D]"]]
+        for row in rows:
+            cells = [KINDS[row["kind"]]]
+            for what in ("peak", "active"):
+                above = "" if row["kind"] == "mflux" else f"{row[f'{what}_above']:.2f}"
+                cells += [f"{row[f'{what}_bytes'] / 2**20:.2f}", above]
+            lines.append(cells)
+        common.print_table(lines, left=1)
+
+
+if __name__ == "__main__":
+    main()

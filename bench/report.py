@@ -1,0 +1,79 @@
+"""Makes docs/benchmarks.md, and its plots, of the JSON files in results/. Nothing in it is typed by hand.
+
+python bench/report.py                       # after make bench-full
+python bench/report.py --results build/bench --output build/bench/benchmarks.md
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import common
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# In the order of the page; the question that each answers.
+QUESTIONS = {
+    "bench_generation": "What do skipped steps give for a whole picture, and what would fewer steps have given?",
+    "bench_step": "What does one step cost?",
+    "bench_gate": "What does the gate cost, beside other gates and the fewest bytes?",
+    "bench_branch": "What does the conditional cost, beside other ways to leave work out?",
+    "bench_memory": "How much memory does gating take?",
+}
+
+NOT_MEASURED = """\
+Not measured here: a Mac's or NVIDIA's GPU (each script takes `--device gpu`), FLUX's real weights
+(`bench_generation.py --model`), sizes that two cores do not manage in a few hours. The demonstration model has 5.8 M
+parameters and draws emoji: its times and PSNR are not FLUX's.
+"""
+
+
+def page(results: dict[str, dict[str, Any]], output: Path) -> str:
+    common.MARKDOWN = True
+    first = next(iter(results.values()))
+    parts = [
+        "# Benchmarks",
+        f"Made by `python bench/report.py` of the files in `results/`, one full run on {first['machine']} "
+        f"({first['date']}). `make bench` runs a short form on your machine, `make bench-full` all of it.",
+        NOT_MEASURED,
+        "A ratio is of two times of the same turn; each script's `--help` says what is compared. In (brackets): the "
+        "processes of this run differ by over 10 %, too noisy to quote.",
+    ]
+    for name, question in QUESTIONS.items():
+        if name not in results:
+            parts.append(f"## {question}\n\n`{name}.py`: not in this run.")
+            continue
+        module = importlib.import_module(name)
+        data = results[name]
+        parts.append(f"## {question}\n\n`{name}.py`")
+        if hasattr(module, "plot"):
+            picture = output.with_name(f"{output.stem}-{name.removeprefix('bench_')}.png")
+            module.plot(data, picture)
+            parts.append(f"![{question}]({picture.name})")
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            module.report(data)
+        parts.append(text.getvalue())
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER", help="default: results")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "benchmarks.md", metavar="FILE", help="is replaced"
+    )
+    args = parser.parse_args()
+    results = {path.stem: json.loads(path.read_text()) for path in args.results.glob("bench_*.json")}
+    if not results:
+        parser.error(f"{args.results} has no bench_*.json")
+    args.output.write_text(page(results, args.output), encoding="utf-8")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
