@@ -41,7 +41,7 @@ import numpy as np
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
 PLAIN, OURS, PEER, EVEN, FEWER = CONDITIONS = ("plain mflux", "ours", "mlx-teacache", "evenly spaced", "fewer steps")
 
-FULL = {"n_prompts": 20, "n_seeds": 2, "steps": 50, "guidance": [1.0, 4.0], "thresholds": [0.15, 0.17, 0.25, 0.4, 0.6]}
+FULL = {"n_prompts": 20, "n_seeds": 2, "steps": 50, "guidance": [1.0, 4.0], "thresholds": [0.15, 0.17, 0.25, 0.4]}
 FULL |= {"size": 128, "repetitions": 3, "timed": 3}
 FEW = {"n_prompts": 4, "n_seeds": 1, "repetitions": 2, "timed": 1}
 MODEL = FULL | FEW | {"guidance": [4.0], "thresholds": [0.17, 0.25, 0.4], "size": 512}
@@ -277,7 +277,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--n-prompts", type=int, metavar="N", help="default 20; with --model 2 of its own")
     p.add_argument("--n-seeds", type=int, metavar="N", help="for each prompt (default 2; with --model 1)")
     p.add_argument("--guidance", type=float, nargs="+", help="above 1: two branches (default 1 4; with --model 4)")
-    p.add_argument("--thresholds", type=float, nargs="+", help="default 0.15 0.17 0.25 0.4 0.6; with --model 3 of them")
+    p.add_argument("--thresholds", type=float, nargs="+", help="default 0.15 0.17 0.25 0.4; with --model 3 of them")
     p.add_argument("--steps", type=int, help="of a whole picture (default 50)")
     p.add_argument("--size", type=int, help="side in pixels, a multiple of 16 (default 128; with --model 512)")
     p.add_argument("--repetitions", type=int, metavar="N", help="processes (default 3; with --model 2)")

@@ -15,31 +15,17 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import common
 import mlx.core as mx
 
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
-KINDS = {
-    "mflux": "plain mflux",
-    "off": "ours, threshold 0",
-    "computed": "ours, gated and computed",
-    "skipped": "ours, with skips",
-    "peer computed": "mlx-teacache, gated and computed",
-    "peer skipped": "mlx-teacache, with skips",
-}
 CHANNELS, ITEMSIZE = 256, 4
-ALWAYS_SKIP = (0.0, 0.0, 0.0, 0.0, 0.0)  # all but the first and the last step
 
 
 def measure(kind: str, size: int, guidance: float, steps: int) -> dict[str, int]:
     """Bytes."""
-    from mlx_teacache import apply_teacache
-
-    import mlx_teacache_fast as tc
     from mlx_teacache_fast import demo
 
     logging.disable(logging.WARNING)
@@ -58,15 +44,7 @@ def measure(kind: str, size: int, guidance: float, steps: int) -> dict[str, int]
             seen.update(peak=mx.get_peak_memory(), active=max(seen["active"], mx.get_active_memory()))
 
     flux.callbacks.register(Meter())
-    contexts: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        "mflux": nullcontext,
-        "off": lambda: tc.apply(flux, rel_l1_thresh=0.0),
-        "computed": lambda: tc.apply(flux, rel_l1_thresh=1e-9),
-        "skipped": lambda: tc.apply(flux, rel_l1_thresh=1.0, coefficients=ALWAYS_SKIP),
-        "peer computed": lambda: apply_teacache(flux, rel_l1_thresh=1e-9),
-        "peer skipped": lambda: apply_teacache(flux, rel_l1_thresh=1.0, coefficients=ALWAYS_SKIP),
-    }
-    with contexts[kind]():
+    with common.contexts(flux)[kind]():
         run = {"num_inference_steps": steps, "height": size, "width": size, "guidance": guidance}
         flux.generate_image(prompt="red apple", seed=1, **run)
     return seen
@@ -74,7 +52,7 @@ def measure(kind: str, size: int, guidance: float, steps: int) -> dict[str, int]
 
 def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512], help="pixels (default 128 256 512)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256], help="pixels (default 128 256)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0], help="default 1 4")
     parser.add_argument("--steps", type=int, default=5, help="of each image (default 5)")
     parser.add_argument("--repetitions", type=int, default=2, help="processes for each number (default 2)")
@@ -94,11 +72,11 @@ def main() -> None:
         print("\n" + json.dumps(measure(*args.case, args.steps)))
         return
     processes, own = {}, list(sys.argv)
-    for case in itertools.product(KINDS, args.sizes, args.guidance):
+    for case in itertools.product(common.KINDS, args.sizes, args.guidance):
         sys.argv = [*own, "--case", json.dumps(case)]
         processes[case] = common.in_fresh_processes(args.repetitions)
     rows = []
-    for size, guidance, kind in itertools.product(args.sizes, args.guidance, KINDS):
+    for size, guidance, kind in itertools.product(args.sizes, args.guidance, common.KINDS):
         tokens = (size // 16) ** 2
         row: dict[str, Any] = {"size": size, "guidance": guidance, "tokens": tokens, "kind": kind}
         for what in ("peak", "active"):
@@ -120,7 +98,7 @@ def report(data: dict[str, Any]) -> None:
         )
         lines = [["", "peak, MiB", "above mflux, [S, D]", "active, MiB", "above mflux, [S, D]"]]
         for row in rows:
-            cells = [KINDS[row["kind"]]]
+            cells = [common.KINDS[row["kind"]]]
             for what in ("peak", "active"):
                 above = "" if row["kind"] == "mflux" else f"{row[f'{what}_above']:.2f}"
                 cells += [f"{row[f'{what}_bytes'] / 2**20:.2f}", above]

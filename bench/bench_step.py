@@ -17,7 +17,7 @@ import json
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -27,21 +27,11 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
-KINDS = {
-    "mflux": "mflux's compiled step",
-    "off": "ours, threshold 0",
-    "computed": "ours, gated and computed",
-    "peer computed": "mlx-teacache, gated and computed",
-    "no blocks": "mflux's step without its blocks",
-    "skipped": "ours, skipped",
-    "planned": "ours, skipped by a plan",
-    "peer skipped": "mlx-teacache, skipped",
-}
+KINDS = common.KINDS | {"no blocks": "mflux without its blocks", "planned": "ours, skipped by a plan"}
 LIMITS = {kind: "no blocks" if kind in ("skipped", "planned", "peer skipped") else "mflux" for kind in KINDS}
 LIMITS["no blocks"] = "mflux"
 TURNS = len(KINDS)  # of the demo model in each process: each kind has each place once
 OTHER_TURNS = 3  # of the other models
-ALWAYS_SKIP = (0.0, 0.0, 0.0, 0.0, 0.0)  # up to 8 in a row
 
 # Heads of 64 channels, joint and single blocks; random weights, but for the demo model's own.
 MODELS = {"demo": None, "deep": (2, 5, 20), "wide": (8, 1, 1), "wider": (16, 1, 1)}
@@ -120,7 +110,7 @@ def parts(flux: Any, size: int, branches: int) -> dict[str, Callable[[], object]
     def gate() -> None:
         residuals, weights = [[x]] * branches, mx.ones((branches, 1))
         out = ops.gate(
-            x, zero, zero, x, residuals, weights, mx.zeros(8), force, coefficients=ALWAYS_SKIP, threshold=1.0
+            x, zero, zero, x, residuals, weights, mx.zeros(8), force, coefficients=common.ALWAYS_SKIP, threshold=1.0
         )
         mx.eval(out)
 
@@ -140,8 +130,6 @@ def median_seconds(run: Callable[[], object], times: int = 20) -> float:
 
 def measure(model: str, size: int, guidance: float, steps: int) -> list[dict[str, float]]:
     """Median seconds of a step of each kind and of each part, for each turn in this process."""
-    from mlx_teacache import apply_teacache
-
     import mlx_teacache_fast as tc
 
     warnings.simplefilter("ignore")
@@ -175,15 +163,9 @@ def measure(model: str, size: int, guidance: float, steps: int) -> list[dict[str
             kinds = [getattr(s, "kind", None) or s.decision for s in getattr(last, "steps", None) or last.decisions]
         return clock.seconds()[1:], kinds[1:]
 
-    contexts: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        "mflux": nullcontext,
-        "off": lambda: tc.apply(flux, rel_l1_thresh=0.0),
-        "computed": lambda: tc.apply(flux, rel_l1_thresh=1e-9),
-        "skipped": lambda: tc.apply(flux, rel_l1_thresh=1.0, coefficients=ALWAYS_SKIP),
+    contexts = common.contexts(flux) | {
         "no blocks": lambda: without_blocks(flux),
         "planned": lambda: tc.apply(flux, steps=plan),
-        "peer computed": lambda: apply_teacache(flux, rel_l1_thresh=1e-9),
-        "peer skipped": lambda: apply_teacache(flux, rel_l1_thresh=1.0, coefficients=ALWAYS_SKIP),
     }
     turns = []
     of_step = parts(flux, size, 2 if guidance > 1 else 1)

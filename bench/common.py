@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,33 @@ def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 # ---- What is measured, and where
+
+KINDS = {
+    "mflux": "mflux",
+    "off": "ours, threshold 0",
+    "computed": "ours, gated and computed",
+    "skipped": "ours, skipped",
+    "peer computed": "mlx-teacache, gated and computed",
+    "peer skipped": "mlx-teacache, skipped",
+}
+ALWAYS_SKIP = (0.0, 0.0, 0.0, 0.0, 0.0)  # up to 8 steps in a row
+
+
+def contexts(flux: Any) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """For each of KINDS what gates the pipeline in that way."""
+    from mlx_teacache import apply_teacache
+
+    import mlx_teacache_fast as tc
+
+    always: dict[str, Any] = {"rel_l1_thresh": 1.0, "coefficients": ALWAYS_SKIP}
+    return {
+        "mflux": nullcontext,
+        "off": lambda: tc.apply(flux, rel_l1_thresh=0.0),
+        "computed": lambda: tc.apply(flux, rel_l1_thresh=1e-9),
+        "skipped": lambda: tc.apply(flux, **always),
+        "peer computed": lambda: apply_teacache(flux, rel_l1_thresh=1e-9),
+        "peer skipped": lambda: apply_teacache(flux, **always),
+    }
 
 
 def machine() -> str:

@@ -1,4 +1,4 @@
-"""FLUX.2: one denoising step with gate and branch, inside one ``mx.compile``, around mflux's own forward pass.
+"""FLUX.2: one denoising step with gate and branch, as one graph that MLX compiled, around mflux's own forward pass.
 
 While a step is traced, stand-ins take the place of the transformer's two lists of blocks. mflux's forward runs as it
 is: embeddings, modulation, rotary embeddings, tail and guidance are its own. The first stand-in notes what the joint
