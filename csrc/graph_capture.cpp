@@ -55,6 +55,24 @@ std::unordered_set<std::uintptr_t> ids(const Arrays& arrays) {
   return set;
 }
 
+// As visit_lazy, but for `inputs`. Tells visit of each array whether it depends on them, which `dependent` remembers.
+template <typename Visit>
+void visit_dependents(
+    const Arrays& inputs, const Arrays& roots, std::unordered_set<std::uintptr_t>& dependent, Visit&& visit) {
+  visit_lazy(roots, ids(inputs), [&](const mx::array& a) {
+    bool depends = false;
+    for (auto& in : a.inputs()) {
+      depends |= dependent.count(in.id()) > 0;
+    }
+    if (depends) {
+      for (auto& out : a.outputs()) {
+        dependent.insert(out.id());
+      }
+    }
+    visit(a, depends);
+  });
+}
+
 // A cast or a view: kept as a node, so that a weight which is cast for a product is not kept in both dtypes.
 bool is_transient(const mx::array& a) {
   static const std::unordered_set<std::string> names{"AsType",  "Broadcast", "ExpandDims", "Flatten",
@@ -63,12 +81,11 @@ bool is_transient(const mx::array& a) {
 }
 
 // Refuses placeholders of another trace, and with `fold` evaluates what does not depend on `inputs`: rebuilding such a
-// graph would load the weights again at every step, and one that is still lazy while an enclosing evaluation holds it
-// too would be evaluated twice at once.
+// graph would compute it again at every step, and one that is still lazy while an enclosing evaluation holds it too
+// would be evaluated twice at once. Weights that have yet to be read from a file are read in any case, once.
 void freeze_constants(const Arrays& inputs, const Arrays& outputs, bool fold) {
   auto dependent = ids(inputs);
-  const auto input_ids = dependent;
-  Arrays constants;
+  Arrays constants, loads;
   auto freeze = [&](mx::array a) {
     while (is_lazy(a) && !dependent.count(a.id())) {
       if (!is_transient(a)) {
@@ -79,31 +96,23 @@ void freeze_constants(const Arrays& inputs, const Arrays& outputs, bool fold) {
     }
   };
   for (size_t i = 0; i < outputs.size(); i++) {
-    visit_lazy({outputs[i]}, input_ids, [&](const mx::array& a) {
+    visit_dependents(inputs, {outputs[i]}, dependent, [&](const mx::array& a, bool depends) {
       if (!a.has_primitive()) {
         reject(
             "[branch] the body's output ", i, " depends on an array of shape ", a.shape(),
             " that belongs to an enclosing trace: pass that array in inputs instead of closing over it");
       }
-      bool depends = false;
-      for (auto& in : a.inputs()) {
-        depends |= dependent.count(in.id()) > 0;
-      }
-      if (!depends) {
-        return;
-      }
-      for (auto& out : a.outputs()) {
-        dependent.insert(out.id());
-      }
-      for (auto& in : a.inputs()) {
-        freeze(in);
+      if (depends) {
+        for (auto& in : a.inputs()) {
+          freeze(in);
+        }
+      } else if (std::string(a.primitive().name()) == "Load") {
+        loads.push_back(a);
       }
     });
     freeze(outputs[i]);
   }
-  if (fold) {
-    mx::eval(constants);
-  }
+  mx::eval(fold ? constants : loads);
 }
 
 }  // namespace
@@ -123,8 +132,9 @@ CapturedGraph::CapturedGraph(
   // cache to own: a compiled function that is destroyed while the cache erases an outer one locks the cache twice.
   Arrays with_siblings;
   auto note_siblings = [&](const Arrays& inputs, const Arrays& outputs) {
-    visit_lazy(outputs, ids(inputs), [&](const mx::array& a) {
-      if (!a.siblings().empty()) {
+    auto dependent = ids(inputs);
+    visit_dependents(inputs, outputs, dependent, [&](const mx::array& a, bool depends) {
+      if (depends && !a.siblings().empty()) {  // others are the caller's own, a lazy weight's for example
         with_siblings.push_back(a);
       }
     });

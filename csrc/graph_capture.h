@@ -19,7 +19,7 @@ class CapturedGraph {
  public:
   // Calls fn once, on placeholders of these shapes and dtypes, and keeps what it built, fused as mx.compile fuses.
   // Arrays that do not depend on a placeholder (weights) are evaluated now and kept as constants; without fold those of
-  // them that are lazy are computed at each call, as a function of mx.compile does.
+  // them that are lazy are computed at each call, as a function of mx.compile does, but for what is read from files.
   // Throws std::invalid_argument if fn reaches a placeholder of another trace; what fn throws passes through.
   CapturedGraph(
       const std::function<Arrays(const Arrays&)>& fn,

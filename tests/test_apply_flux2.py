@@ -894,6 +894,42 @@ def test_quantised_and_with_lora(change: int | str) -> None:
         assert np.array_equal(image(flux), image(plain))
 
 
+@pytest.mark.parametrize("settings", [dict(rel_l1_thresh=1e-9), dict(steps="110101")], ids=["gate", "plan"])
+def test_weights_that_are_not_evaluated_yet(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As mflux leaves them: read and quantised when first used. They stay usable, and files are read once."""
+    from mlx_teacache_fast import demo
+
+    file = str(tmp_path / "weights.safetensors")
+    flux = demo.pipeline()
+    flux.transformer.save_weights(file)
+
+    def image() -> np.ndarray:
+        return np.asarray(flux.generate_image(1, "red apple", 6, 64, 64, guidance=4.0).image)
+
+    class Overwriting:
+        def call_in_loop(self, t: int, latents: mx.array, **_: Any) -> None:
+            mx.eval(latents)
+            if t == 1:
+                Path(file).write_bytes(b"nothing")
+
+    flux.transformer.load_weights(file)
+    flux.callbacks.register(Overwriting())
+    with tc.apply(flux, **settings):
+        read = image()
+    flux.callbacks.in_loop.pop()
+    plain = image()
+    if "steps" not in settings:
+        assert np.array_equal(read, plain)
+
+    state = [mx.array(a) for a in mx.random.state]
+    nn.quantize(flux.transformer, group_size=64, bits=8)
+    flux.transformer.proj_out = LoRALinear.from_linear(flux.transformer.proj_out, r=4)  # random, and lazy
+    with tc.apply(flux, **settings):
+        image()
+    mx.eval(flux.parameters(), state, mx.random.normal((2,)))
+    assert not np.array_equal(image(), plain)
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_compute_precision(dtype: mx.Dtype) -> None:
     """mflux's option to compute in float16 whatever the weights' dtype."""

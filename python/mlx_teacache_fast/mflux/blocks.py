@@ -57,9 +57,14 @@ def captured(step: Step) -> Step:
     bodies: list[tuple[list[Any], ops.Body]] = []  # one, or more if a constant changes from step to step
 
     def call(arrays: list[mx.array], kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
-        leaves = [leaf for _, leaf in cast(list[tuple[str, Any]], tree_flatten(kwargs))]
-        inputs = [*arrays, *(leaf for leaf in leaves if isinstance(leaf, mx.array))]
-        constants = [len(arrays), *(_INPUT if isinstance(leaf, mx.array) else leaf for leaf in leaves)]
+        kwargs = dict(sorted(kwargs.items()))
+        leaves = cast(list[tuple[str, Any]], tree_flatten(kwargs))
+        inputs = [*arrays, *(leaf for _, leaf in leaves if isinstance(leaf, mx.array))]
+        constants: list[Any] = [len(arrays)]
+        for path, leaf in leaves:
+            if not isinstance(leaf, mx.array | bool | int | float | str | None):
+                raise InternalStateError(f"a step was called with {path} of type {type(leaf).__name__}")
+            constants.append((path, _INPUT) if isinstance(leaf, mx.array) else (path, type(leaf), leaf))
         body = next((body for known, body in bodies if known == constants), None)
         if body is None:
             body = ops.Body(_over_inputs(step, len(arrays), kwargs), fold=False)
@@ -79,9 +84,8 @@ def _over_inputs(step: Step, n_arrays: int, kwargs: dict[str, Any]) -> Callable[
 
     def run(*inputs: mx.array) -> list[mx.array]:
         rest = iter(inputs[n_arrays:])
-        noise, arrays = step(
-            list(inputs[:n_arrays]), tree_map(lambda leaf: next(rest) if leaf is _INPUT else leaf, form)
-        )
+        kwargs = tree_map(lambda leaf: next(rest) if leaf is _INPUT else leaf, form)
+        noise, arrays = step(list(inputs[:n_arrays]), kwargs)
         return [noise, *arrays]
 
     return run
