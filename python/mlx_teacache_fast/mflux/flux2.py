@@ -254,7 +254,7 @@ class _BlockInputs:
 
 
 class _Layers(NamedTuple):
-    """What the body is made of."""
+    """What the body is made of, as it is when the generation begins."""
 
     joint_blocks: Sequence[Any]
     single_blocks: Sequence[Any]
