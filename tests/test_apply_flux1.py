@@ -193,7 +193,7 @@ def test_every_pipeline(
         assert type(transformer) is Transformer
     ulp = mx.abs(gated[1] - plain[1]).max().item() / np.spacing(np.float32(mx.abs(plain[1]).max().item()))
     record_property("ulp_of_the_largest_latent", f"{ulp:g} {kind.__name__} {model.__name__} {dtype}")
-    assert ulp <= 16  # see uncompiled(): 0 without fusion; 5.5 at most was seen with it
+    assert ulp <= 16  # see uncompiled(): 0 without fusion; 6.75 at most was seen with it
 
     with uncompiled():
         plain = generate(flux, **given)
