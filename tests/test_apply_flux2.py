@@ -195,7 +195,7 @@ def test_one_host_read_a_step(flux: Any, generate: Generate, guidance: float) ->
 
 
 MEMORY = """
-    import sys, warnings
+    import os, sys, warnings
     import mlx.core as mx
     import mlx_teacache_fast as tc
     from mlx_teacache_fast import demo
@@ -213,10 +213,11 @@ MEMORY = """
             mx.reset_peak_memory()
 
         def call_after_loop(self, latents, **_):
-            print(mx.get_peak_memory())
+            print(mx.get_peak_memory(), flush=True)
 
     flux.callbacks.register(Reset())
     flux.generate_image(prompt="red apple", seed=1, num_inference_steps=5, height=size, width=size, guidance=guidance)
+    os._exit(0)  # MLX's threads may abort at exit
 """
 
 
@@ -228,7 +229,7 @@ def test_peak_memory(guidance: float, limit: int, record_property: Callable[[str
 
     def peak(kind: str) -> int:
         command = [sys.executable, "-c", textwrap.dedent(MEMORY), kind, str(guidance), str(size)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
     extra = (peak("gated") - peak("plain")) / activation
     record_property("extra_activations", extra)
@@ -265,7 +266,7 @@ def test_memory_saver_frees_the_transformer() -> None:
 
 
 FREED = """
-    import gc, sys, warnings
+    import gc, os, sys, warnings
     import mlx.core as mx
     import mlx_teacache_fast as tc
     from mlx_teacache_fast import demo
@@ -281,7 +282,8 @@ FREED = """
                 flux.generate_image(1, "red apple", 6, 64, 64, guidance=guidance)
             del flux, handle
     gc.collect()
-    print(mx.get_active_memory())
+    print(mx.get_active_memory(), flush=True)
+    os._exit(0)  # MLX's threads may abort at exit
 """
 
 
@@ -289,13 +291,13 @@ FREED = """
 def test_weights_are_freed_with_the_pipeline(step: str) -> None:
     """All arrays: not only mflux's modules go, but also what graphs held of them."""
     command = [sys.executable, "-c", textwrap.dedent(FREED), step]
-    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 1000
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout) < 1000
 
 
 def test_two_generations_in_two_threads() -> None:
-    """Each on a pipeline of its own. Only what is printed counts: MLX may abort at exit once threads have used it."""
+    """Each on a pipeline of its own. Without the interpreter's exit: MLX may abort there once threads have used it."""
     program = """
-        import threading
+        import os, threading
         import mlx.core as mx
         import numpy as np
         import mlx_teacache_fast as tc
@@ -321,10 +323,12 @@ def test_two_generations_in_two_threads() -> None:
         for t in threads:
             t.join()
         print("equal" if alone == together else "different", "skipped" in alone[0][1], flush=True)
+        os._exit(0)
         """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.stdout == "equal True\n", result.stderr
+    assert result.returncode == 0
 
 
 def dies_with_its_last_reference(holder: list[Any]) -> bool:
