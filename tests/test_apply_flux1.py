@@ -649,6 +649,19 @@ def test_a_quantised_transformer_with_lora_is_gated(bits: int) -> None:
 # ---- Memory
 
 
+@pytest.mark.parametrize("setting", [ALWAYS, NEVER, dict(steps="11010")], ids=["skips", "computes", "plan"])
+def test_weights_are_freed_with_the_pipeline(setting: dict[str, Any]) -> None:
+    gc.collect()
+    before = mx.get_active_memory()
+    flux = build.pipeline(Flux1, build.transformer(ModelConfig.dev()))
+    weights = mx.get_active_memory() - before
+    with tc.apply(flux, **setting) as handle:
+        generate(flux)
+    del flux, handle
+    gc.collect()
+    assert mx.get_active_memory() - before < weights / 1000
+
+
 @pytest.mark.parametrize("setting", [ALWAYS, NEVER, dict(rel_l1_thresh=0.0)], ids=["skips", "computes", "off"])
 def test_memory_saver_frees_the_transformer_before_the_image_is_decoded(setting: dict[str, Any]) -> None:
     from mflux.callbacks.instances.memory_saver import MemorySaver
