@@ -20,10 +20,10 @@ from gate_cases import (
     assert_reused_close,
     assert_same_bits,
     assert_state_matches_numpy,
+    digest,
     make_state,
     modulate_float64,
     random_case,
-    to_bytes,
     to_numpy,
 )
 from test_branch import slow
@@ -58,7 +58,7 @@ def assert_gpu_is_cpu(case: Case) -> None:
     modulated, reused, state = on(GPU, case)
     on_cpu = on(CPU, case)
     for got, expected in zip(reused, on_cpu[1], strict=True):
-        assert to_bytes(got) == to_bytes(expected)
+        assert digest(got) == digest(expected)
     assert_modulated_close(modulated, on_cpu[0], case)
     got, expected = np.array(state), np.array(on_cpu[2])
     assert got[[0, 1, 5, 6, 7]].tolist() == expected[[0, 1, 5, 6, 7]].tolist()
@@ -124,7 +124,7 @@ def test_exact_statistics_give_the_cpu_bits(dtype: mx.Dtype) -> None:
     x = np.random.default_rng(11).integers(-8, 9, (2, 40, 64)).astype(np.float32)
     x[..., 0] -= np.remainder(x.sum(-1), 64)
     case = replace(random_case((2, 40, 64), dtype), x=mx.array(x).astype(dtype))
-    assert to_bytes(on(GPU, case)[0]) == to_bytes(on(CPU, case)[0])
+    assert digest(on(GPU, case)[0]) == digest(on(CPU, case)[0])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -170,11 +170,11 @@ def test_random_trajectories_decide_as_on_the_cpu() -> None:
 def test_many_gates_in_flight() -> None:
     """64 gates in one evaluation, 50 times: none may see another's partial sums or counter."""
     cases = [replace(random_case((1, 40 + i, 256), mx.bfloat16, seed=i), state=make_state()) for i in range(64)]
-    expected = [to_bytes(on(GPU, case)[2]) for case in cases]
+    expected = [digest(on(GPU, case)[2]) for case in cases]
     for _ in range(50):
         states = [ops.gate(*case.arrays, **case.options)[2] for case in cases]
         mx.eval(states)
-        assert [to_bytes(state) for state in states] == expected
+        assert [digest(state) for state in states] == expected
 
 
 def test_the_anchor_is_donated() -> None:

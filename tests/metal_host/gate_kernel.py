@@ -1,9 +1,10 @@
 """Runs metal/gate.metal on a ``Case`` as csrc/gate_metal.cpp does, by the shared header's indices and grid."""
 
+import contextlib
 import ctypes
 import fcntl
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,14 +71,24 @@ class Result:
     runs: list[Run] = field(default_factory=list)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Test processes share the folder: the first one builds, the others find it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Header:
     """metal/gate_params.h, by way of gate_host.cpp."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "gate_host.so"
-        if not path.exists():
-            flags = ["-std=c++20", "-O1", "-fPIC", "-shared", *(f"-I{d}" for d in INCLUDES)]
-            compile_file([*flags, str(HERE / "gate_host.cpp")], path)
+        with alone_in(folder):
+            if not path.exists():
+                flags = ["-std=c++20", "-O1", "-fPIC", "-shared", *(f"-I{d}" for d in INCLUDES)]
+                compile_file([*flags, str(HERE / "gate_host.cpp")], path)
         self._library = ctypes.CDLL(str(path))
         self.partials: int = self._library.gate_host_partials()
         self.max_residuals: int = self._library.gate_host_max_residuals()
@@ -147,11 +158,8 @@ class GateKernel:
     ) -> None:
         lines = [f'instantiate_kernel("{v.name}", gate, {v.arguments})' for v in sorted(set(variants))]
         text = (text or kernel_text()) + "\n" + "\n".join(lines) + "\n"
-        # Test processes share the folder: the first one builds, the others find it.
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self.header = Header(folder)
+        self.header = Header(folder)
+        with alone_in(folder):
             self.library: Library = build(text, folder, mode=mode, metal_version=metal_version)
 
     def run(

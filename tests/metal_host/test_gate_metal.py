@@ -17,10 +17,10 @@ from gate_cases import (
     assert_modulated_close,
     assert_reused_close,
     assert_state_matches_numpy,
+    digest,
     modulate_float64,
     random_case,
     row_case,
-    to_bytes,
     to_numpy,
 )
 
@@ -127,7 +127,7 @@ def assert_right(result: Result, case: Case) -> None:
     assert result.modulated.dtype == mod_type
     assert all(r.dtype == reused_type for r in result.reused)
     for got, expected in zip(result.reused, on_cpu[1], strict=True):
-        assert to_bytes(got) == to_bytes(expected)
+        assert digest(got) == digest(expected)
     assert_modulated_close(result.modulated, on_cpu[0], case)
     state, expected_state = np.array(result.state), np.array(on_cpu[2])
     if case.x.size == 0:
@@ -146,7 +146,7 @@ def test_values(checked: GateKernel, name: str) -> None:
     results = [checked.run(case, seed=seed, preempt=16, **options) for seed in range(2)]
     assert_right(results[0], case)
     # Whatever the schedule, and whichever threadgroup is the last: the same bits.
-    assert to_bytes(results[0].modulated, results[0].state) == to_bytes(results[1].modulated, results[1].state)
+    assert digest(results[0].modulated, results[0].state) == digest(results[1].modulated, results[1].state)
     grid = checked.header.grid(case.x.shape[0] * case.x.shape[1], case.x.shape[2])
     if "max_threads" not in options:
         assert results[0].counter == grid.groups
@@ -158,7 +158,7 @@ def test_values_of_two_dispatches(checked: GateKernel, two_dispatches: GateKerne
     result = two_dispatches.run(case, one_dispatch=False, preempt=16)
     assert_right(result, case)
     one = checked.run(case)
-    assert to_bytes(result.modulated, *result.reused) == to_bytes(one.modulated, *one.reused)
+    assert digest(result.modulated, *result.reused) == digest(one.modulated, *one.reused)
     assert np.array(result.state) == pytest.approx(np.array(one.state), rel=1e-6, nan_ok=True)
 
 
@@ -197,7 +197,7 @@ def test_exact_statistics_give_the_cpu_bits(checked: GateKernel, dtype: mx.Dtype
     x = np.random.default_rng(11).integers(-8, 9, (2, 40, 64)).astype(np.float32)
     x[..., 0] -= np.remainder(x.sum(-1), 64)
     case = replace(random_case((2, 40, 64), dtype), x=mx.array(x).astype(dtype))
-    assert to_bytes(checked.run(case).modulated) == to_bytes(case.run()[0])
+    assert digest(checked.run(case).modulated) == digest(case.run()[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -245,7 +245,7 @@ def test_no_alarm_in_300_runs(checked: GateKernel, record_property: Callable[[st
         seen = set()
         for seed in range(n):
             result = checked.run(case, seed=seed, preempt=(0, 8, 64)[seed % 3], resident_groups=1 + seed % 7)
-            seen.add(to_bytes(result.modulated, *result.reused, result.state))
+            seen.add(digest(result.modulated, *result.reused, result.state))
             runs += 1
         assert len(seen) == 1
     assert runs == 300
