@@ -197,7 +197,7 @@ def report(data: dict[str, Any]) -> None:
             cells = 4 * [""] if is_limit else cells
             lines.append([label, f"{row['us']:.1f}", *cells, f"{row['host_reads']:g}", first])
         common.print_table(lines, left=1)
-    print("\nRatios in (brackets) are too noisy to quote.")
+    print(f"\n{common.NOISE_NOTE}")
 
 
 if __name__ == "__main__":

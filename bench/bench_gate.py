@@ -9,12 +9,14 @@ Rivals, measured in turn within a process, in several processes:
     copy      the fewest bytes: x, anchor and residuals are read, modulated and each branch's result written, so half as
               many arrays of x's size are copied, by numpy into memory that is in use already; with 1 and 2 threads,
               the faster counts
-    fresh     the same copy into newly allocated memory: what a gate that does not reuse its inputs' memory must pay
+
+On a CPU MLX gives the memory of large arrays back to the system, which then maps every page anew: that takes longer
+than the gate, and how long changes from run to run. So the processes here keep freed memory, for every rival, as MLX
+itself does on a GPU; --return-memory measures without.
 
 More branches and residuals than one are measured with the last dtype and the first width only.
 
-A ratio is of two times of the same turn. In brackets where the processes' medians differ by more than 10 %: too noisy
-to quote.
+A ratio is of two times of the same turn.
 
 On a GPU (--device gpu) two times are taken:
 
@@ -58,7 +60,10 @@ PEER = importlib.util.find_spec("mlx_teacache") is not None
 # done with them, so that here the next gate cannot write to where its anchor is.
 CHAIN_BYTES = 1 << 30
 MIN_CHAIN = 4
+# glibc's: nothing is mapped by itself, nothing returned, and room for more is asked for in large pieces.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": f"{1 << 40}", "MALLOC_TOP_PAD_": f"{1 << 28}"}
 LARGE_COPY = 1 << 29  # bytes: more than any chip's cache
+SECONDS = 0.7  # for each shape in each process
 DISPATCHES = "MLX_TEACACHE_FAST_METAL_DISPATCHES"  # read at each evaluation
 
 
@@ -193,20 +198,18 @@ class EagerStep:
 
 
 class Copy:
-    def __init__(self, nbytes: int, threads: int, pool: ThreadPoolExecutor, fresh: bool = False) -> None:
-        self.source = np.ones(nbytes, np.uint8)
-        self.target = None if fresh else np.zeros_like(self.source)
+    def __init__(self, nbytes: int, threads: int, pool: ThreadPoolExecutor) -> None:
+        self.source, self.target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
         bounds = [len(self.source) * t // threads for t in range(threads + 1)]
         self.parts = [slice(a, b) for a, b in pairwise(bounds)]
         self.pool = pool
 
     def __call__(self) -> None:
-        target = np.empty_like(self.source) if self.target is None else self.target
         if len(self.parts) == 1:
-            np.copyto(target, self.source)
+            np.copyto(self.target, self.source)
         else:
             # copyto leaves the interpreter's lock while it copies.
-            list(self.pool.map(lambda part: np.copyto(target[part], self.source[part]), self.parts))
+            list(self.pool.map(lambda part: np.copyto(self.target[part], self.source[part]), self.parts))
 
 
 # ---- On a GPU
@@ -266,10 +269,19 @@ class Nothing:
 # ---- Measuring
 
 
-def measure(rivals: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each round. Interleaved: what disturbs the machine disturbs every rival."""
+def measure(rivals: dict[str, Callable[[], None]], rounds: int, seconds: float = 0.0) -> dict[str, list[float]]:
+    """Milliseconds of each round. Interleaved: what disturbs the machine disturbs every rival.
+
+    Args:
+        rivals: Each is called once in a round.
+        rounds: The fewest.
+        seconds: As many rounds as fit into these, but up to 8 times the fewest.
+    """
     samples: dict[str, list[float]] = {name: [] for name in rivals}
-    for round_index in range(-2, rounds):  # Two rounds to compile, to seed the gates and to touch the memory.
+    end = time.perf_counter() + seconds
+    for round_index in range(-2, 8 * rounds):  # Two rounds to compile, to seed the gates and to touch the memory.
+        if round_index >= rounds and time.perf_counter() > end:
+            break
         for name, rival in rivals.items():
             n = 1
             if isinstance(rival, Chain):
@@ -294,8 +306,7 @@ def measure_cpu(shape: Shape, rounds: int) -> dict[str, list[float]]:
         rivals["compiled"] = GateStep(inputs, reference.gate, compiled=True)
         rivals["copy_1_thread"] = Copy(fewest, 1, pool)
         rivals["copy_2_threads"] = Copy(fewest, 2, pool)
-        rivals["copy_fresh"] = Copy(fewest, 2, pool, fresh=True)
-        return measure(rivals, rounds)
+        return measure(rivals, rounds, SECONDS)
 
 
 def chain_length(longest: int, shape: Shape) -> int:
@@ -316,7 +327,7 @@ def measure_gpu(shape: Shape, rounds: int, longest: int) -> dict[str, list[float
     if shape.terms == 1 and PEER:
         rivals["step eager"] = EagerStep(inputs)
     rivals["step nothing"] = Nothing()
-    return measure(rivals, rounds)
+    return measure(rivals, rounds, SECONDS)
 
 
 def row_of(shape: Shape, processes: list[dict[str, list[float]]], gpu: bool) -> dict[str, Any]:
@@ -369,7 +380,6 @@ CPU_TIMES = {
     "compiled": "compiled",
     "copy_1_thread": "copy x1",
     "copy_2_threads": "copy x2",
-    "copy_fresh": "fresh",
 }
 KERNEL_TIMES = {f"kernel {n}": title for n, title in {"gate": "gate", "two_dispatches": "2 disp."}.items()}
 KERNEL_TIMES |= {"kernel compiled": "compiled", "kernel copy": "copy"}
@@ -417,8 +427,15 @@ def parse() -> argparse.Namespace:
         default=(1, 2, 3),
         help="residuals of each; more than 1 likewise (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="in each process, of each shape (default: %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=3, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="in each process, of each shape; up to 8 times as many of a "
+        f"small one, in {SECONDS:g} s (default: %(default)s)",
+    )
+    parser.add_argument("--return-memory", action="store_true", help="on a CPU: do not keep freed memory")
+    parser.add_argument("--repetitions", type=int, default=5, help="processes (default: %(default)s)")
     parser.add_argument(
         "--chain", type=int, default=64, help="gates in one evaluation, on a GPU; fewer where large (default: 64)"
     )
@@ -432,6 +449,7 @@ def parse() -> argparse.Namespace:
     if args.quick:
         kinds = [("bfloat16", 1, 1), ("bfloat16", 2, 1), ("bfloat16", 1, 3), ("float32", 1, 1)]
         args.shapes = [Shape(s, 3072, *kind) for kind in kinds for s in (256, 1024, 4096)]
+        args.repetitions = 6
     else:
         # One residual in every dtype and width; more of them, and branches, where most pictures are made.
         kinds = [(t, d, 1, 1) for t in args.dtypes for d in args.channels]
@@ -470,7 +488,8 @@ def main() -> None:
         return
     gpu = args.device == "gpu"
     memory = large_copy(args.rounds) if gpu else None
-    processes = common.in_fresh_processes(args.repetitions)
+    keep = {} if gpu or args.return_memory else KEEP_MEMORY
+    processes = common.in_fresh_processes(args.repetitions, **keep)
     rows, left_out = [], []
     for shape, *results in zip(args.shapes, *processes, strict=True):
         if None in results:
@@ -478,6 +497,7 @@ def main() -> None:
         else:
             rows.append(row_of(shape, results, gpu))
     numbers: dict[str, Any] = {"rounds": args.rounds, "repetitions": args.repetitions, "memory_gb_per_s": memory}
+    numbers["memory_kept"] = gpu or not args.return_memory
     numbers |= {"rows": rows, "left_out": left_out, "exponents": exponents(rows, "kernel gate" if gpu else "gate")}
     common.finish(args, common.collect(numbers, *DISTRIBUTIONS), report)
 
@@ -485,7 +505,10 @@ def main() -> None:
 def report(data: dict[str, Any]) -> None:
     common.print_header(data)
     gpu = data["memory_gb_per_s"] is not None
-    print(f"\nmedians of {data['repetitions']} processes with {data['rounds']} rounds each\n")
+    print(
+        f"\nmedians of {data['repetitions']} processes with at least {data['rounds']} rounds each"
+        f"{'' if data['memory_kept'] else '; freed memory is returned to the system'}\n"
+    )
     if gpu:
         print("kernel: milliseconds of one of several gates in one evaluation; 'copy' moves the gate's fewest bytes")
         print("step:   milliseconds of one evaluation of one gate, with its decision read on the host")
@@ -499,7 +522,7 @@ def report(data: dict[str, Any]) -> None:
     else:
         print("milliseconds; 'copy' is the faster of one and two threads, and its bytes are the gate's fewest\n")
         print_rows(data["rows"], CPU_TIMES, RATES, CPU_RATIOS)
-    print("\nRatios in (brackets) are too noisy to quote.")
+    print(f"\n{common.NOISE_NOTE}")
     for name in data["left_out"]:
         print(f"left out, too little memory: {name}")
     if data["exponents"]:

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import logging
-import sys
 import warnings
 from typing import Any
 
@@ -71,10 +70,10 @@ def main() -> None:
     if args.measure:
         print("\n" + json.dumps(measure(*args.case, args.steps)))
         return
-    processes, own = {}, list(sys.argv)
-    for case in itertools.product(common.KINDS, args.sizes, args.guidance):
-        sys.argv = [*own, "--case", json.dumps(case)]
-        processes[case] = common.in_fresh_processes(args.repetitions)
+    processes = {
+        case: common.in_fresh_processes(args.repetitions, "--case", json.dumps(case))
+        for case in itertools.product(common.KINDS, args.sizes, args.guidance)
+    }
     rows = []
     for size, guidance, kind in itertools.product(args.sizes, args.guidance, common.KINDS):
         tokens = (size // 16) ** 2

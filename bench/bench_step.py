@@ -266,10 +266,7 @@ def report(data: dict[str, Any]) -> None:
         parts_ms = result["skipped_parts_ms"]
         print(f"\nWhere the {sum(parts_ms.values()):.2f} ms of a gated and skipped step go:\n")
         common.print_table([["part", "ms"], *([PARTS[n], f"{ms:.2f}"] for n, ms in parts_ms.items())], left=1)
-    print(
-        "\nA computed step's limit is mflux's, a skipped one's mflux's without its blocks. "
-        "Ratios in (brackets) are too noisy to quote."
-    )
+    print(f"\nA computed step's limit is mflux's, a skipped one's mflux's without its blocks. {common.NOISE_NOTE}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -146,11 +147,16 @@ def print_table(lines: list[list[str]], left: int = 0) -> None:
         print("  ".join(cells).rstrip())
 
 
-NOISE = 0.1  # of the median, between processes: another run's ratio may differ by as much
+NOISE = 0.1  # of the median: a ratio that another run may find further off is marked
+NOISE_NOTE = "±: another run may find a ratio so much further off; where nothing is said, less than 10 %."
 
 
 def summary(processes: list[list[float]]) -> dict[str, Any]:
-    """A ratio's median and quartiles over all turns, and whether the processes agree on it well enough to quote it.
+    """A ratio's median and quartiles over all turns, and how far off another run may find it.
+
+    Its ``noise`` is twice the standard error of the difference of two runs' medians, in parts of the median, from how
+    the processes' own medians scatter: a process keeps its places in memory, its turns are not independent. None where
+    there is one process.
 
     Args:
         processes: For each process the ratio in each of its turns.
@@ -158,14 +164,20 @@ def summary(processes: list[list[float]]) -> dict[str, Any]:
     medians = [statistics.median(turns) for turns in processes]
     everything = [ratio for turns in processes for ratio in turns]
     low, middle, high = statistics.quantiles(everything, n=4) if len(everything) > 1 else 3 * everything
-    noise = (max(medians) - min(medians)) / middle
-    return {"median": middle, "low": low, "high": high, "noise": noise, "noisy": noise > NOISE}
+    noise = None
+    if len(medians) > 1:
+        center = statistics.median(medians)
+        deviation = 1.48 * statistics.median(abs(m - center) for m in medians)  # of a normal distribution
+        noise = 2 * math.sqrt(2) * 1.25 * deviation / math.sqrt(len(medians)) / middle
+    return {"median": middle, "low": low, "high": high, "noise": noise, "noisy": noise is None or noise > NOISE}
 
 
 def ratio_cell(ratio: dict[str, Any], digits: int = 2) -> str:
-    """A summary as a cell of a table; in brackets where it is too noisy to quote."""
+    """A summary as a cell of a table, with its noise where that is large."""
     text = f"{ratio['median']:.{digits}f}"
-    return f"({text})" if ratio["noisy"] else text
+    if not ratio["noisy"]:
+        return text
+    return f"{text} ±?" if ratio["noise"] is None else f"{text} ±{100 * ratio['noise']:.0f} %"
 
 
 def finish(args: argparse.Namespace, data: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
@@ -176,12 +188,13 @@ def finish(args: argparse.Namespace, data: dict[str, Any], report: Callable[[dic
     report(data)
 
 
-def in_fresh_processes(count: int) -> list[Any]:
-    """This program with --measure, ``count`` times: what each prints in its last line, as JSON."""
+def in_fresh_processes(count: int, *options: str, **environment: str) -> list[Any]:
+    """This program with --measure and ``options``, ``count`` times: what each prints in its last line, as JSON."""
     results = []
+    command, env = [sys.executable, *sys.argv, "--measure", *options], os.environ | environment
     for i in range(count):
         print(f"\rprocess {i + 1} of {count} ...", end="", file=sys.stderr, flush=True)
-        done = subprocess.run([sys.executable, *sys.argv, "--measure"], capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:
             sys.exit(f"\n{done.stderr}")
         results.append(json.loads(done.stdout.splitlines()[-1]))

@@ -40,8 +40,7 @@ def page(results: dict[str, dict[str, Any]], output: Path) -> str:
         f"Made by `python bench/report.py` of the files in `results/`, one full run on {first['machine']} "
         f"({first['date']}). `make bench` runs a short form on your machine, `make bench-full` all of it.",
         NOT_MEASURED,
-        "A ratio is of two times of the same turn; each script's `--help` says what is compared. In (brackets): the "
-        "processes of this run differ by over 10 %, too noisy to quote.",
+        "A ratio is of two times of the same turn; each script's `--help` says what is compared. " + common.NOISE_NOTE,
     ]
     for name, question in QUESTIONS.items():
         if name not in results:
