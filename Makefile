@@ -52,7 +52,9 @@ bench: $(UV) headers
 
 bench-full: $(UV) headers
 	$(SYNC) --extra demo --group test
-	for b in $(BENCHES); do $(RUN) python bench/bench_$$b.py --json results/bench_$$b.json --force || exit 1; done
+	for b in $(BENCHES); do $(RUN) python bench/bench_$$b.py --json build/results/bench_$$b.json --force || exit 1; done
+	mkdir -p results
+	mv build/results/bench_*.json results
 	$(RUN) python bench/report.py
 
 lint: $(UV) headers

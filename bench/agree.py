@@ -6,7 +6,6 @@ python bench/agree.py build/bench-before build/bench
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,17 @@ import common
 
 
 def ratios(value: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every summary in a benchmark's data, by where it stands."""
-    if isinstance(value, dict) and "noisy" in value:
+    """Every summary in a benchmark's data, by what it is of."""
+    if isinstance(value, dict) and "noise" in value:
         yield name, value
-    elif isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, part in items:
-            yield from ratios(part, f"{name}/{key}" if name else str(key))
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from ratios(part, f"{name} {key}")
+    elif isinstance(value, list):
+        for row in value:
+            if isinstance(row, dict):
+                of = {k: v for k, v in row.items() if isinstance(v, str | int) or k in ("guidance", "threshold")}
+                yield from ratios(row, f"{name} {' '.join(f'{k}={v}' for k, v in of.items())}")
 
 
 def main() -> None:
@@ -29,26 +32,26 @@ def main() -> None:
     parser.add_argument("before", type=Path, help="folder with bench_*.json")
     parser.add_argument("after", type=Path, help="another")
     args = parser.parse_args()
-    compared = marked = 0
+    runs: list[dict[str, dict[str, Any]]] = [
+        {name: r for p in sorted(folder.glob("bench_*.json")) for name, r in ratios(json.loads(p.read_text()), p.stem)}
+        for folder in (args.before, args.after)
+    ]
+    before, after = runs
+    if missing := sorted(before.keys() ^ after.keys()):
+        parser.error(f"{len(missing)} ratios are in one run only, the first: {missing[0]}")
+    if not before:
+        parser.error(f"{args.before} has no bench_*.json with ratios")
     lines = [["ratio", "before", "after", "apart"]]
-    for path in sorted(args.before.glob("bench_*.json")):
-        other = args.after / path.name
-        if not other.exists():
-            sys.exit(f"{other} is missing")
-        found = dict(ratios(json.loads(other.read_text())))
-        for name, a in ratios(json.loads(path.read_text())):
-            b = found[name]
-            compared += 1
-            marked += a["noisy"] or b["noisy"]
-            apart = abs(a["median"] / b["median"] - 1)
-            if apart > max(common.NOISE, *(r["noise"] or 1 for r in (a, b))):
-                lines.append(
-                    [f"{path.stem} {name}", common.ratio_cell(a), common.ratio_cell(b), f"{100 * apart:.0f} %"]
-                )
-    print(f"{compared} ratios, {marked} of them marked ± in one run or both; further apart than that: {len(lines) - 1}")
+    within = 0
+    for name, a in before.items():
+        b = after[name]
+        apart = abs(a["median"] / b["median"] - 1)
+        within += apart <= 0.1
+        if all(r["noise"] is not None and apart > max(0.1, r["noise"]) for r in (a, b)):
+            lines.append([name, common.ratio_cell(a), common.ratio_cell(b), f"{100 * apart:.0f} %"])
+    print(f"{len(before)} ratios: {within} within 10 %, {len(lines) - 1} further apart than 10 % and than their noise")
     if len(lines) > 1:
         common.print_table(lines, left=1)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ kernels on disk, so a second run on the same machine takes less).
     python bench/bench_branch.py --device gpu --tokens 4096 --channels 3072 --dtype bfloat16 --layers 1 8
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -41,6 +40,10 @@ NAMES = {
 }
 
 Step = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]  # x, limit -> the next x, the decision
+
+
+class Reads:
+    of_split = 0
 
 
 def make_steps(tokens: int, channels: int, dtype: mx.Dtype, layers: int) -> dict[str, Step]:
@@ -89,6 +92,7 @@ def make_steps(tokens: int, channels: int, dtype: mx.Dtype, layers: int) -> dict
     def split(x: mx.array, limit: mx.array) -> tuple[mx.array, mx.array]:
         h, reused, skip = compiled_front(x, limit)
         mx.eval(h, reused, skip)
+        Reads.of_split += 1
         return compiled_tail(reused if skip.item() else compiled_body(h)), skip
 
     compiled: dict[str, Step] = {"plain": plain, "no body": no_body, "branch": branch, "where": where}
@@ -106,27 +110,31 @@ def run(step: Step, x: mx.array, limit: mx.array, steps: int) -> tuple[float, mx
     return 1e6 * (perf_counter() - start) / steps, x
 
 
-def measure(tokens: int, channels: int, dtype: str, layers: int, steps: int) -> list[list[dict[str, float]]]:
+def measure(
+    tokens: int, channels: int, dtype: str, layers: int, steps: int, process: int
+) -> list[list[dict[str, float]]]:
     """For each turn and each of KINDS the microseconds of a step, and how often ops.branch read on the host.
 
-    ``first_us`` is that of the first call, which traces and compiles; of a process's first turn only.
+    ``first_us`` is that of the first call, which traces and compiles. What a process's very first compilation costs
+    falls on another function; which kind comes first differs from process to process.
     """
+    mx.eval(mx.compile(lambda a: mx.exp(a) @ a)(mx.ones((2, 2))))
     compiled = make_steps(tokens, channels, DTYPES[dtype], layers)
     x = mx.random.normal((tokens, channels), key=mx.random.key(0)).astype(DTYPES[dtype])
     limits = {False: mx.array(-1.0), True: mx.array(math.inf)}
     mx.eval(x, *limits.values())
     turns = []
-    first = [run(compiled[name], x, limits[skipped], 1)[0] for name, skipped in KINDS]
-    order = list(range(len(KINDS)))
-    for turn in range(1 + len(KINDS)):  # each kind has each place once; the first turn compiles
-        order = [*order[1:], order[0]]  # a drift of the machine's speed falls on each kind in turn
+    kinds = range(len(KINDS))
+    first = {k: run(compiled[KINDS[k][0]], x, limits[KINDS[k][1]], 1)[0] for k in common.orders(kinds, process)}
+    for turn in range(1 + len(KINDS)):  # the first one is not counted
         results: dict[int, dict[str, float]] = {}
         outputs: dict[int, mx.array] = {}
-        for k in order:
+        for k in common.orders(kinds, turn):
             name, skipped = KINDS[k]
             ops.reset_counters()
+            Reads.of_split = 0
             us, outputs[k] = run(compiled[name], x, limits[skipped], steps)
-            reads = 1.0 if name == "split" else ops.counters()["reads"] / steps
+            reads = (Reads.of_split + ops.counters()["reads"]) / steps
             results[k] = {"us": us, "reads": reads, "first_us": first[k]}
         for k, (name, skipped) in enumerate(KINDS):
             limit = outputs[KINDS.index(("no body", True) if skipped else ("plain", False))]
@@ -138,7 +146,7 @@ def measure(tokens: int, channels: int, dtype: str, layers: int, steps: int) -> 
 
 
 def main() -> None:
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, quick="100 steps")
     parser.add_argument("--tokens", type=int, default=16, help="rows of the activation (default 16)")
     parser.add_argument("--channels", type=int, default=64, help="of the activation (default 64)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
@@ -146,17 +154,13 @@ def main() -> None:
         "--layers", type=int, nargs="+", default=(1, 8), help="matrix products of the body (default 1 and 8)"
     )
     parser.add_argument("--steps", type=int, default=200, help="of a kind in each turn (default 200)")
-    parser.add_argument("--repetitions", type=int, default=3, help=f"processes, of {len(KINDS)} turns each (default 3)")
-    parser.add_argument("--quick", action="store_true", help="100 steps, 2 processes")
-    args = common.parse(parser)
-    if args.quick:
-        args.steps, args.repetitions = 100, 2
+    parser.add_argument("--repetitions", type=int, default=6, help=f"processes, of {len(KINDS)} turns each (default 6)")
+    args = common.parse(parser, steps=100)
     if min(args.tokens, args.channels, *args.layers, args.steps, args.repetitions) < 1:
         parser.error("--tokens, --channels, --layers, --steps and --repetitions must be at least 1")
     if args.measure:
-        of_layers = {n: measure(args.tokens, args.channels, args.dtype, n, args.steps) for n in args.layers}
-        print("\n" + json.dumps(of_layers))
-        return
+        shape = args.tokens, args.channels, args.dtype
+        common.answer({n: measure(*shape, n, args.steps, args.process) for n in args.layers})
 
     processes = common.in_fresh_processes(args.repetitions)
     rows = []
@@ -170,10 +174,12 @@ def main() -> None:
             row |= {"first_ms": statistics.median(process[0][k]["first_us"] for process in turns) / 1e3}
             row |= {"more_us": statistics.quantiles(more, n=4)}
             row |= {"host_reads": max(turn[k]["reads"] for process in turns for turn in process)}
-            row["to_limit"] = common.summary([[t[k]["us"] / t[limit]["us"] for t in process] for process in turns])
+            to = {"limit": limit} | {other: KINDS.index((other, skipped)) for other in ("split", "where")}
+            for other, j in to.items():
+                row[f"to_{other}"] = common.summary([[t[k]["us"] / t[j]["us"] for t in p] for p in turns])
             rows.append(row)
     numbers = {name: getattr(args, name) for name in ("tokens", "channels", "dtype", "steps", "repetitions")}
-    common.finish(args, common.collect(numbers | {"rows": rows}), report)
+    common.finish(args, common.collect(args, numbers | {"rows": rows}), report)
 
 
 def report(data: dict[str, Any]) -> None:
@@ -185,16 +191,21 @@ def report(data: dict[str, Any]) -> None:
             f"product{'s'[: layers > 1]} in the body; {data['repetitions']} processes with {rows[0]['turns']} turns of "
             f"{data['steps']} steps\n"
         )
-        lines = [["step", "us", "more, us", "quartiles", "to the limit", "quartiles", "host reads", "first, ms"]]
+        heads = ["more, us", "quartiles", "to the limit", "to split", "to where"]
+        lines = [["step", "us", *heads, "host reads", "first, ms"]]
         for row in rows:
             low, middle, high = row["more_us"]
-            ratio = row["to_limit"]
-            cells = [f"{middle:.1f}", f"{low:.1f} to {high:.1f}", common.ratio_cell(ratio, 3)]
-            cells += [f"{ratio['low']:.3f} to {ratio['high']:.3f}"]
-            is_limit = row["kind"] in ("plain", "no body")
+            ratios = [common.ratio_cell(row[f"to_{other}"]) for other in ("limit", "split", "where")]
+            cells = [
+                f"{middle:.1f}",
+                f"{low:.1f} to {high:.1f}",
+                *(r if row["kind"] == "branch" else "" for r in ratios),
+            ]
+            if row["kind"] in ("plain", "no body"):
+                cells = len(heads) * [""]
+            cells[2:3] = [ratios[0]] if cells[0] else [""]
             label = f"{'skipped' if row['skipped'] else 'computed'}: {NAMES[row['kind']]}"
             first = "" if row["skipped"] and row["kind"] != "no body" else f"{row['first_ms']:.1f}"
-            cells = 4 * [""] if is_limit else cells
             lines.append([label, f"{row['us']:.1f}", *cells, f"{row['host_reads']:g}", first])
         common.print_table(lines, left=1)
     print(f"\n{common.NOISE_NOTE}")

@@ -1,20 +1,24 @@
 """What does one gated step cost, beside the plain-MLX gates and beside the memory traffic that no gate can avoid?
 
-Rivals, measured in turn within a process, in several processes:
+Rivals, measured in turn within a process, in several processes. All skip eight steps and compute the ninth:
 
     gate      ops.gate; anchor and state go from step to step, the decision is evaluated
-    eager     mlx-teacache's gate as it runs eagerly: modulation, gate_step with its host reads, x + residual. It knows
-              one residual a branch. Its residual also covers the text tokens, which is left out here, in its favour
-    compiled  this package's plain-MLX reference inside mx.compile
+    eager     mlx-teacache's gate as it runs eagerly: modulation, gate_step with its host reads, and x + residual where
+              it skips. It knows one residual a branch. Its residual also covers the text tokens, which is left out
+              here, in its favour
+    compiled  the same arithmetic inside one mx.compile, without any check
     copy      the fewest bytes: x, anchor and residuals are read, modulated and each branch's result written, so half as
-              many arrays of x's size are copied, by numpy into memory that is in use already; with 1 and 2 threads,
-              the faster counts
+              many arrays of x's size are copied, by numpy into memory that is in use already; with 1, 2, 4, ... threads
+              up to as many as the gate takes, the fastest counts
+
+On a CPU the gate takes up to 8 threads, MLX's own ops one.
 
 On a CPU MLX gives the memory of large arrays back to the system, which then maps every page anew: that takes longer
-than the gate, and how long changes from run to run. So the processes here keep freed memory, for every rival, as MLX
-itself does on a GPU; --return-memory measures without.
+than the gate, and how long changes from run to run. So with glibc the processes here keep freed memory, for every
+rival, as MLX itself does on a GPU. A second table has the default.
 
-More branches and residuals than one are measured with the last dtype and the first width only.
+More branches and residuals than one are measured with the last dtype and the first width only. 0 x 0 residuals: nothing
+is reused, as with apply(cache="output").
 
 A ratio is of two times of the same turn.
 
@@ -31,8 +35,8 @@ and `2 disp.` is the gate in two dispatches, as it runs before macOS 15.
 import argparse
 import importlib.util
 import itertools
-import json
 import os
+import platform
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -47,12 +51,14 @@ import mlx.core as mx
 import numpy as np
 from common import DTYPES
 
-from mlx_teacache_fast import ops, reference
-from mlx_teacache_fast.variants import VARIANTS
+from mlx_teacache_fast import ops
+from mlx_teacache_fast.variants import DEFAULT_MAX_CONSECUTIVE_SKIPS
 
 TOKENS = (256, 1024, 4096, 16384)  # 256 x 256 to 2048 x 2048 pixels
 CHANNELS = (3072, 4096)  # klein-4b and FLUX.1; klein-9b
-VARIANT = VARIANTS["flux2-klein-base-4b"]
+MAX_SKIPS = DEFAULT_MAX_CONSECUTIVE_SKIPS
+THREADS = [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)]  # of a copy; the gate takes at most 8
+DEFAULT_MEMORY = (4096, 3072)  # tokens and channels of what is measured without keeping memory, too
 DISTRIBUTIONS = ("mlx-teacache", "numpy")
 PEER = importlib.util.find_spec("mlx_teacache") is not None
 
@@ -113,9 +119,29 @@ class Inputs:
         self.shift, self.scale = normal((1, 1, shape.channels), 2), normal((1, 1, shape.channels), 3, 0.3)
         numbers = iter(range(4, 99))
         self.residuals = [[normal(size, next(numbers)) for _ in range(shape.terms)] for _ in range(shape.branches)]
-        self.weights = mx.array([[float(k == 0) or -0.5 for k in range(shape.terms)]] * shape.branches)
+        weights = mx.array([float(k == 0) or -0.5 for k in range(shape.terms)])
+        self.weights = mx.broadcast_to(weights, (shape.branches, shape.terms)) + 0
         self.force = mx.array(0, mx.int32)
         mx.eval(self.xs, self.shift, self.scale, self.residuals, self.weights, self.force)
+
+
+def plain_gate(
+    x: Any, shift: Any, scale: Any, anchor: Any, residuals: Any, weights: Any, state: Any, _: Any, **rules: Any
+) -> Any:
+    """mlx-teacache's arithmetic; state: accumulated distance, skips in a row, whether it skips."""
+    modulated = (1.0 + scale) * mx.fast.layer_norm(x, None, None, 1e-6) + shift
+    change, size = (mx.mean(mx.abs(a).astype(mx.float32)) for a in (modulated - anchor, anchor))
+    rel = change / mx.maximum(size, 1e-12)
+    price = 0.0
+    for c in rules["coefficients"]:
+        price = price * rel + c
+    total = state[0] + mx.maximum(price, 0.0)
+    skip = (total < rules["threshold"]) & (state[1] < MAX_SKIPS)
+    new_state = mx.stack([mx.where(skip, total, 0.0), mx.where(skip, state[1] + 1, 0.0), skip])
+    if residuals and len(residuals[0]) == 1:
+        return modulated, [x + r for (r,) in residuals], new_state
+    sums = [sum(weights[b, k] * r for k, r in enumerate(terms)) for b, terms in enumerate(residuals)]
+    return modulated, [(x + s).astype(x.dtype) for s in sums], new_state
 
 
 class GateStep:
@@ -126,7 +152,7 @@ class GateStep:
         self.dispatches = dispatches
         self.index = 0
         self.anchor = mx.zeros_like(inputs.xs[0])
-        self.state = mx.zeros(8)
+        self.state = mx.zeros(8 if gate is ops.gate else 3)
 
         def step(
             x: Any, shift: Any, scale: Any, anchor: Any, residuals: Any, weights: Any, state: Any, force: Any
@@ -140,9 +166,8 @@ class GateStep:
                 weights,
                 state,
                 force,
-                coefficients=VARIANT.coefficients,
-                threshold=VARIANT.rel_l1_thresh,
-                calibrated_range=VARIANT.calibrated_range,
+                coefficients=common.ALWAYS_SKIP,
+                threshold=1.0,
             )
 
         self.step = mx.compile(step) if compiled else step
@@ -182,19 +207,18 @@ class EagerStep:
         modulated = (1.0 + i.scale) * mx.fast.layer_norm(x, None, None, 1e-6) + i.shift
         decision = self.gate_step(
             self.state,
-            rel_l1_thresh=VARIANT.rel_l1_thresh,
-            coefficients=VARIANT.coefficients,
+            rel_l1_thresh=1.0,
+            coefficients=common.ALWAYS_SKIP,
             skip_first=0,
             skip_last=0,
             num_steps=2**31,
             step_idx=self.index,
             mod_in=modulated,
-            calibrated_range=VARIANT.calibrated_range,
         )
         self.index += 1
         if decision.should_update_cache:
-            self.state.cached_residual = i.residuals[0][0]  # the body's work, which is not measured
-        mx.eval([x + terms[0] for terms in i.residuals])
+            self.state.cached_residual = x  # the body's work, which is not measured
+        mx.eval([] if decision.should_compute else [x + terms[0] for terms in i.residuals])
 
 
 class Copy:
@@ -282,7 +306,7 @@ def measure(rivals: dict[str, Callable[[], None]], rounds: int, seconds: float =
     for round_index in range(-2, 8 * rounds):  # Two rounds to compile, to seed the gates and to touch the memory.
         if round_index >= rounds and time.perf_counter() > end:
             break
-        for name, rival in rivals.items():
+        for name, rival in common.orders(list(rivals.items()), 2 + round_index):
             n = 1
             if isinstance(rival, Chain):
                 rival.prepare()
@@ -299,13 +323,12 @@ def measure(rivals: dict[str, Callable[[], None]], rounds: int, seconds: float =
 def measure_cpu(shape: Shape, rounds: int) -> dict[str, list[float]]:
     inputs = Inputs(shape)
     fewest = shape.nbytes * shape.traffic // 2
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(THREADS[-1]) as pool:
         rivals: dict[str, Callable[[], None]] = {"gate": GateStep(inputs, ops.gate, compiled=False)}
         if shape.terms == 1 and PEER:
             rivals["eager"] = EagerStep(inputs)
-        rivals["compiled"] = GateStep(inputs, reference.gate, compiled=True)
-        rivals["copy_1_thread"] = Copy(fewest, 1, pool)
-        rivals["copy_2_threads"] = Copy(fewest, 2, pool)
+        rivals["compiled"] = GateStep(inputs, plain_gate, compiled=True)
+        rivals |= {f"copy_{n}": Copy(fewest, n, pool) for n in THREADS}
         return measure(rivals, rounds, SECONDS)
 
 
@@ -319,7 +342,7 @@ def measure_gpu(shape: Shape, rounds: int, longest: int) -> dict[str, list[float
     gates: dict[str, Callable[[], GateStep]] = {
         "gate": lambda: GateStep(inputs, ops.gate, compiled=False),
         "two_dispatches": lambda: GateStep(inputs, ops.gate, compiled=False, dispatches=2),
-        "compiled": lambda: GateStep(inputs, reference.gate, compiled=True),
+        "compiled": lambda: GateStep(inputs, plain_gate, compiled=True),
     }
     rivals: dict[str, Callable[[], None]] = {f"kernel {n}": GateChain(make(), length) for n, make in gates.items()}
     rivals["kernel copy"] = CopyChain(shape.nbytes * shape.traffic // 2, length)
@@ -338,7 +361,11 @@ def row_of(shape: Shape, processes: list[dict[str, list[float]]], gpu: bool) -> 
         over_gate = {"two_dispatches": "kernel two_dispatches", "compiled": "kernel compiled"}
         over_step = {"step_eager": "step eager", "step_compiled": "step compiled"}
     else:
-        copy, gate, step = min("copy_1_thread", "copy_2_threads", key=lambda name: ms[name]), "gate", "gate"
+        copy, gate, step = (
+            min((name for name in ms if name.startswith("copy")), key=lambda name: ms[name]),
+            "gate",
+            "gate",
+        )
         over_gate, over_step = {"eager": "eager", "compiled": "compiled"}, {}
 
     def ratio(a: str, b: str) -> dict[str, Any]:
@@ -373,14 +400,7 @@ def large_copy(rounds: int) -> float:
 # ---- Tables
 
 
-SHAPE = ("tokens", "channels", "dtype", "branches", "terms")
-CPU_TIMES = {
-    "gate": "gate",
-    "eager": "eager",
-    "compiled": "compiled",
-    "copy_1_thread": "copy x1",
-    "copy_2_threads": "copy x2",
-}
+CPU_TIMES = {name: name for name in ("gate", "eager", "compiled")} | {f"copy_{n}": f"copy x{n}" for n in (1, 2, 4, 8)}
 KERNEL_TIMES = {f"kernel {n}": title for n, title in {"gate": "gate", "two_dispatches": "2 disp."}.items()}
 KERNEL_TIMES |= {"kernel compiled": "compiled", "kernel copy": "copy"}
 STEP_TIMES = {"step gate": "gate", "step two_dispatches": "2 disp.", "step eager": "eager", "step compiled": "compiled"}
@@ -398,9 +418,10 @@ STEP_RATIOS = {"step_eager_over_gate": "eager/gate", "step_compiled_over_gate": 
 def print_rows(
     rows: list[dict[str, Any]], times: dict[str, str], rates: dict[str, str], ratios: dict[str, str]
 ) -> None:
-    lines = [[*SHAPE, *times.values(), *rates.values(), *ratios.values()]]
+    times = {name: title for name, title in times.items() if any(name in row["ms"] for row in rows)}
+    lines = [[*Shape._fields, *times.values(), *rates.values(), *ratios.values()]]
     for row in rows:
-        cells = [f"{row[name]}" for name in SHAPE]
+        cells = [f"{row[name]}" for name in Shape._fields]
         cells += [f"{row['ms'][name]:.3g}" if name in row["ms"] else "-" for name in times]
         cells += [f"{row[name]:.1f}" for name in rates]
         cells += [common.ratio_cell(row["ratios"][n]) if n in row["ratios"] else "-" for n in ratios]
@@ -409,7 +430,10 @@ def print_rows(
 
 
 def parse() -> argparse.Namespace:
-    parser = common.parser(__doc__)
+    parser = common.parser(
+        __doc__,
+        quick="256 to 4096 tokens, 3072 channels, bfloat16 with up to two branches and three terms, float32 at 4096",
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="image tokens S (default: %(default)s)")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS, help="channels D (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES), help="default: %(default)s")
@@ -431,31 +455,30 @@ def parse() -> argparse.Namespace:
         "--rounds",
         type=int,
         default=3,
-        help="in each process, of each shape; up to 8 times as many of a "
-        f"small one, in {SECONDS:g} s (default: %(default)s)",
+        help="in each process, of each shape; up to 8 times as many of a small one, in "
+        f"{SECONDS:g} s (default: %(default)s)",
     )
-    parser.add_argument("--return-memory", action="store_true", help="on a CPU: do not keep freed memory")
-    parser.add_argument("--repetitions", type=int, default=5, help="processes (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=6, help="processes (default: %(default)s)")
     parser.add_argument(
         "--chain", type=int, default=64, help="gates in one evaluation, on a GPU; fewer where large (default: 64)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="256 to 4096 tokens, 3072 channels, bfloat16 and float32, and of bfloat16 "
-        "also two branches and three terms"
-    )  # fmt: skip
-    args = common.parse(parser)
+    parser.add_argument("--default-memory", action="store_true", help=argparse.SUPPRESS)  # of this process
+    args = common.parse(parser, tokens=TOKENS[:3], channels=CHANNELS[:1], dtypes=("float32", "bfloat16"))
     if min(*args.tokens, *args.channels, *args.branches, *args.terms, args.rounds, args.repetitions, args.chain) < 1:
         parser.error("all numbers must be at least 1")
+    if max(args.branches) > 2 or max(args.terms) > 4:
+        parser.error("--branches must be 1 or 2, --terms 1 to 4")
+    # One residual in every dtype and width; none, more, and two branches where most pictures are made.
+    kinds = [(t, d, 1, 1) for t in args.dtypes for d in args.channels]
+    more = [(0, 0), *itertools.product(args.branches, args.terms)]
     if args.quick:
-        kinds = [("bfloat16", 1, 1), ("bfloat16", 2, 1), ("bfloat16", 1, 3), ("float32", 1, 1)]
-        args.shapes = [Shape(s, 3072, *kind) for kind in kinds for s in (256, 1024, 4096)]
-        args.repetitions = 6
-    else:
-        # One residual in every dtype and width; more of them, and branches, where most pictures are made.
-        kinds = [(t, d, 1, 1) for t in args.dtypes for d in args.channels]
-        more = itertools.product(args.dtypes[-1:], args.channels[:1], args.branches, args.terms)
-        kinds += [kind for kind in more if kind not in kinds]
-        args.shapes = [Shape(s, d, t, b, k) for t, d, b, k in kinds for s in args.tokens]
+        more = [(0, 0), (2, 1), (1, 3)]
+    kinds += [kind for b, k in more if (kind := (args.dtypes[-1], args.channels[0], b, k)) not in kinds]
+    args.shapes = [Shape(s, d, t, b, k) for t, d, b, k in kinds for s in args.tokens]
+    if args.quick:
+        args.shapes = [s for s in args.shapes if s.dtype != args.dtypes[0] or s.tokens == max(args.tokens)]
+    if args.default_memory:
+        args.shapes = [s for s in args.shapes if s[:2] == DEFAULT_MEMORY and s.terms == s.branches == 1]
     return args
 
 
@@ -481,34 +504,50 @@ def needed_memory(shape: Shape, args: argparse.Namespace) -> int:
     return shape.nbytes * arrays + shape.tokens * shape.channels * 6 * 4
 
 
-def main() -> None:
-    args = parse()
-    if args.measure:
-        print("\n" + json.dumps(measured(args)))
-        return
-    gpu = args.device == "gpu"
-    memory = large_copy(args.rounds) if gpu else None
-    keep = {} if gpu or args.return_memory else KEEP_MEMORY
-    processes = common.in_fresh_processes(args.repetitions, **keep)
+def rows_of(args: argparse.Namespace, *options: str, **environment: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The shapes' rows, and what was left out."""
+    processes = common.in_fresh_processes(args.repetitions, *options, **environment)
     rows, left_out = [], []
-    for shape, *results in zip(args.shapes, *processes, strict=True):
+    shapes = [Shape(*shape) for shape in processes[0]["shapes"]]
+    for shape, *results in zip(shapes, *(p["ms"] for p in processes), strict=True):
         if None in results:
             left_out.append(str(shape))
         else:
-            rows.append(row_of(shape, results, gpu))
+            rows.append(row_of(shape, results, args.device == "gpu"))
+    return rows, left_out
+
+
+def main() -> None:
+    args = parse()
+    if args.measure:
+        common.answer({"shapes": args.shapes, "ms": measured(args)})
+    gpu = args.device == "gpu"
+    memory = large_copy(args.rounds) if gpu else None
+    keep = KEEP_MEMORY if not gpu and platform.libc_ver()[0] == "glibc" else {}
+    rows, left_out = rows_of(args, **keep)
+    default = rows_of(args, "--default-memory")[0] if keep else []
     numbers: dict[str, Any] = {"rounds": args.rounds, "repetitions": args.repetitions, "memory_gb_per_s": memory}
-    numbers["memory_kept"] = gpu or not args.return_memory
-    numbers |= {"rows": rows, "left_out": left_out, "exponents": exponents(rows, "kernel gate" if gpu else "gate")}
-    common.finish(args, common.collect(numbers, *DISTRIBUTIONS), report)
+    numbers |= {"environment": keep, "rows": rows, "default_memory_rows": default, "left_out": left_out}
+    numbers["exponents"] = exponents(rows, "kernel gate" if gpu else "gate")
+    common.finish(args, common.collect(args, numbers, *DISTRIBUTIONS), report)
+
+
+def claims(data: dict[str, Any]) -> list[list[str]]:
+    lines = []
+    for row in data["rows"]:
+        if tuple(row[n] for n in Shape._fields) == (4096, 3072, "bfloat16", 1, 1):
+            at, ratios = "4096 x 3072 bfloat16", row["ratios"]
+            for name, limits in (("eager", 10), ("compiled", 3)):
+                if f"{name}_over_gate" in ratios:
+                    lines.append(common.claim(f"{at}: {name} / gate", ratios[f"{name}_over_gate"], at_least=limits))
+            lines.append(common.claim(f"{at}: gate / copy", ratios["gate_over_copy"], at_most=2))
+    return lines
 
 
 def report(data: dict[str, Any]) -> None:
     common.print_header(data)
     gpu = data["memory_gb_per_s"] is not None
-    print(
-        f"\nmedians of {data['repetitions']} processes with at least {data['rounds']} rounds each"
-        f"{'' if data['memory_kept'] else '; freed memory is returned to the system'}\n"
-    )
+    print(f"\nmedians of {data['repetitions']} processes with at least {data['rounds']} rounds each")
     if gpu:
         print("kernel: milliseconds of one of several gates in one evaluation; 'copy' moves the gate's fewest bytes")
         print("step:   milliseconds of one evaluation of one gate, with its decision read on the host")
@@ -520,14 +559,22 @@ def report(data: dict[str, Any]) -> None:
         print("\nstep\n")
         print_rows(data["rows"], STEP_TIMES, {}, STEP_RATIOS)
     else:
-        print("milliseconds; 'copy' is the faster of one and two threads, and its bytes are the gate's fewest\n")
+        if data["environment"]:
+            print(f"with {' '.join(f'{name}={value}' for name, value in data['environment'].items())}: memory is kept")
+        print(
+            "milliseconds; the gate has up to 8 threads, MLX's ops one; the fastest copy of the gate's fewest bytes\n"
+        )
         print_rows(data["rows"], CPU_TIMES, RATES, CPU_RATIOS)
+    if data["default_memory_rows"]:
+        print("\nmemory is returned to the system after each use, as by default\n")
+        print_rows(data["default_memory_rows"], CPU_TIMES, RATES, CPU_RATIOS)
     print(f"\n{common.NOISE_NOTE}")
     for name in data["left_out"]:
         print(f"left out, too little memory: {name}")
     if data["exponents"]:
         grows = [fit["exponent"] for fit in data["exponents"]]
         print(f"The gate's time grows as tokens ** {min(grows):.2f} to {max(grows):.2f} ({len(grows)} fits).")
+    common.print_claims(claims(data))
 
 
 if __name__ == "__main__":

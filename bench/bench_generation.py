@@ -11,8 +11,8 @@ PSNR and SSIM are against plain mflux's picture of the same prompt, seed and gui
 ratio to plain mflux's in the same turn; 1 / bound, the share of computed steps, is its limit. Where ours skips nothing
 the last two are plain mflux's picture. Before anything is timed, short pictures of each kind compile the kernels.
 
-The first process generates all pictures. Later ones repeat some of them: for the time, and to check that they are the
-same. It says how many there are, and after the first one how long they take: on two cores 5 hours, --quick 2 minutes.
+Several processes share the pictures. Each of them also makes the first one's first pictures, to see that they are the
+same. It says how many there are, and after the first one how long they take: on two cores 5 hours, --quick 3 minutes.
 
     python bench/bench_generation.py --json build/generation.json --plot build/generation.png
     python bench/bench_generation.py --from build/generation.json --plot build/generation.png
@@ -42,9 +42,9 @@ DISTRIBUTIONS = ("mflux", "mlx-teacache")
 PLAIN, OURS, PEER, EVEN, FEWER = CONDITIONS = ("plain mflux", "ours", "mlx-teacache", "evenly spaced", "fewer steps")
 
 FULL = {"n_prompts": 20, "n_seeds": 2, "steps": 50, "guidance": [1.0, 4.0], "thresholds": [0.15, 0.17, 0.25, 0.4]}
-FULL |= {"size": 128, "repetitions": 3, "timed": 3}
-FEW = {"n_prompts": 4, "n_seeds": 1, "repetitions": 2, "timed": 1}
-MODEL = FULL | FEW | {"guidance": [4.0], "thresholds": [0.17, 0.25, 0.4], "size": 512}
+FULL |= {"size": 128, "repetitions": 5}
+FEW = {"n_prompts": 4, "n_seeds": 1, "repetitions": 4}
+MODEL = FULL | FEW | {"n_prompts": 2, "repetitions": 2, "guidance": [4.0], "thresholds": [0.17, 0.25, 0.4], "size": 512}
 QUICK = FEW | {"steps": 25, "guidance": [1.0], "thresholds": [0.2, 0.4]}
 PROMPTS = ["a red apple on a wooden table, morning light", "a street market in the rain at night, neon signs"]
 Record = dict[str, Any]
@@ -78,13 +78,28 @@ def measure(args: argparse.Namespace) -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # for what mflux prints
     for g in args.guidance:
         turn(flux, (args.texts[0], 0, g), 0, args.size, WARM_UP_STEPS, [1.0], None)
-    places = [(text, seed, g) for seed in range(args.n_seeds) for text in args.texts for g in args.guidance]
-    for i, place in enumerate(places[: args.turns]):
-        print(json.dumps(turn(flux, place, i, args.size, args.steps, args.thresholds, out)), file=out, flush=True)
+    for i in turns(args)[args.process]:
+        text, seed = places(args)[i]
+        for g in args.guidance:
+            records = turn(flux, (text, seed, g), i, args.size, args.steps, args.thresholds, out)
+            print(json.dumps(records), file=out, flush=True)
+    os._exit(0)  # see common.answer
+
+
+def places(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Prompts and seeds."""
+    return [(text, seed) for seed in range(args.n_seeds) for text in args.texts]
+
+
+def turns(args: argparse.Namespace) -> list[list[int]]:
+    """Which of ``places`` each process takes; the first one is everybody's."""
+    n = len(places(args))
+    of_process = [list(range(k, n, args.repetitions)) for k in range(min(n, args.repetitions))]
+    return [mine if k == 0 else [0, *mine] for k, mine in enumerate(of_process)]
 
 
 def turn(flux: Any, place: Any, index: int, size: int, steps: int, thresholds: list[float], out: Any) -> list[Record]:
-    """Every condition's picture of a prompt, seed and guidance, in another order at each index."""
+    """Every condition's picture of a prompt, seed and guidance, in another order for each index."""
     from mlx_teacache import apply_teacache
 
     import mlx_teacache_fast as tc
@@ -138,16 +153,16 @@ def in_processes(args: argparse.Namespace) -> list[Record]:
     """The records of all processes, with one bar on stderr for them."""
     from tqdm import tqdm
 
-    n_all = len(args.texts) * args.n_seeds * len(args.guidance)
-    turns = [n_all] + (args.repetitions - 1) * [min(args.timed * len(args.guidance), n_all)]
+    numbers = [len(mine) * len(args.guidance) for mine in turns(args)]
     of_turn = 1 + 4 * len(args.thresholds)
+    n_all = sum(numbers) * of_turn
     records: list[Record] = []
-    print(f"at most {sum(turns) * of_turn} pictures; after the first, how long they take", file=sys.stderr)
+    print(f"at most {n_all} pictures; after the first, how long they take", file=sys.stderr)
     form = "{percentage:3.0f}%|{bar:20}| {n_fmt} of at most {total_fmt} pictures, {remaining} left"
     env = os.environ | {"TQDM_DISABLE": "1"}  # mflux's bars
-    with tqdm(total=sum(turns) * of_turn, bar_format=form, dynamic_ncols=True) as bar:
-        for process, n in enumerate(turns):
-            command = [sys.executable, *sys.argv, "--measure", "--turns", str(n)]
+    with tqdm(total=n_all, bar_format=form, dynamic_ncols=True) as bar:
+        for process in range(len(numbers)):
+            command = [sys.executable, *sys.argv, "--measure", "--process", str(process)]
             with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as child:
                 for value in map(json.loads, child.stdout or ()):
                     if isinstance(value, list):
@@ -157,35 +172,35 @@ def in_processes(args: argparse.Namespace) -> list[Record]:
                     bar.update()
                     if bar.n == 1:  # of gated pictures half the steps are skipped, say; guidance takes two branches
                         branches = [2 if g > 1 and is_flux2(args.model) else 1 for g in args.guidance]
-                        whole = sum(turns) * (1 + 2 * len(args.thresholds)) * statistics.mean(branches) / branches[0]
+                        whole = sum(numbers) * (1 + 2 * len(args.thresholds)) * statistics.mean(branches) / branches[0]
                         text = f"the first took {value:.1f} s: all take about {whole * value / 60:.0f} minutes"
                         tqdm.write(text, file=sys.stderr)
             if child.returncode:
-                sys.exit(child.returncode)
+                sys.exit(f"process {process + 1} ended with exit code {child.returncode}")
     return records
 
 
 def ratio(pictures: list[Record], references: list[Record]) -> Record:
     """Of seconds, turn by turn."""
     seconds = {(p["process"], p["turn"]): p["seconds"] for p in references}
-    turns: dict[int, list[float]] = {}
+    ratios: dict[int, list[float]] = {}
     for p in pictures:
-        turns.setdefault(p["process"], []).append(p["seconds"] / seconds[p["process"], p["turn"]])
-    return common.summary(list(turns.values()))
+        ratios.setdefault(p["process"], []).append(p["seconds"] / seconds[p["process"], p["turn"]])
+    return common.summary(list(ratios.values()))
 
 
 def table_rows(data: Record) -> list[Record]:
-    """Steps and quality are means over the first process's pictures; times are over all processes."""
+    """Steps and quality are means over different pictures; times are over all."""
     rows = []
     of: dict[tuple[Any, ...], list[Record]] = {}
     for p in data["pictures"]:
         of.setdefault((p["guidance"], p["threshold"], p["condition"]), []).append(p)
     for (guidance, threshold, condition), pictures in of.items():
-        first = [p for p in pictures if p["process"] == 0]
-        psnr = [p["psnr"] for p in first if p["psnr"] is not None]
-        row = {"guidance": guidance, "threshold": threshold, "condition": condition, "pictures": len(first)}
-        row |= {name: statistics.mean(p[name] for p in first) for name in ("computed", "skipped", "ssim")}
-        row |= {"psnr": statistics.mean(psnr) if psnr else None, "identical": len(first) - len(psnr)}
+        different = list({p["turn"]: p for p in pictures}.values())
+        psnr = [p["psnr"] for p in different if p["psnr"] is not None]
+        row = {"guidance": guidance, "threshold": threshold, "condition": condition, "pictures": len(different)}
+        row |= {name: statistics.mean(p[name] for p in different) for name in ("computed", "skipped", "ssim")}
+        row |= {"psnr": statistics.mean(psnr) if psnr else None, "identical": len(different) - len(psnr)}
         row |= {"bound": data["steps"] / row["computed"], "seconds": statistics.median(p["seconds"] for p in pictures)}
         row["to_mflux"] = ratio(pictures, of[guidance, None, PLAIN])
         row["ours_to_it"] = ratio(of[guidance, threshold, OURS], pictures) if threshold else None
@@ -193,23 +208,25 @@ def table_rows(data: Record) -> list[Record]:
     return sorted(rows, key=lambda r: (r["guidance"], r["threshold"] or 0, CONDITIONS.index(r["condition"])))
 
 
+def claims(data: Record) -> list[list[str]]:
+    at = [(f"guidance {r['guidance']:g}, threshold {r['threshold'] or 0:g}", r) for r in data["rows"]]
+    return [common.claim(f"{a}: {OURS} / {PEER}", r["ours_to_it"], at_most=1) for a, r in at if r["condition"] == PEER]
+
+
 def verdict(data: Record) -> list[str]:
-    """Where ours is slower than mlx-teacache beyond noise, where a control is closer, whether processes agree."""
-    worse: dict[str, list[str]] = {}
+    """Where another condition's pictures are closer to plain mflux's, and whether processes agree on pictures."""
+    closer: dict[str, list[str]] = {}
     ours = {(r["guidance"], r["threshold"]): r["psnr"] for r in data["rows"] if r["condition"] == OURS}
     for r in data["rows"]:
-        time, psnr, at = r["ours_to_it"], ours.get((r["guidance"], r["threshold"])), f"guidance {r['guidance']:g}: ours"
-        if r["condition"] == PEER and time["low"] > 1 and time["median"] - 1 > (time["noise"] or 0):
-            at += " takes longer than mlx-teacache at threshold"
-            worse.setdefault(at, []).append(f"{r['threshold']:g} ({time['median']:.2f} times)")
-        if r["condition"] in (EVEN, FEWER) and psnr and r["psnr"] and r["psnr"] - psnr > 0.05:
-            at += f" is further from plain mflux than {r['condition']} at threshold"
-            worse.setdefault(at, []).append(f"{r['threshold']:g} ({r['psnr'] - psnr:.1f} dB)")
-    lines = [f"{text} {', '.join(at)}" for text, at in worse.items()] or ["Ours loses nowhere in time or in PSNR."]
+        psnr = ours.get((r["guidance"], r["threshold"]))
+        if r["condition"] in (PEER, EVEN, FEWER) and psnr and r["psnr"] and r["psnr"] - psnr > 0.05:
+            at = f"guidance {r['guidance']:g}: {r['condition']} is closer to plain mflux than ours at threshold"
+            closer.setdefault(at, []).append(f"{r['threshold']:g} (by {r['psnr'] - psnr:.1f} dB)")
+    lines = [f"{text} {', '.join(at)}" for text, at in closer.items()] or ["No other condition has a better PSNR."]
     seen: dict[tuple[Any, ...], set[int]] = {}
     for p in data["pictures"]:
-        seen.setdefault((p["condition"], p["threshold"], p["turn"]), set()).add(p["crc32"])
-    different = [f"Not the same picture in each process: {name} (turn)" for name, sums in seen.items() if len(sums) > 1]
+        seen.setdefault((p["condition"], p["threshold"], p["guidance"], p["turn"]), set()).add(p["crc32"])
+    different = [f"Not the same picture in each process: {name}" for name, sums in seen.items() if len(sums) > 1]
     return lines + (different or [f"No picture differs between processes ({data['repetitions']})."])
 
 
@@ -232,7 +249,8 @@ def report(data: Record) -> None:
         common.print_table(lines, left=2)
     print("\nSteps, PSNR and SSIM: means, PSNR without identical pictures.")
     print(common.NOISE_NOTE)
-    print("\n".join(verdict(data)))
+    print("\n" + "\n".join(verdict(data)))
+    common.print_claims(claims(data))
 
 
 STYLES: dict[str, Record] = {
@@ -270,27 +288,26 @@ def plot(data: Record, path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    p = common.parser(__doc__)
-    p.add_argument("--quick", action="store_true", help="4 prompts, 1 seed, 25 steps, 2 thresholds, guidance 1")
+    p = common.parser(__doc__, quick="4 prompts, 1 seed, 25 steps, 2 thresholds, guidance 1")
     p.add_argument("--model", metavar="NAME", help="one of mflux's FLUX.1 or FLUX.2 names; mflux fetches its weights")
     p.add_argument("--quantize", type=int, metavar="BITS", help="of the model's weights, as mflux's commands take it")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt in each line (default: the demo's captions)")
-    p.add_argument("--n-prompts", type=int, metavar="N", help="default 20; with --model 2 of its own")
+    p.add_argument("--n-prompts", type=int, metavar="N", help="default 20, of FILE all; with --model 2 of its own")
     p.add_argument("--n-seeds", type=int, metavar="N", help="for each prompt (default 2; with --model 1)")
     p.add_argument("--guidance", type=float, nargs="+", help="above 1: two branches (default 1 4; with --model 4)")
     p.add_argument("--thresholds", type=float, nargs="+", help="default 0.15 0.17 0.25 0.4; with --model 3 of them")
     p.add_argument("--steps", type=int, help="of a whole picture (default 50)")
     p.add_argument("--size", type=int, help="side in pixels, a multiple of 16 (default 128; with --model 512)")
-    p.add_argument("--repetitions", type=int, metavar="N", help="processes (default 3; with --model 2)")
-    p.add_argument("--timed", type=int, metavar="N", help="prompts in later processes (default 3; with --model 1)")
+    p.add_argument("--repetitions", type=int, metavar="N", help="processes (default 5; with --model 2)")
     p.add_argument("--plot", type=Path, metavar="FILE", help="write PSNR against computed steps to FILE, a PNG")
     p.add_argument("--from", dest="source", type=Path, metavar="FILE", help="table and plot of FILE; measure nothing")
-    p.add_argument("--turns", type=int, help=argparse.SUPPRESS)  # of this process
     args = common.parse(p)
     defaults = FULL | (MODEL if args.model else {}) | (QUICK if args.quick else {})
+    if args.prompts:
+        del defaults["n_prompts"]
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.guidance, args.thresholds = sorted(set(args.guidance)), sorted(set(args.thresholds))
-    if min(args.n_prompts, args.n_seeds, args.repetitions, args.timed, args.steps // 3, *args.guidance) < 1:
+    if min(args.n_prompts or 1, args.n_seeds, args.repetitions, args.steps // 3, *args.guidance) < 1:
         p.error("--steps must be at least 3, and all other numbers but thresholds at least 1")
     if args.thresholds[0] <= 0 or args.thresholds[-1] > 1 or args.size < 16 or args.size % 16:
         p.error("--thresholds must be above 0 and at most 1, --size a multiple of 16")
@@ -307,9 +324,11 @@ def prompts(args: argparse.Namespace) -> list[str]:
 
     flux = demo.pipeline()
     captions = [caption for group in flux.captions.values() for caption in group]
-    found = PROMPTS if args.model else captions[:: max(1, len(captions) // args.n_prompts)]  # of all groups
+    found = PROMPTS if args.model else captions[:: max(1, len(captions) // (args.n_prompts or 1))]  # of all groups
     if args.prompts:
         found = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
+    if len(found) < (args.n_prompts or 1):
+        sys.exit(f"{Path(sys.argv[0]).name}: error: there are {len(found)} prompts: --prompts FILE takes your own")
     if not args.model:
         check_prompts(flux, found)
     return found[: args.n_prompts]
@@ -334,7 +353,7 @@ def main() -> None:
                 measure(args)
                 return
             names = ("model", "quantize", "size", "steps", "guidance", "thresholds", "repetitions")
-            data = common.collect({name: getattr(args, name) for name in names}, *DISTRIBUTIONS)
+            data = common.collect(args, {name: getattr(args, name) for name in names}, *DISTRIBUTIONS)
             data |= {"prompts": args.texts, "pictures": in_processes(args)}
             data["rows"] = table_rows(data)
         common.finish(args, data, report)

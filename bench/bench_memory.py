@@ -5,8 +5,9 @@ Peak is the most during the loop; active is what stays from step to step, weight
 are printed in MiB, and above plain mflux in units of one activation, [S, D] in float32, with S = (size / 16)^2 image
 tokens and D = 256. With several repetitions the largest counts.
 
-mflux compiles its step (but on M1 and M2), and so does ours; mlx-teacache runs the blocks eagerly, which may take less.
-So mflux is measured eagerly too: what each gate adds is above its own kind of mflux.
+mflux compiles its step (but on M1 and M2), and so does ours. mlx-teacache runs the blocks eagerly, where mflux itself
+takes less: mflux is measured so too. With guidance ours is below mflux: the decision is read before the blocks of one
+prompt and of the other, so that less of the two is alive at once.
 
     python bench/bench_memory.py
     python bench/bench_memory.py --device gpu --sizes 256 512 --guidance 4
@@ -58,16 +59,13 @@ def measure(kind: str, size: int, guidance: float, steps: int) -> dict[str, int]
 
 
 def parse() -> argparse.Namespace:
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, quick="128 pixels, 1 process for each number")
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256], help="pixels (default 128 256)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0], help="default 1 4")
     parser.add_argument("--steps", type=int, default=5, help="of each image (default 5)")
     parser.add_argument("--repetitions", type=int, default=2, help="processes for each number (default 2)")
-    parser.add_argument("--quick", action="store_true", help="128 pixels, 1 process for each number")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)  # of this process
-    args = common.parse(parser)
-    if args.quick:
-        args.sizes, args.repetitions = [128], 1
+    args = common.parse(parser, sizes=[128], repetitions=1)
     if any(size < 16 or size % 16 for size in args.sizes) or args.steps < 4 or args.repetitions < 1:
         parser.error("--sizes must be multiples of 16, --steps at least 4, --repetitions at least 1")
     return args
@@ -76,8 +74,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.measure:
-        print("\n" + json.dumps(measure(*args.case, args.steps)))
-        return
+        common.answer(measure(*args.case, args.steps))
     processes = {
         case: common.in_fresh_processes(args.repetitions, "--case", json.dumps(case))
         for case in itertools.product(KINDS, args.sizes, args.guidance)
@@ -92,7 +89,7 @@ def main() -> None:
             row |= {f"{what}_bytes": max(all_bytes), f"{what}_above": above / (tokens * CHANNELS * ITEMSIZE)}
         rows.append(row)
     numbers = {"channels": CHANNELS, "dtype": "float32", "steps": args.steps, "rows": rows}
-    common.finish(args, common.collect(numbers, *DISTRIBUTIONS), report)
+    common.finish(args, common.collect(args, numbers, *DISTRIBUTIONS), report)
 
 
 def report(data: dict[str, Any]) -> None:

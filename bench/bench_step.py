@@ -5,15 +5,16 @@ processes. A step's time ends when its latents are evaluated. The first step of 
 out. A ratio is that of two images of the same turn, each by its median step; printed are the median over all turns and
 the quartiles. bench_branch.py measures the conditional by itself.
 
-The limit of a computed step is mflux's own. That of a skipped step is mflux's step without its blocks: embeddings, all
-modulations, the last layers and the scheduler.
+The limit of a computed step is mflux's own; ours at threshold 0 runs just that, and counts it. That of a skipped step
+is mflux's step without its blocks, its prelude and tail: embeddings, all modulations, the last layers, the scheduler.
+Of these ours leaves out what only the blocks need, the text's embedding and modulations: a step skipped by a plan,
+which measures and reads nothing, is below that limit.
 
     python bench/bench_step.py
-    python bench/bench_step.py --device gpu --models demo wide --size 256 --guidance 4
+    python bench/bench_step.py --device gpu --models demo wide --sizes 256 512 --dtype bfloat16 --guidance 4
 """
 
 import argparse
-import json
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,23 +28,23 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
-KINDS = common.KINDS | {"no blocks": "mflux without its blocks", "planned": "ours, skipped by a plan"}
+KINDS = common.KINDS | {"no blocks": "mflux's prelude and tail", "planned": "ours, skipped by a plan"}
+RIVALS = {"off": "peer off", "computed": "peer computed", "skipped": "peer skipped"}  # of ours
 LIMITS = {kind: "no blocks" if kind in ("skipped", "planned", "peer skipped") else "mflux" for kind in KINDS}
 LIMITS["no blocks"] = "mflux"
-TURNS = len(KINDS)  # of the demo model in each process: each kind has each place once
-OTHER_TURNS = 3  # of the other models
+TURNS = 3  # in each process
 
 # Heads of 64 channels, joint and single blocks; random weights, but for the demo model's own.
 MODELS = {"demo": None, "deep": (2, 5, 20), "wide": (8, 1, 1), "wider": (16, 1, 1)}
 
 
-def pipeline(model: str) -> Any:
+def pipeline(model: str, dtype: Any) -> Any:
     """The demo's pipeline with a transformer of this size."""
     from mflux.models.flux2.model.flux2_transformer.transformer import Flux2Transformer
 
     from mlx_teacache_fast import demo
 
-    flux = demo.pipeline()
+    flux = demo.pipeline(dtype)
     if (shape := MODELS[model]) is not None:
         heads, joint, single = shape
         mx.random.seed(0)
@@ -55,6 +56,7 @@ def pipeline(model: str) -> Any:
             joint_attention_dim=128,
             axes_dims_rope=(16, 16, 16, 16),
         )
+        flux.transformer.set_dtype(dtype)
         mx.eval(flux.transformer.parameters())
     return flux
 
@@ -92,27 +94,21 @@ PARTS = {
 }
 
 
-def n_turns(model: str) -> int:
-    return TURNS if model == "demo" else OTHER_TURNS
-
-
-def parts(flux: Any, size: int, branches: int) -> dict[str, Callable[[], object]]:
+def parts(flux: Any, size: int, branches: int, dtype: Any) -> dict[str, Callable[[], object]]:
     """What a gated step does outside mflux's own, each by itself."""
     from mlx_teacache_fast import ops
 
     modulation = flux.transformer.double_stream_modulation_img
     tokens, channels = (size // 16) ** 2, flux.transformer.inner_dim
-    time, x = mx.ones((1, channels)), mx.random.normal((1, tokens, channels))
-    zero, force, number = mx.zeros((1, 1, channels)), mx.array(0, mx.int32), mx.array(1.0)
+    time = mx.ones((1, channels), dtype)
+    x, anchor, *residuals = (mx.random.normal((1, tokens, channels)).astype(dtype) for _ in range(2 + branches))
+    zero, force, number = mx.zeros((1, 1, channels), dtype), mx.array(0, mx.int32), mx.array(1.0)
     modulate, negate = mx.compile(modulation), mx.compile(mx.negative)
-    mx.eval(x, zero)
+    mx.eval(x, anchor, residuals, zero)
 
     def gate() -> None:
-        residuals, weights = [[x]] * branches, mx.ones((branches, 1))
-        out = ops.gate(
-            x, zero, zero, x, residuals, weights, mx.zeros(8), force, coefficients=common.ALWAYS_SKIP, threshold=1.0
-        )
-        mx.eval(out)
+        terms, weights, rules = [[r] for r in residuals], mx.ones((branches, 1)), common.ALWAYS_SKIP
+        mx.eval(ops.gate(x, zero, zero, anchor, terms, weights, mx.zeros(8), force, coefficients=rules, threshold=1.0))
 
     return {"modulation": lambda: mx.eval(modulate(time)), "gate": gate, "read": lambda: negate(number).item()}
 
@@ -128,12 +124,12 @@ def median_seconds(run: Callable[[], object], times: int = 20) -> float:
     return statistics.median(seconds)
 
 
-def measure(model: str, size: int, guidance: float, steps: int) -> list[dict[str, float]]:
+def measure(model: str, size: int, guidance: float, steps: int, dtype: Any, process: int) -> list[dict[str, float]]:
     """Median seconds of a step of each kind and of each part, for each turn in this process."""
     import mlx_teacache_fast as tc
 
     warnings.simplefilter("ignore")
-    flux = pipeline(model)
+    flux = pipeline(model, dtype)
     plan = "1" + "0" * (steps - 1)
 
     class Clock:
@@ -168,12 +164,10 @@ def measure(model: str, size: int, guidance: float, steps: int) -> list[dict[str
         "planned": lambda: tc.apply(flux, steps=plan),
     }
     turns = []
-    of_step = parts(flux, size, 2 if guidance > 1 else 1)
-    order = list(contexts)
-    for turn in range(1 + n_turns(model)):
-        order = [*order[1:], order[0]]  # a drift of the machine's speed falls on each kind in turn
+    of_step = parts(flux, size, 2 if guidance > 1 else 1, dtype)
+    for turn in range(1 + TURNS):
         seconds = {}
-        for kind in order:
+        for kind in common.orders(list(contexts), turn + 2 * TURNS * process):  # a drift falls on each kind in turn
             times, step_kinds = image(contexts[kind]())
             skipped = kind in ("skipped", "planned", "peer skipped")
             of_kind = [t for t, k in zip(times, step_kinds, strict=True) if (k == "skipped") == skipped]
@@ -185,50 +179,63 @@ def measure(model: str, size: int, guidance: float, steps: int) -> list[dict[str
 
 
 def parse() -> argparse.Namespace:
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, quick="the demo model, 128 pixels, guidance 1")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=128, help="image side in pixels, a multiple of 16 (default 128)")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=(128, 256, 512),
+        help="image side in pixels, a multiple of 16; others than the first with the demo model (default: %(default)s)",
+    )
     parser.add_argument(
         "--guidance",
         type=float,
         nargs="+",
         default=(1.0, 4.0),
-        help="above 1: two branches, only with the demo model (default: %(default)s)",
+        help="above 1: two branches; others than the first with the demo model and first size (default: %(default)s)",
     )
+    parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="default float32")
     parser.add_argument("--steps", type=int, default=6, help="of each image (default 6)")
-    parser.add_argument("--repetitions", type=int, default=3, help="processes (default 3)")
-    parser.add_argument("--quick", action="store_true", help="the demo model, guidance 1, 2 processes")
-    args = common.parse(parser)
-    if args.quick:
-        args.models, args.guidance, args.repetitions = ["demo"], [1.0], 2
-    if args.steps < 5 or args.size < 16 or args.size % 16 or args.repetitions < 1:
-        parser.error("--steps must be at least 5, --size a multiple of 16, --repetitions at least 1")
+    parser.add_argument("--repetitions", type=int, default=6, help=f"processes, of {TURNS} turns each (default 6)")
+    args = common.parse(parser, models=["demo"], sizes=(128,), guidance=(1.0,), steps=5, repetitions=5)
+    if args.steps < 5 or any(size < 16 or size % 16 for size in args.sizes) or args.repetitions < 1:
+        parser.error("--steps must be at least 5, --sizes multiples of 16, --repetitions at least 1")
     return args
 
 
 def main() -> None:
     args = parse()
-    cases = [(m, guidance) for m in args.models for guidance in (args.guidance if m == "demo" else [1.0])]
+    size, guidance = args.sizes[0], args.guidance[0]
+    cases = [(model, size, guidance) for model in args.models]
+    if "demo" in args.models:
+        cases += [("demo", other, guidance) for other in args.sizes[1:]]
+        cases += [("demo", size, other) for other in args.guidance[1:]]
+    dtype = common.DTYPES[args.dtype]
     if args.measure:
-        print("\n" + json.dumps([measure(model, args.size, guidance, args.steps) for model, guidance in cases]))
-        return
+        common.answer([measure(*case, args.steps, dtype, args.process) for case in cases])
 
     processes: list[list[list[dict[str, float]]]] = common.in_fresh_processes(args.repetitions)
     from mflux.utils.apple_silicon import AppleSiliconUtil
 
     results = []
-    for i, (model, guidance) in enumerate(cases):
-        transformer = pipeline(model).transformer
+    for i, (model, size, guidance) in enumerate(cases):
+        transformer = pipeline(model, dtype).transformer
         blocks = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-        result = {"model": model, "guidance": guidance, "tokens": (args.size // 16) ** 2, "dtype": "float32"}
+        result = {"model": model, "guidance": guidance, "tokens": (size // 16) ** 2, "dtype": args.dtype}
         result |= {"channels": transformer.inner_dim, "joint_blocks": blocks[0], "single_blocks": blocks[1]}
         turns = [process[i] for process in processes]
         result["turns"] = len(turns[0])
+
+        def ratio(kind: str, other: str, turns: Any = turns) -> dict[str, Any]:
+            return common.summary([[turn[kind] / turn[other] for turn in p] for p in turns])
+
         result["kinds"] = {
             kind: {
                 "ms": median_ms(turns, kind),
-                "to_mflux": common.summary([[turn[kind] / turn["mflux"] for turn in p] for p in turns]),
-                "to_limit": common.summary([[turn[kind] / turn[LIMITS[kind]] for turn in p] for p in turns]),
+                "to_mflux": ratio(kind, "mflux") if kind != "mflux" else None,
+                "to_limit": ratio(kind, LIMITS[kind]) if LIMITS[kind] != "mflux" else None,
+                "to_rival": ratio(kind, RIVALS[kind]) if kind in RIVALS else None,
             }
             for kind in KINDS
         }
@@ -238,7 +245,7 @@ def main() -> None:
         own["rest"] = median_ms(turns, "skipped") - sum(own.values())
         results.append(result | {"skipped_parts_ms": own})
     numbers = {"repetitions": args.repetitions, "compiled": not AppleSiliconUtil.is_m1_or_m2(), "results": results}
-    common.finish(args, common.collect(numbers, *DISTRIBUTIONS), report)
+    common.finish(args, common.collect(args, numbers, *DISTRIBUTIONS), report)
 
 
 def median_ms(processes: list[list[dict[str, float]]], name: str) -> float:
@@ -249,24 +256,36 @@ def report(data: dict[str, Any]) -> None:
     common.print_header(data)
     if not data["compiled"]:
         print("note: mflux does not compile its step on this chip; what is called compiled below runs eagerly")
+    claims = []
     for result in data["results"]:
+        shape = f"S = {result['tokens']}, D = {result['channels']}, guidance {result['guidance']:g}"
         print(
-            f"\n{result['model']}: S = {result['tokens']}, D = {result['channels']}, {result['joint_blocks']} + "
-            f"{result['single_blocks']} blocks, {result['dtype']}, guidance {result['guidance']:g}; "
-            f"{data['repetitions']} processes with {result['turns']} turns each\n"
+            f"\n{result['model']}: {shape}, {result['joint_blocks']} + {result['single_blocks']} blocks, "
+            f"{result['dtype']}; {data['repetitions']} processes with {result['turns']} turns each\n"
         )
-        lines = [["step", "ms", "to mflux", "quartiles", "to its limit", "quartiles"]]
-        for kind, numbers in result["kinds"].items():
-            cells = []
-            for name, is_known in (("to_mflux", kind == "mflux"), ("to_limit", LIMITS[kind] == "mflux")):
-                quartiles = f"{numbers[name]['low']:.3f} to {numbers[name]['high']:.3f}"
-                cells += ["", ""] if is_known else [common.ratio_cell(numbers[name], 3), quartiles]
+        lines = [["step", "ms", "to mflux", "quartiles", "to prelude + tail", "to mlx-teacache's"]]
+        kinds = result["kinds"]
+        for kind, numbers in kinds.items():
+            to_mflux = numbers["to_mflux"]
+            cells = [f"{to_mflux['low']:.3f} to {to_mflux['high']:.3f}"] if to_mflux else [""]
+            cells = [common.ratio_cell(to_mflux, 3) if to_mflux else "", *cells]
+            cells += [common.ratio_cell(r) if (r := numbers[name]) else "" for name in ("to_limit", "to_rival")]
             lines.append([KINDS[kind], f"{numbers['ms']:.2f}", *cells])
         common.print_table(lines, left=1)
-        parts_ms = result["skipped_parts_ms"]
-        print(f"\nWhere the {sum(parts_ms.values()):.2f} ms of a gated and skipped step go:\n")
-        common.print_table([["part", "ms"], *([PARTS[n], f"{ms:.2f}"] for n, ms in parts_ms.items())], left=1)
-    print(f"\nA computed step's limit is mflux's, a skipped one's mflux's without its blocks. {common.NOISE_NOTE}")
+        own = result["skipped_parts_ms"]
+        print(
+            f"\nWhere the {sum(own.values()):.2f} ms of a gated and skipped step go (each part is timed by itself):\n"
+        )
+        common.print_table([["part", "ms"], *([PARTS[n], f"{ms:.2f}"] for n, ms in own.items())], left=1)
+        at = f"{result['model']}, {shape}"
+        claims.append(common.claim(f"{at}: threshold 0 / mflux", kinds["off"]["to_mflux"], at_most=1.02))
+        claims.append(common.claim(f"{at}: skipped / prelude + tail", kinds["skipped"]["to_limit"], at_most=1.15))
+        claims += [
+            common.claim(f"{at}: {KINDS[kind]} / {KINDS[rival]}", kinds[kind]["to_rival"], at_most=1)
+            for kind, rival in RIVALS.items()
+        ]
+    print(f"\n{common.NOISE_NOTE}")
+    common.print_claims(claims)
 
 
 if __name__ == "__main__":

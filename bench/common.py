@@ -10,10 +10,10 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
@@ -26,27 +26,28 @@ DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
 # ---- Options
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """With the options that every benchmark has."""
+def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
+    """With the options that every benchmark has; ``quick`` says what its short form leaves out."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--device", choices=DEVICES, default="cpu", help="gpu: the one that MLX uses (default: cpu)")
+    p.add_argument("--device", choices=DEVICES, help="default: gpu where this package has kernels for it, else cpu")
+    p.add_argument("--quick", action="store_true", help=quick)
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     p.add_argument("--force", action="store_true", help="replace FILE if it exists")
     p.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # see in_fresh_processes
+    p.add_argument("--process", type=int, default=0, help=argparse.SUPPRESS)  # which one of them
     return p
 
 
-def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
-    """Its arguments, checked; the device is MLX's default then."""
+def parse(p: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
+    """Its arguments, checked; the device is MLX's default then. With --quick, ``quick`` are the defaults."""
+    if p.parse_known_args()[0].quick:
+        p.set_defaults(**quick)
     args = p.parse_args()
-    if args.device == "gpu":
-        reason = None
-        if not mx.is_available(mx.Device(mx.gpu)):
-            reason = "MLX has no GPU here"
-        elif not ops.gpu_supported():
-            reason = "this build of mlx-teacache-fast has no kernels for MLX's GPU"
-        if reason:
-            p.exit(2, f"{p.prog}: error: --device gpu: {reason}\n")
+    has_gpu = mx.is_available(mx.Device(mx.gpu))
+    args.device = args.device or ("gpu" if has_gpu and ops.gpu_supported() else "cpu")
+    if args.device == "gpu" and not ops.gpu_supported():
+        reason = "this build of mlx-teacache-fast has no kernels for MLX's GPU" if has_gpu else "MLX has no GPU here"
+        p.exit(2, f"{p.prog}: error: --device gpu: {reason}\n")
     mx.set_default_device(DEVICES[args.device])
     if args.json and args.json.exists() and not args.force:
         p.error(f"{args.json} exists: choose another name, or --force to replace it")
@@ -55,11 +56,14 @@ def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
 
 # ---- What is measured, and where
 
+ROOT = Path(__file__).resolve().parents[1]
+
 KINDS = {
     "mflux": "mflux",
     "off": "ours, threshold 0",
     "computed": "ours, gated and computed",
     "skipped": "ours, skipped",
+    "peer off": "mlx-teacache, threshold 0",
     "peer computed": "mlx-teacache, gated and computed",
     "peer skipped": "mlx-teacache, skipped",
 }
@@ -78,6 +82,7 @@ def contexts(flux: Any) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
         "off": lambda: tc.apply(flux, rel_l1_thresh=0.0),
         "computed": lambda: tc.apply(flux, rel_l1_thresh=1e-9),
         "skipped": lambda: tc.apply(flux, **always),
+        "peer off": lambda: apply_teacache(flux, rel_l1_thresh=0.0),
         "peer computed": lambda: apply_teacache(flux, rel_l1_thresh=1e-9),
         "peer skipped": lambda: apply_teacache(flux, **always),
     }
@@ -118,17 +123,29 @@ def versions(*more: str) -> dict[str, str]:
     return {"python": platform.python_version()} | {n: of(n) for n in ("mlx-teacache-fast", "mlx", *more)}
 
 
-def collect(numbers: dict[str, Any], *distributions: str) -> dict[str, Any]:
+def commit() -> str | None:
+    """Of the sources, with ``-dirty`` where they differ from it; None where git does not say."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def collect(args: argparse.Namespace, numbers: dict[str, Any], *distributions: str) -> dict[str, Any]:
     """The numbers, with what was measured where, and with which versions."""
-    about = {"bench": Path(sys.argv[0]).stem, "date": f"{datetime.date.today()}", "machine": machine()}
+    about = {"bench": Path(sys.argv[0]).stem, "date": f"{datetime.date.today()}", "commit": commit()}
+    about |= {"quick": args.quick, "machine": machine(), "device": device()}
     about["preloaded"] = [Path(p).name for p in os.environ.get("LD_PRELOAD", "").replace(":", " ").split()]
-    return about | {"device": device(), "versions": versions(*distributions)} | numbers
+    return about | {"versions": versions(*distributions)} | numbers
 
 
 def print_header(data: dict[str, Any]) -> None:
     with_libraries = f", {', '.join(data['preloaded'])} preloaded" if data["preloaded"] else ""
     print(f"machine:  {data['machine']}, device {data['device']}{with_libraries}")
     print("versions: " + ", ".join(f"{name} {version}" for name, version in data["versions"].items()))
+    print(f"commit:   {data['commit'] or 'unknown'}{', --quick' if data['quick'] else ''}")
 
 
 MARKDOWN = False  # how print_table prints
@@ -147,56 +164,87 @@ def print_table(lines: list[list[str]], left: int = 0) -> None:
         print("  ".join(cells).rstrip())
 
 
-NOISE = 0.1  # of the median: a ratio that another run may find further off is marked
-NOISE_NOTE = "±: another run may find a ratio so much further off; where nothing is said, less than 10 %."
+# Student's t: so many standard errors hold 95 % of what so many processes may give; more of them: about 2.
+T = {2: 12.7, 3: 4.3, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def summary(processes: list[list[float]]) -> dict[str, Any]:
-    """A ratio's median and quartiles over all turns, and how far off another run may find it.
+    """A ratio's median, quartiles of all turns, and noise.
 
-    Its ``noise`` is twice the standard error of the difference of two runs' medians, in parts of the median, from how
-    the processes' own medians scatter: a process keeps its places in memory, its turns are not independent. None where
-    there is one process.
+    The median is that of the processes' medians: a process keeps its places in memory, its turns are not independent.
+    ``noise`` is how far off another run would find it, in parts of it, in 95 % of runs; None with one process.
 
     Args:
         processes: For each process the ratio in each of its turns.
     """
     medians = [statistics.median(turns) for turns in processes]
     everything = [ratio for turns in processes for ratio in turns]
-    low, middle, high = statistics.quantiles(everything, n=4) if len(everything) > 1 else 3 * everything
-    noise = None
-    if len(medians) > 1:
-        center = statistics.median(medians)
-        deviation = 1.48 * statistics.median(abs(m - center) for m in medians)  # of a normal distribution
-        noise = 2 * math.sqrt(2) * 1.25 * deviation / math.sqrt(len(medians)) / middle
-    return {"median": middle, "low": low, "high": high, "noise": noise, "noisy": noise is None or noise > NOISE}
+    middle, n = statistics.median(medians), len(medians)
+    low, _, high = statistics.quantiles(everything, n=4) if len(everything) > 1 else 3 * everything
+    noise = T.get(n, 2.1) * math.sqrt(2 / n) * statistics.stdev(medians) / middle if n > 1 else None
+    return {"median": middle, "low": low, "high": high, "noise": noise}
+
+
+NOISE_NOTE = "±: in 95 % of runs another one finds the ratio no further off."
 
 
 def ratio_cell(ratio: dict[str, Any], digits: int = 2) -> str:
-    """A summary as a cell of a table, with its noise where that is large."""
-    text = f"{ratio['median']:.{digits}f}"
-    if not ratio["noisy"]:
-        return text
-    return f"{text} ±?" if ratio["noise"] is None else f"{text} ±{100 * ratio['noise']:.0f} %"
+    """A summary as a cell of a table."""
+    noise = "?" if ratio["noise"] is None else f"{100 * ratio['noise']:.0f}"
+    return f"{ratio['median']:.{digits}f} ±{noise} %"
+
+
+def claim(text: str, ratio: dict[str, Any], *, at_most: float = math.inf, at_least: float = 0.0) -> list[str]:
+    """A line of ``print_claims``: whether the ratio keeps to a limit, and whether by more than its noise."""
+    middle, noise = ratio["median"], math.inf if ratio["noise"] is None else ratio["noise"]
+    verdict = "holds" if at_least <= middle <= at_most else "does not hold"
+    if not (at_least <= middle * (1 - noise) and middle * (1 + noise) <= at_most) and not (
+        middle * (1 + noise) < at_least or middle * (1 - noise) > at_most
+    ):
+        verdict += ", within noise"
+    limit = f"at most {at_most:g}" if at_most < math.inf else f"at least {at_least:g}"
+    return [text, limit, ratio_cell(ratio, 3), verdict]
+
+
+def print_claims(lines: list[list[str]]) -> None:
+    if lines:
+        print("\nWhat should hold\n")
+        print_table([["", "", "measured", ""], *lines], left=2)
+
+
+def orders(names: Sequence[Any], turn: int) -> list[Any]:
+    """The names in the order of a turn: each has each place in turn, and after every other turn another before it."""
+    k = turn // 2 % len(names)
+    order = [*names[k:], *names[:k]]
+    return order if turn % 2 == 0 else order[::-1]
 
 
 def finish(args: argparse.Namespace, data: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
     """Writes the file that was asked for, and prints the report, which is made of nothing else."""
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+        part = args.json.with_name(f"{args.json.name}.part")
+        part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        part.replace(args.json)
     report(data)
 
 
 def in_fresh_processes(count: int, *options: str, **environment: str) -> list[Any]:
-    """This program with --measure and ``options``, ``count`` times: what each prints in its last line, as JSON."""
+    """This program with --measure and ``options``, ``count`` times: what each gives to ``answer``."""
     results = []
-    command, env = [sys.executable, *sys.argv, "--measure", *options], os.environ | environment
+    env = os.environ | environment
     for i in range(count):
         print(f"\rprocess {i + 1} of {count} ...", end="", file=sys.stderr, flush=True)
+        command = [sys.executable, *sys.argv, "--measure", "--process", str(i), *options]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:
-            sys.exit(f"\n{done.stderr}")
+            sys.exit(f"\nprocess {i + 1} ended with exit code {done.returncode}\n{done.stderr}")
         results.append(json.loads(done.stdout.splitlines()[-1]))
     print("\r" + 30 * " " + "\r", end="", file=sys.stderr)
     return results
+
+
+def answer(value: Any) -> NoReturn:
+    """The end of a process with --measure. Not the interpreter's: MLX may abort there once threads have used it."""
+    print("\n" + json.dumps(value), flush=True)
+    os._exit(0)
