@@ -17,8 +17,7 @@ On a CPU MLX gives the memory of large arrays back to the system, which then map
 than the gate, and how long changes from run to run. So with glibc the processes here keep freed memory, for every
 rival, as MLX itself does on a GPU. A second table has the default.
 
-More branches and residuals than one are measured with the last dtype and the first width only. 0 x 0 residuals: nothing
-is reused, as with apply(cache="output").
+More branches and residuals than one are measured with the last dtype and the first width only.
 
 A ratio is of two times of the same turn.
 
@@ -468,11 +467,9 @@ def parse() -> argparse.Namespace:
         parser.error("all numbers must be at least 1")
     if max(args.branches) > 2 or max(args.terms) > 4:
         parser.error("--branches must be 1 or 2, --terms 1 to 4")
-    # One residual in every dtype and width; none, more, and two branches where most pictures are made.
+    # One residual in every dtype and width; more, and two branches, where most pictures are made.
     kinds = [(t, d, 1, 1) for t in args.dtypes for d in args.channels]
-    more = [(0, 0), *itertools.product(args.branches, args.terms)]
-    if args.quick:
-        more = [(0, 0), (2, 1), (1, 3)]
+    more = [(2, 1), (1, 3)] if args.quick else itertools.product(args.branches, args.terms)
     kinds += [kind for b, k in more if (kind := (args.dtypes[-1], args.channels[0], b, k)) not in kinds]
     args.shapes = [Shape(s, d, t, b, k) for t, d, b, k in kinds for s in args.tokens]
     if args.quick:
