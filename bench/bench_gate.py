@@ -453,16 +453,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rounds",
         type=int,
-        default=3,
+        default=2,
         help="in each process, of each shape; up to 8 times as many of a small one, in "
         f"{SECONDS:g} s (default: %(default)s)",
     )
-    parser.add_argument("--repetitions", type=int, default=6, help="processes (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=4, help="processes (default: %(default)s)")
     parser.add_argument(
         "--chain", type=int, default=64, help="gates in one evaluation, on a GPU; fewer where large (default: 64)"
     )
     parser.add_argument("--default-memory", action="store_true", help=argparse.SUPPRESS)  # of this process
-    args = common.parse(parser, tokens=TOKENS[:3], channels=CHANNELS[:1], dtypes=("float32", "bfloat16"))
+    short: dict[str, Any] = {"tokens": TOKENS[:3], "channels": CHANNELS[:1], "dtypes": ("float32", "bfloat16")}
+    args = common.parse(parser, **short, rounds=3, repetitions=6)
     if min(*args.tokens, *args.channels, *args.branches, *args.terms, args.rounds, args.repetitions, args.chain) < 1:
         parser.error("all numbers must be at least 1")
     if max(args.branches) > 2 or max(args.terms) > 4:

@@ -41,10 +41,10 @@ import numpy as np
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
 PLAIN, OURS, PEER, EVEN, FEWER = CONDITIONS = ("plain mflux", "ours", "mlx-teacache", "evenly spaced", "fewer steps")
 
-FULL = {"n_prompts": 20, "n_seeds": 2, "steps": 50, "guidance": [1.0, 4.0], "thresholds": [0.15, 0.17, 0.25, 0.4]}
+FULL = {"n_prompts": 20, "n_seeds": 2, "steps": 50, "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
 FULL |= {"size": 128, "repetitions": 5}
 FEW = {"n_prompts": 4, "n_seeds": 1, "repetitions": 4}
-MODEL = FULL | FEW | {"n_prompts": 2, "repetitions": 2, "guidance": [4.0], "thresholds": [0.17, 0.25, 0.4], "size": 512}
+MODEL = FULL | FEW | {"n_prompts": 2, "repetitions": 2, "guidance": [4.0], "size": 512}
 QUICK = FEW | {"steps": 25, "guidance": [1.0], "thresholds": [0.2, 0.4]}
 PROMPTS = ["a red apple on a wooden table, morning light", "a street market in the rain at night, neon signs"]
 Record = dict[str, Any]
@@ -295,7 +295,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--n-prompts", type=int, metavar="N", help="default 20, of FILE all; with --model 2 of its own")
     p.add_argument("--n-seeds", type=int, metavar="N", help="for each prompt (default 2; with --model 1)")
     p.add_argument("--guidance", type=float, nargs="+", help="above 1: two branches (default 1 4; with --model 4)")
-    p.add_argument("--thresholds", type=float, nargs="+", help="default 0.15 0.17 0.25 0.4; with --model 3 of them")
+    p.add_argument("--thresholds", type=float, nargs="+", help="default 0.17 0.25 0.4")
     p.add_argument("--steps", type=int, help="of a whole picture (default 50)")
     p.add_argument("--size", type=int, help="side in pixels, a multiple of 16 (default 128; with --model 512)")
     p.add_argument("--repetitions", type=int, metavar="N", help="processes (default 5; with --model 2)")
