@@ -27,9 +27,9 @@ QUESTIONS = {
 
 # What a table alone does not say.
 NOTES = {
-    "bench_gate": "In float16, which no FLUX pipeline of mflux uses, this package's CPU gate is bound by conversions, not "
-    "by memory. Where memory is returned after each use, a float32 result of this size (50 MB) is mapped anew at each "
-    "step; below 32 MB glibc keeps it.",
+    "bench_gate": "In float16, which no FLUX pipeline of mflux uses, this package's CPU gate is bound by conversions, "
+    "not by memory. Where memory is returned after each use, a float32 result of this size (50 MB) is mapped anew at "
+    "each step; below 32 MB glibc keeps it.",
     "bench_step": "Most of what a skipped step cost beside mflux's own layers was the text's embedding and the "
     "modulations of text and single blocks, which were computed although only the blocks need them. They are part of "
     "the branch's body now and are left out with it. What is left beside mflux's loop is the gate and one read of its "
