@@ -62,9 +62,9 @@ NB_MODULE(_ext, m) {
             shift (array): adaLN shift, ``(B, D)``, ``(B, 1, D)`` or ``(B, S, D)``; floating.
             scale (array): adaLN scale, shape and dtype of ``shift``.
             anchor (array): The last step's ``modulated``; ignored while ``state`` has no anchor.
-            residuals (list of list of array): For each of 1 or 2 branches (classifier-free guidance) 1 to 4 terms,
-                each of ``x``'s shape and all of one floating dtype.
-            weights (array): float32 ``(branches, terms)``.
+            residuals (list of list of array): For each of up to 2 branches (classifier-free guidance) 1 to 4 terms,
+                each of ``x``'s shape and all of one floating dtype. Without a branch nothing is reused, only decided.
+            weights (array): float32 ``(branches, terms)``; ``(0, 0)`` without a branch.
             state (array): float32 ``(8,)``: skip (1 or 0), kind (0 computed, 1 forced, 2 skipped, 3 numerical miss),
                 rel_l1, predicted (both NaN where not measured), accumulated, consecutive skips, has_anchor,
                 has_residual.

@@ -83,11 +83,11 @@ GateOutputs gate(
   }
 
   const int n_branches = residuals.size();
-  if (n_branches < 1 || n_branches > kMaxBranches) {
-    reject("[gate] residuals must be a list of 1 or 2 branches, got ", n_branches);
+  if (n_branches > kMaxBranches) {
+    reject("[gate] residuals must be a list of at most 2 branches, got ", n_branches);
   }
-  const int n_terms = residuals[0].size();
-  if (n_terms < 1 || n_terms > kMaxTerms) {
+  const int n_terms = n_branches > 0 ? residuals[0].size() : 0;
+  if (n_branches > 0 && (n_terms < 1 || n_terms > kMaxTerms)) {
     reject("[gate] a branch must have 1 to ", kMaxTerms, " residual terms, got ", n_terms);
   }
   for (int b = 0; b < n_branches; b++) {
@@ -159,11 +159,12 @@ GateOutputs gate(
       inputs.push_back(packed(term));
     }
   }
-  auto reused_dtype = mx::result_type(x, residuals[0][0]);
   std::vector<mx::Shape> shapes{x.shape(), state.shape()};
   std::vector<mx::Dtype> dtypes{modulated_dtype, mx::float32};
-  shapes.insert(shapes.end(), n_branches, x.shape());
-  dtypes.insert(dtypes.end(), n_branches, reused_dtype);
+  for (auto& branch : residuals) {
+    shapes.push_back(x.shape());
+    dtypes.push_back(mx::result_type(x, branch[0]));
+  }
   auto outputs = mx::array::make_arrays(
       std::move(shapes), dtypes, std::make_shared<Gate>(s, rules, eps, n_branches, n_terms), inputs);
   return {

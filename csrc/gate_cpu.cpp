@@ -513,7 +513,7 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   job.eps = eps_;
   job.x_type = type_of(x.dtype());
   job.mod_type = type_of(inputs[kScale].dtype());
-  job.residual_type = type_of(inputs[kResiduals].dtype());
+  job.residual_type = n_branches_ > 0 ? type_of(inputs[kResiduals].dtype()) : job.x_type;
   job.n_branches = n_branches_;
   job.n_terms = n_terms_;
 

@@ -65,7 +65,9 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   allocate_outputs(inputs, outputs, [](mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); });
   const auto& x = inputs[kX];
   const auto& mod = inputs[kScale];
-  const auto& residual = inputs[kResiduals];
+  // Where nothing is reused, x stands in for residuals and the new state for results: neither is read or written.
+  const int n_residuals = n_branches_ * n_terms_;
+  auto residual = [&](int i) -> const mx::array& { return n_residuals > 0 ? inputs[kResiduals + i] : x; };
   auto& device = mx::metal::device(stream().device);
 
   const unsigned int rows = x.shape(0) * x.shape(1);
@@ -77,7 +79,7 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
     aligned &= (i > kAnchor && i < kResiduals) || inputs[i].offset() % 16 == 0;
   }
   const bool one = one_dispatch(device);
-  const std::string types[] = {metal_type(x.dtype()), metal_type(mod.dtype()), metal_type(residual.dtype())};
+  const std::string types[] = {metal_type(x.dtype()), metal_type(mod.dtype()), metal_type(residual(0).dtype())};
   MTL::Library* library;
   auto kernel_with = [&](int packs) {
     std::string name = "gate";
@@ -128,12 +130,12 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   bind_input(inputs[kState], kBufferState);
   bind_input(inputs[kForce], kBufferForce);
   for (int i = 0; i < kGateMaxResiduals; i++) {
-    bind_input(inputs[kResiduals + (i < n_branches_ * n_terms_ ? i : 0)], kBufferResidual0 + i);
+    bind_input(residual(i < n_residuals ? i : 0), kBufferResidual0 + i);
   }
   bind_output(outputs[kModulated], kBufferModulated);
   bind_output(outputs[kNewState], kBufferNewState);
-  bind_output(outputs[kReused], kBufferReused0);
-  bind_output(outputs[kReused + n_branches_ - 1], kBufferReused1);
+  bind_output(outputs[n_branches_ > 0 ? int(kReused) : int(kNewState)], kBufferReused0);
+  bind_output(outputs[n_branches_ > 0 ? kReused + n_branches_ - 1 : int(kNewState)], kBufferReused1);
   bind_output(partials, kBufferPartials);
   encoder.set_output_array(partials, kBufferCounter, n_partials * sizeof(uint32_t));
   encoder.set_bytes(params, kBufferParams);

@@ -213,7 +213,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
   device Y* reused[2] = {reused0, reused1};
   // Metal takes the arguments never to overlap: where the anchor is overwritten, it is read by the pointer that writes.
   device const O* before = p.in_place != 0 ? static_cast<device const O*>(modulated) : anchor;
-  float w[branches * terms];
+  float w[branches > 0 ? branches * terms : 1];
   for (int i = 0; i < branches * terms; i++) {
     w[i] = weights[i];
   }

@@ -54,6 +54,10 @@ class Case:
     eps: float = 1e-6
 
     @property
+    def residual_dtype(self) -> mx.Dtype:
+        return self.residuals[0][0].dtype if self.residuals else self.x.dtype
+
+    @property
     def arrays(self) -> list[Any]:
         force = mx.array(self.force, mx.int32)
         return [self.x, self.shift, self.scale, self.anchor, self.residuals, self.weights, self.state, force]

@@ -146,6 +146,20 @@ def test_plan(tmp_path, weights):
     assert "flux2-klein-base-4b, steps as planned\n" in result.out
 
 
+def test_budget_and_forecast(tmp_path, weights):
+    options = ["--budget", 0.5, "--forecast", 1, "--cache", "output"]
+    result = run("run", *options, "--", *GENERATE, *SMALL, "--steps", 8, "--output", tmp_path / "x.png")
+    assert result.code == 0, result.err
+    assert "flux2-klein-base-4b, budget 0.5, forecast 1 of the output\n" in result.out
+    assert " 4 computed" in result.out
+    assert " 4 skipped" in result.out
+    assert run("run", "--budget", 0, "--", *GENERATE).code == 2
+    again = run("run", "--like", tmp_path / "x.png", "--", *GENERATE[:1], "--output", tmp_path / "y.png")
+    assert again.code == 0, again.err
+    first, second = (np.asarray(Image.open(tmp_path / name)) for name in ("x.png", "y.png"))
+    np.testing.assert_array_equal(first, second)
+
+
 def test_like_a_picture(tmp_path, weights):
     first, second, third = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
     command = [*GENERATE, *SMALL, "--steps", 12, "--guidance", 4, "--seed", 5, "--output", first]
@@ -208,7 +222,8 @@ def test_like_with_a_command_that_takes_no_metadata(tmp_path, weights, no_weight
     result = run("run", "--like", path, "--", "mflux-generate-fill", "--help")
     assert result.err.splitlines() == [
         "mlx-teacache-fast: warning: version 0.0.1 of this package made the picture, and "
-        f"{mlx_teacache_fast.__version__} may decide otherwise: --plan 101 repeats its steps",
+        f"{mlx_teacache_fast.__version__} may decide otherwise: --plan 101 --forecast 0 --cache residual repeats its "
+        "steps",
         "mlx-teacache-fast: warning: mflux-generate-fill takes from a picture only how it is gated: give prompt, "
         "model, seed, steps and size yourself",
     ]

@@ -212,6 +212,20 @@ def test_branches_and_terms(branches: int, terms: int, dtype: mx.Dtype) -> None:
     assert_reused_close(wide.run()[1], wide)
 
 
+@DTYPES
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_without_a_branch_it_only_decides(is_compiled: bool, dtype: mx.Dtype) -> None:
+    case = random_case((2, 5, 255), dtype)
+    nothing = replace(case, residuals=[], weights=mx.zeros((0, 0)))
+    modulated, reused, state = call(compiled(nothing), nothing) if is_compiled else nothing.run()
+    assert reused == []
+    expected = case.run()
+    assert (digest(modulated), digest(state)) == (digest(expected[0]), digest(expected[2]))
+    by_reference = nothing.run(ops.reference.gate)
+    assert by_reference[1] == []
+    assert state.tolist() == pytest.approx(by_reference[2].tolist(), rel=1e-5)
+
+
 def test_float16_residual_beside_bfloat16_is_float32() -> None:
     case = random_case((1, 3, 64), mx.bfloat16, residual_dtype=mx.float16)
     reused = case.run()[1]
@@ -562,7 +576,7 @@ def test_outputs_of_a_failed_evaluation() -> None:
 
 
 def compiled(case: Case, **kwargs: Any) -> Callable[..., Any]:
-    branches, terms = len(case.residuals), len(case.residuals[0])
+    branches, terms = len(case.residuals), len(case.residuals[0]) if case.residuals else 0
 
     def step(x: Any, shift: Any, scale: Any, anchor: Any, weights: Any, state: Any, force: Any, *flat: Any) -> Any:
         residuals = [list(flat[b * terms : (b + 1) * terms]) for b in range(branches)]
@@ -704,8 +718,8 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
         {"anchor": zeros(2, 5, 64, dtype=mx.bfloat16)},
         "anchor must have the modulated input's dtype float32, got bfloat16",
     ),
-    ({"residuals": []}, "residuals must be a list of 1 or 2 branches, got 0"),
-    ({"residuals": [[ONE]] * 3}, "residuals must be a list of 1 or 2 branches, got 3"),
+    ({"residuals": []}, "weights must be float32 of shape (0,0), got float32 (2,2)"),
+    ({"residuals": [[ONE]] * 3}, "residuals must be a list of at most 2 branches, got 3"),
     ({"residuals": [[], []]}, "a branch must have 1 to 4 residual terms, got 0"),
     ({"residuals": [[ONE] * 5] * 2}, "a branch must have 1 to 4 residual terms, got 5"),
     (

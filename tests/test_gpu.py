@@ -90,6 +90,11 @@ def test_branches_and_terms(dtype: mx.Dtype, branches: int, terms: int) -> None:
     assert_gpu_is_cpu(random_case((2, 3, 264), dtype, branches=branches, terms=terms))
 
 
+@DTYPES
+def test_without_a_branch(dtype: mx.Dtype) -> None:
+    assert_gpu_is_cpu(random_case((2, 3, 264), dtype, branches=0, terms=0))
+
+
 @pytest.mark.parametrize("residual", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("modulation", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @DTYPES

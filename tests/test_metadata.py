@@ -147,7 +147,7 @@ def test_no_step_at_all(flux: Any, photo: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (dict(settings=dict(forecast=2)), "ValueError('forecast: no argument of apply()')"),
+        (dict(settings=dict(horizon=2)), "ValueError('horizon: no argument of apply()')"),
         (dict(settings=["x"]), "ValueError('x: no argument of apply()')"),
         (dict(settings=dict(rel_l1_thresh=3)), "rel_l1_thresh must be a number from 0.0 to 1.0, got 3"),
         (dict(steps="12"), "steps must be a 1 or 0 for each active step"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from .errors import InvalidStepWindowError, TeaCacheValueError
+from .forecast import CACHES, MAX_ORDER, Cache
 from .variants import Coefficients
 
 FLOAT32_MAX = 3.4028234663852886e38
@@ -66,6 +67,24 @@ def plan_text(entries: tuple[bool, ...]) -> str:
     return "".join("1" if computes else "0" for computes in entries)
 
 
+def forecast(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ORDER:
+        raise TeaCacheValueError(f"forecast must be an order from 0 (reuse) to {MAX_ORDER}, got {value!r}")
+    return value
+
+
+def cache(value: object) -> Cache:
+    if value not in CACHES:
+        raise TeaCacheValueError(f"cache must be {' or '.join(map(repr, CACHES))}, got {value!r}")
+    return value
+
+
+def budget(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < cast(float, value) <= 1:
+        raise TeaCacheValueError(f"budget must be a share of the steps above 0.0 and up to 1.0, got {value!r}")
+    return float(value)
+
+
 def calibrated_range(value: object) -> tuple[float, float] | None:
     if value is None:
         return None
@@ -88,6 +107,9 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
     "skip_last_n_steps": lambda value: step_count("skip_last_n_steps", value),
     "max_consecutive_skips": consecutive_skips,
     "max_skips": lambda value: None if value is None else step_count("max_skips", value),
+    "budget": lambda value: None if value is None else budget(value),
+    "forecast": forecast,
+    "cache": cache,
     "steps": lambda value: None if value is None else plan_text(plan(value)),
 }
 

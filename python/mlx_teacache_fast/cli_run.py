@@ -19,6 +19,7 @@ from .cli_common import (
     warnings_in_one_line,
 )
 from .errors import TeaCacheError, TeaCacheValueError
+from .forecast import CACHES, DEFAULT_CACHE, DEFAULT_FORECAST, MAX_ORDER
 from .handle import Handle
 from .metadata import KEY, read_metadata
 from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_THRESHOLD
@@ -117,6 +118,26 @@ def add_parser(commands: Any) -> None:
         "--max-skips", metavar="N", type=steps, help="at most so many skipped steps a picture (default: no limit)"
     )
     parser.add_argument(
+        "--budget",
+        metavar="SHARE",
+        type=number("a number above 0 and up to 1", lambda b: 0 < b <= 1),
+        help="this share of the steps is computed, planned before the run, instead of measuring",
+    )
+    parser.add_argument(
+        "--forecast",
+        metavar="N",
+        type=int,
+        choices=range(MAX_ORDER + 1),
+        help="what a skipped step gets: 0 reuses what the last computed step made, 1 and 2 extrapolate the last two or "
+        f"three (default: {DEFAULT_FORECAST})",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        help="what is reused or extrapolated: the residual of the transformer's blocks, or the output, the noise "
+        f"prediction, which takes little memory (default: {DEFAULT_CACHE})",
+    )
+    parser.add_argument(
         "--plan",
         metavar="1101...",
         type=_plan,
@@ -164,6 +185,9 @@ def run(arguments: argparse.Namespace) -> int:
         skip_last_n_steps=arguments.skip_last,
         max_consecutive_skips=arguments.max_consecutive_skips,
         max_skips=arguments.max_skips,
+        budget=arguments.budget,
+        forecast=arguments.forecast,
+        cache=arguments.cache,
         steps=arguments.plan,
     )
     options = {name: value for name, value in given.items() if value is not None}
@@ -177,7 +201,8 @@ def run(arguments: argparse.Namespace) -> int:
         if (made_with := like.versions.get(KEY)) != (here := version("mlx-teacache-fast")):
             print(
                 f"{PROG}: warning: version {made_with} of this package made the picture, and {here} may decide "
-                f"otherwise: --plan {like.steps} repeats its steps",
+                f"otherwise: --plan {like.steps} --forecast {options.get('forecast', 0)} "
+                f"--cache {options.get('cache', 'residual')} repeats its steps",
                 file=sys.stderr,
             )
     options["save_metadata"] = not arguments.no_metadata

@@ -14,6 +14,7 @@ from .errors import (
     TeaCacheValueError,
     UncalibratedWarning,
 )
+from .forecast import DEFAULT_CACHE, DEFAULT_FORECAST, Cache
 from .stats import Stats
 from .support import require_mflux
 from .trace import Trace
@@ -37,6 +38,9 @@ class Handle:
         max_consecutive_skips: A step computes after so many skipped ones.
         max_skips: So many steps of a generation are skipped at most; None for no limit.
         plan: For each active step whether it computes; None where the gate decides.
+        budget: Share of the steps that computes, planned when the schedule is known; None where the gate decides.
+        forecast: Order of the extrapolation over sigma that a skipped step gets; 0 reuses what there was last.
+        cache: What is extrapolated: ``residual`` of the transformer's blocks, or ``output``, the noise prediction.
         save_metadata: Whether pictures say how they were made, when mflux saves them.
         stats: Totals over finished generations, and the last one step by step. Kept after ``restore``.
     """
@@ -55,6 +59,9 @@ class Handle:
         max_consecutive_skips: int,
         max_skips: int | None,
         plan: tuple[bool, ...] | None,
+        budget: float | None,
+        forecast: int,
+        cache: Cache,
         save_metadata: bool,
     ) -> None:
         self.variant_id = variant.variant_id
@@ -68,6 +75,9 @@ class Handle:
         self.max_consecutive_skips = max_consecutive_skips
         self.max_skips = max_skips
         self.plan = plan
+        self.budget = budget
+        self.forecast = forecast
+        self.cache: Cache = cache
         self.save_metadata = save_metadata
         self.stats = Stats()
         self._patch: Patch | None = None  # set by Patch, which it undoes
@@ -87,16 +97,23 @@ class Handle:
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments with which ``apply`` gates another pipeline of this model in the same way."""
+        how: dict[str, Any] = {"forecast": self.forecast, "cache": self.cache}
         if self.plan is not None:
-            return {"steps": arguments.plan_text(self.plan)}
+            return how | {"steps": arguments.plan_text(self.plan)}
+        if self.budget is not None:
+            return how | {"budget": self.budget}
         own = {"coefficients": self.coefficients} if self.provenance.source == "user" else {}
-        return own | {
-            "rel_l1_thresh": self.rel_l1_thresh,
-            "skip_first_n_steps": self.skip_first_n_steps,
-            "skip_last_n_steps": self.skip_last_n_steps,
-            "max_consecutive_skips": self.max_consecutive_skips,
-            "max_skips": self.max_skips,
-        }
+        return (
+            how
+            | own
+            | {
+                "rel_l1_thresh": self.rel_l1_thresh,
+                "skip_first_n_steps": self.skip_first_n_steps,
+                "skip_last_n_steps": self.skip_last_n_steps,
+                "max_consecutive_skips": self.max_consecutive_skips,
+                "max_skips": self.max_skips,
+            }
+        )
 
     @property
     def trace(self) -> Trace:
@@ -110,6 +127,9 @@ class Handle:
             skip_last_n_steps=self.skip_last_n_steps,
             max_consecutive_skips=self.max_consecutive_skips,
             max_skips=self.max_skips,
+            budget=self.budget,
+            forecast=self.forecast,
+            cache=self.cache,
             steps=None if self.plan is None else arguments.plan_text(self.plan),
             generations=self.stats.finished,
         )
@@ -117,6 +137,10 @@ class Handle:
     def summary(self) -> str:
         """The finished generations as a table to print: steps, distances, and seconds where they are known."""
         how = "steps as planned" if self.plan is not None else f"rel_l1_thresh {self.rel_l1_thresh:g}"
+        if self.budget is not None:
+            how = f"budget {self.budget:g}"
+        if (self.forecast, self.cache) != (0, "residual"):  # TeaCache's
+            how += f", forecast {self.forecast} of the {self.cache}"
         return f"{self.variant_id}, {how}\n{summary.table(self.stats.finished)}"
 
     def __enter__(self) -> Self:
@@ -144,6 +168,9 @@ def apply(
     max_consecutive_skips: int = DEFAULT_MAX_CONSECUTIVE_SKIPS,
     max_skips: int | None = None,
     steps: str | Sequence[int] | None = None,
+    budget: float | None = None,
+    forecast: int = DEFAULT_FORECAST,
+    cache: Cache = DEFAULT_CACHE,
     save_metadata: bool = True,
 ) -> Handle:
     """Skip denoising steps of an mflux FLUX pipeline whose input has hardly changed since the step before.
@@ -165,6 +192,14 @@ def apply(
         max_skips: So many steps of a generation are skipped at most. Default: no limit.
         steps: Which active steps compute (1) and which are skipped (0), for example ``"110101001"`` or a list: nothing
             is measured and no decision is read. Thresholds, limits and forced steps have no place beside it.
+        budget: Share of the active steps that computes, above 0.0 and up to 1.0, instead of measuring: the first three,
+            the last, and others at even distances. At least two. It stands alone, as ``steps`` does.
+        forecast: What a skipped step gets: 0 reuses what the last computed step made, 1 and 2 extrapolate the last two
+            or three over sigma, by a polynomial of this order; a lower one where there are fewer, or where the gap is
+            so wide that the extrapolation would amplify their errors.
+        cache: What is reused or extrapolated: ``"residual"``, what the transformer's blocks added to the image tokens
+            (each of the ``forecast + 1`` kept takes S x D numbers for each branch of the guidance), or ``"output"``,
+            the noise prediction, guidance included (S x 64 for FLUX.1 and S x 128 for FLUX.2).
         save_metadata: Pictures that mflux saves as PNG, JPEG or WebP say in their metadata how they were gated, for
             ``read_metadata``.
 
@@ -183,10 +218,14 @@ def apply(
     consecutive = arguments.consecutive_skips(max_consecutive_skips)
     most = None if max_skips is None else arguments.step_count("max_skips", max_skips)
     plan = None if steps is None else arguments.plan(steps)
+    share = None if budget is None else arguments.budget(budget)
+    order, kept = arguments.forecast(forecast), arguments.cache(cache)
     if not isinstance(save_metadata, bool):
         raise TeaCacheValueError(f"save_metadata must be True or False, got {save_metadata!r}")
-    if plan is not None:
+    planned_by = [name for name, value in (("steps", plan), ("budget", share)) if value is not None]
+    if planned_by:
         limits = (
+            ("budget", len(planned_by) > 1),
             ("rel_l1_thresh", rel_l1_thresh is not None),
             ("coefficients", coefficients is not None),
             ("max_skips", max_skips is not None),
@@ -195,7 +234,9 @@ def apply(
             ("skip_last_n_steps", last != 1),
         )
         if given := [name for name, is_given in limits if is_given]:
-            raise TeaCacheValueError(f"steps plans every step, and {', '.join(given)} cannot count: leave out either")
+            raise TeaCacheValueError(
+                f"{planned_by[0]} plans every step, and {', '.join(given)} cannot count: leave out either"
+            )
 
     require_mflux()
     from .mflux import patch
@@ -211,14 +252,15 @@ def apply(
         threshold = variant.rel_l1_thresh if own_coefficients is None else DEFAULT_THRESHOLD
     calibrated = own_coefficients is None and patch.is_calibrated(flux)
     disabled = (
-        ("rel_l1_thresh=0.0 turns gating off", plan is None and threshold == 0.0),
+        ("rel_l1_thresh=0.0 turns gating off", not planned_by and threshold == 0.0),
         ("max_skips=0 skips nothing", most == 0),
         ("max_consecutive_skips=0 skips nothing", consecutive == 0),
         ("the planned steps have no 0", plan is not None and all(plan)),
+        ("budget=1.0 computes all", share == 1.0),
     )
     if reason := next((text for text, is_so in disabled if is_so), None):
         warnings.warn(f"{reason}: every step computes", category=DisabledWarning, stacklevel=2)
-    elif plan is None and own_coefficients is None:
+    elif not planned_by and own_coefficients is None:
         if variant.distilled:
             warnings.warn(
                 f"{variant.variant_id} is distilled to a few steps that differ too much for any to be skipped: "
@@ -240,6 +282,9 @@ def apply(
         max_consecutive_skips=consecutive,
         max_skips=most,
         plan=plan,
+        budget=share,
+        forecast=order,
+        cache=kept,
         save_metadata=save_metadata,
     )
     patch.warn_if_untested()

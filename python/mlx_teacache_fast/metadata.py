@@ -24,8 +24,8 @@ class Metadata:
     Attributes:
         settings: Arguments of ``apply``: ``apply(flux, **settings)`` decides in the same way.
         steps: What was decided, 1 for each active step that was computed and 0 for each skipped one:
-            ``apply(flux, steps=steps)`` repeats just that, also where another machine's rounding would decide
-            differently.
+            ``apply(flux, steps=steps)``, with the settings' ``forecast`` and ``cache``, repeats just that, also where
+            another machine's rounding would decide differently.
         variant_id: The model whose coefficients were in use.
         pipeline: mflux's class.
         versions: Of this package, MLX and mflux, by their names.

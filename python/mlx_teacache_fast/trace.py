@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from . import arguments, ops
 from .errors import TeaCacheValueError
+from .forecast import Cache
 from .stats import KINDS, GenerationStats, StepRecord, step_record
 from .variants import Coefficients
 
@@ -33,6 +34,9 @@ class Trace:
     max_skips: int | None
     steps: str | None
     generations: tuple[GenerationStats, ...]
+    budget: float | None = None
+    forecast: int = 0
+    cache: Cache = "residual"
 
     def to_json(self, path: str | Path, force: bool = False) -> None:
         """Write a file for ``from_json``.
@@ -110,7 +114,7 @@ def replay(
         if max_consecutive_skips is None
         else arguments.consecutive_skips(max_consecutive_skips),
     )
-    if settings.rel_l1_thresh > 0 and (trace.rel_l1_thresh <= 0 or trace.steps is not None):
+    if settings.rel_l1_thresh > 0 and (trace.rel_l1_thresh <= 0 or (trace.steps, trace.budget) != (None, None)):
         raise TeaCacheValueError("the trace has no distances to replay: they are measured only where the gate decides")
     return replace(settings, generations=tuple(_replayed(g, settings) for g in trace.generations))
 
@@ -160,6 +164,7 @@ def _decide(step: StepRecord, state: mx.array, settings: Trace, capped: bool) ->
 
 
 def _settings(data: dict[str, Any]) -> dict[str, Any]:
+    data = {"budget": None, "forecast": 0, "cache": "residual"} | data  # which the first files do not have
     if (unknown := set(data) ^ {f.name for f in fields(Trace)}) != set():
         raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
     return data | {

@@ -198,6 +198,7 @@ class GateKernel:
         count = np.full(1, counter, np.uint32)
         params = header.params(case, grid, donate)
 
+        nothing = np.zeros(1, np.float32)
         b = header.buffer
         bound: dict[int, Any] = {
             b("x"): In(x, x_offset, case.x.nbytes),
@@ -210,13 +211,13 @@ class GateKernel:
             b("force"): In(np.full(1, case.force, np.int32)),
             b("modulated"): InOut(modulated) if donate else Out(modulated),
             b("new_state"): Out(new_state),
-            b("reused0"): Out(reused[0]),
-            b("reused1"): Out(reused[-1]),
+            b("reused0"): Out(reused[0] if reused else nothing),
+            b("reused1"): Out(reused[-1] if reused else nothing),
             b("partials"): Out(partials),
             b("counter"): InOut(count),
             b("params"): In(params),
         }
-        residuals = [_to_raw(term) for branch in case.residuals for term in branch]
+        residuals = [_to_raw(term) for branch in case.residuals for term in branch] or [_to_raw(case.x)]
         for i in range(header.max_residuals):
             bound[b("residual0") + i] = In(residuals[i if i < len(residuals) else 0])
         runs = [self.library.run(variant.name, bound, grid.groups, grid.threads, **options)]
@@ -235,7 +236,7 @@ class GateKernel:
 
 
 def result_types(case: Case) -> tuple[mx.Dtype, mx.Dtype]:
-    return mx.result_type(case.x, case.shift), mx.result_type(case.x, case.residuals[0][0])
+    return mx.result_type(case.x, case.shift), mx.result_type(case.x, mx.zeros(0, case.residual_dtype))
 
 
 def variant_of(case: Case, packs: int, *, one_dispatch: bool = True, offset: int = 0) -> Variant:
@@ -243,9 +244,9 @@ def variant_of(case: Case, packs: int, *, one_dispatch: bool = True, offset: int
     return Variant(
         METAL_TYPES[case.x.dtype],
         METAL_TYPES[case.shift.dtype],
-        METAL_TYPES[case.residuals[0][0].dtype],
+        METAL_TYPES[case.residual_dtype],
         len(case.residuals),
-        len(case.residuals[0]),
+        len(case.residuals[0]) if case.residuals else 0,
         packs,
         case.x.shape[2] % 8 == 0 and offset % 16 == 0,
         one_dispatch,

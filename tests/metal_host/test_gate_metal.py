@@ -76,6 +76,11 @@ for _name, _t in DTYPES.items():
     CASES[f"{_name} x begins anywhere"] = (lambda t=_t: random_case((1, 4, 64), t), {"offset": 4})
     CASES[f"{_name} x begins at a word"] = (lambda t=_t: random_case((1, 4, 64), t), {"offset": 16})
     CASES[f"{_name} an anchor that is not donated"] = (lambda t=_t: random_case((1, 4, 64), t), {"donate": False})
+CASES["nothing reused"] = lambda: random_case((2, 3, 72), mx.bfloat16, branches=0, terms=0), {}
+CASES["nothing reused, a row too long to be held"] = (
+    lambda: random_case((1, 3, 3072), branches=0, terms=0),
+    {"max_threads": 64},
+)
 for _branches in (1, 2):
     for _terms in (1, 2, 3, 4):
         CASES[f"{_branches} branches of {_terms} terms"] = (

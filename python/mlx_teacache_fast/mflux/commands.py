@@ -176,6 +176,8 @@ def _checked(parse_args: Any, options: Mapping[str, Any]) -> Callable[..., Any]:
     settings = {name: options[name] for name in _OF_A_SCHEDULE if name in options}
     if options.get("steps") is not None:
         settings["plan"] = arguments.plan(options["steps"])
+    if options.get("budget") is not None:  # any schedule will do
+        settings["rel_l1_thresh"] = 0.0
 
     @functools.wraps(parse_args)
     def checked(*args: Any, **kwargs: Any) -> Any:

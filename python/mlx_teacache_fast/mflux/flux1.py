@@ -26,6 +26,7 @@ from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 from mflux.models.flux.variants.txt2img.flux import Flux1
 
 from .. import ops
+from ..forecast import combined, reuse
 from .blocks import ImageTokens, Later, Returns, StandIn, replaced
 from .generation import Generation
 
@@ -111,8 +112,11 @@ class GatedStep:
         self._joint_blocks = transformer.transformer_blocks
         self._single_blocks = transformer.single_transformer_blocks
         self._context_embedder = transformer.context_embedder
-        self._body: Any = None  # an ops.Body
-        self._arrays: list[mx.array] = []  # state, anchor, residual; with a plan, the residual
+        self._body: Any = None  # an ops.Body; and one of a skipped step that is planned
+        self._reuse: Any = None
+        self._keeps_output = generation.handle.cache == "output"
+        self._arrays: list[mx.array] = []  # state and anchor
+        self._history: list[mx.array] = []  # residuals or outputs of the last computed steps, the latest first
 
     def __call__(
         self,
@@ -123,6 +127,13 @@ class GatedStep:
         controlnet_single_block_samples: list[mx.array] | None = None,
         **arguments: Any,
     ) -> mx.array:
+        generation = self._generation
+        plan, n_kept = generation.plan, generation.handle.forecast + 1
+        is_computed = plan is None or plan[generation.index]
+        if self._keeps_output and not is_computed:
+            noise = combined(generation.weights(), self._history).astype(self._history[0].dtype)
+            generation.record_kind("skipped")
+            return self._done(noise)
         # Kontext has the reference image's tokens behind those of the latents, and cuts them off afterwards.
         n_tokens = (config.height // 16) * (config.width // 16)
         # The stand-ins are lists of one block, which must not get the samples that belong to others.
@@ -131,10 +142,25 @@ class GatedStep:
         single = _SingleBlocks(joint, lambda *inputs: self._image_tokens(n_tokens, samples, *inputs))
         with replaced(self._transformer, [joint], [single], context_embedder=Later()):  # which only the blocks need
             noise = forward(config=config, **arguments)
+        if self._keeps_output:
+            weights, history = generation.weights(), self._history or [mx.zeros_like(noise)] * n_kept
+            after = [noise, *history[:-1]]
+            if plan is None:  # what the tail made of a skipped step's tokens is not used
+                is_skipped = self._arrays[0][0] > 0
+                noise = mx.where(is_skipped, combined(weights, history).astype(noise.dtype), noise)
+                after = [mx.where(is_skipped, a, b) for a, b in zip(history, [noise, *history[:-1]], strict=True)]
+            self._history = after
+        if plan is None:
+            generation.record(self._arrays[0])
+        else:
+            generation.record_kind("computed" if is_computed else "skipped", is_kept=is_computed)
+        return self._done(noise)
+
+    def _done(self, noise: mx.array) -> mx.array:
         if self._generation.is_over:  # mflux's memory saver frees the weights before it decodes the image
             self._transformer = self._joint_blocks = self._single_blocks = None
-            self._context_embedder = self._body = None
-            self._arrays = []
+            self._context_embedder = self._body = self._reuse = None
+            self._arrays, self._history = [], []
         return noise
 
     def _image_tokens(
@@ -147,7 +173,8 @@ class GatedStep:
         rotary: mx.array,
     ) -> mx.array:
         """Image tokens after all blocks ``(B, n_tokens, D)``, or what stands for them."""
-        handle = self._generation.handle
+        generation = self._generation
+        handle = generation.handle
         norm = self._joint_blocks[0].norm1
         modulation: mx.array = norm.linear(nn.silu(time))  # type: ignore[attr-defined]  # (B, 6 D), for gate and block
         inputs = [x, prompt, time, rotary, modulation, *(s for part in samples for s in part or ())]
@@ -155,42 +182,52 @@ class GatedStep:
         if self._body is None:
             counts = [None if part is None else len(part) for part in samples]
             self._body = ops.Body(functools.partial(self._run_blocks, n_tokens, counts))
-        if handle.plan is not None:  # no gate: nothing is measured
-            compute = handle.plan[self._generation.index]
-            self._generation.record("computed" if compute else "skipped")
-            if compute:
-                tokens, residual = self._body(inputs)
-                self._arrays = [residual]
-                return cast(mx.array, tokens)
-            return gated + self._arrays[0]
+            self._reuse = ops.Body(lambda x, weights, *residuals: [reuse(x, weights, residuals)])
+        n_kept = handle.forecast + 1
+        if generation.plan is not None:  # no gate: nothing is measured
+            if generation.plan[generation.index]:
+                tokens, *made = self._body(inputs)
+                if made:
+                    self._history = [*made, *(self._history or made * n_kept)][:n_kept]
+                return cast(mx.array, mx.depends([tokens], made)[0])  # a lazy residual would keep all tokens alive
+            (tokens,) = self._reuse([gated, generation.weights(), *self._history])
+            return cast(mx.array, tokens)
         shift, scale = modulation[:, : x.shape[-1]], modulation[:, x.shape[-1] : 2 * x.shape[-1]]
+        force, weights = generation.next_force(), generation.weights()
+        kept = [] if self._keeps_output else self._history[:-1] or [gated] * (n_kept - 1)
+        graph = self._body.trace([*inputs, *kept])
         if not self._arrays:
-            graph = self._body.trace(inputs)
-            anchor = mx.zeros(gated.shape, mx.result_type(gated, modulation))
-            self._arrays = [mx.zeros(8), anchor, mx.zeros(graph.output_shapes[1], graph.output_dtypes[1])]
-        state, anchor, residual = self._arrays
-        anchor, (reused,), state = ops.gate(
+            self._arrays = [mx.zeros(8), mx.zeros(gated.shape, mx.result_type(gated, modulation))]
+            if not self._keeps_output:
+                self._history = [mx.zeros(graph.output_shapes[1], graph.output_dtypes[1]) for _ in range(n_kept)]
+        if not generation.history_is_valid:
+            self._history = [mx.zeros_like(a) for a in self._history]
+        state, anchor = self._arrays
+        residuals = [] if self._keeps_output else [self._history]
+        anchor, reused, state = ops.gate(
             gated,
             shift,
             scale,
             anchor,
-            [[residual]],
-            mx.ones((1, 1)),
+            residuals,
+            weights[None] if residuals else mx.zeros((0, 0)),
             state,
-            self._generation.next_force(),
+            force,
             coefficients=handle.coefficients,
             threshold=handle.rel_l1_thresh,
             calibrated_range=handle.calibrated_range,
             max_consecutive_skips=handle.max_consecutive_skips,
             eps=norm.norm.eps,
         )
+        self._arrays = [state, anchor]
+        on_skip = [reused[0], *self._history] if residuals else [gated.astype(graph.output_dtypes[0])]
         # A branch's inputs are evaluated in any case, and nothing may ask for the ControlNet of a skipped step.
         if any(samples) and state[0].item():
-            tokens = reused
-        else:
-            tokens, residual = ops.branch(state, [reused, residual], self._body, inputs)
-        self._arrays = [state, anchor, residual]
-        self._generation.record(state)
+            return on_skip[0]
+        kept = self._history[:-1] if residuals else []
+        tokens, *made = ops.branch(state, on_skip, self._body, [*inputs, *kept])
+        if made:
+            self._history = made
         return tokens
 
     def _run_blocks(
@@ -202,12 +239,17 @@ class GatedStep:
         time: mx.array,
         rotary: mx.array,
         modulation: mx.array,
-        *samples: mx.array,
+        *more: mx.array,
     ) -> list[mx.array]:
-        """The body: all blocks and ControlNet's samples, by mflux's own helpers, which look at the real lists."""
+        """The body: all blocks and ControlNet's samples, by mflux's own helpers, which look at the real lists.
+
+        ``more`` are the samples, ``counts`` of either kind, and what is kept of the history.
+        """
         n_joint, n_single = counts
-        joint_samples = None if n_joint is None else list(samples[:n_joint])
-        single_samples = None if n_single is None else list(samples[n_joint or 0 :])
+        end_joint = n_joint or 0
+        end_single = end_joint + (n_single or 0)
+        joint_samples = None if n_joint is None else list(more[:end_joint])
+        single_samples = None if n_single is None else list(more[end_joint:end_single])
         transformer = self._transformer
         norm = self._joint_blocks[0].norm1
         linear = norm.linear
@@ -240,7 +282,7 @@ class GatedStep:
                 norm.linear = linear
         n_text = context.shape[1]
         image = tokens[:, n_text : n_text + n_tokens]
-        return [image, image - x[:, :n_tokens]]
+        return [image] if self._keeps_output else [image, image - x[:, :n_tokens], *more[end_single:]]
 
 
 class _JointBlocks(StandIn):

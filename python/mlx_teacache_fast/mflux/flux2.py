@@ -17,6 +17,7 @@ from mflux.utils.apple_silicon import AppleSiliconUtil
 
 from .. import ops
 from ..errors import InternalStateError, TeaCacheValueError
+from ..forecast import combined, reuse
 from .blocks import ImageTokens, Later, StandIn, Step, captured, replaced
 from .generation import Generation
 
@@ -32,6 +33,8 @@ VARIANTS = {
     "flux2-klein-base-9b": ("flux2-klein-base-9b", True),
 }
 
+N_FLAT = 11  # what the blocks need; the history follows
+
 Predict = Callable[..., mx.array]
 Modulation = tuple[mx.array, mx.array, mx.array]  # shift, scale, gate: (B, 1, D) each
 
@@ -42,15 +45,19 @@ class GatedSteps:
     def __init__(self, transformer: Any, generation: Generation) -> None:
         self._transformer: Any = transformer
         self._generation = generation
+        self._keeps_output = generation.handle.cache == "output"
         self._layers: Any = _Layers(
             transformer.transformer_blocks,
             transformer.single_transformer_blocks,
             transformer.context_embedder,
             transformer.double_stream_modulation_txt,
             transformer.single_stream_modulation,
+            transformer.pos_embed,
         )
         self._bodies: list[ops.Body] = []  # one for each branch of the guidance if there is a key-value cache, else one
-        self._arrays: list[mx.array] = []
+        self._arrays: list[mx.array] = []  # state and anchor
+        # What the last computed steps made, the latest first: residuals, branch by branch, or outputs.
+        self._history: list[mx.array] = []
 
     def predict(self, inner: Predict) -> Predict:
         """``inner`` with its blocks behind a gate.
@@ -64,16 +71,17 @@ class GatedSteps:
             return self._step(inner, arrays, kwargs)
 
         def compute(_: list[mx.array], kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
-            return self._planned_step(inner, None, kwargs)
+            return self._planned_step(inner, None, [], kwargs)
 
         def skip(arrays: list[mx.array], kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
-            return self._planned_step(inner, arrays, kwargs)
+            return self._planned_step(inner, arrays[0], arrays[1:], kwargs)
 
         # mflux leaves the step uncompiled on some Macs; where it compiles, the gated step is one graph too.
         def compiled(function: Step) -> Step:
             return function if AppleSiliconUtil.is_m1_or_m2() else captured(function)
 
-        plan = self._generation.handle.plan
+        generation = self._generation
+        n_kept = generation.handle.forecast + 1
         compiled_step, compiled_compute, compiled_skip = compiled(step), compiled(compute), compiled(skip)
 
         def predict(**kwargs: Any) -> mx.array:
@@ -81,41 +89,52 @@ class GatedSteps:
             uncompiled = cache is not None  # a cache is no array; mflux does not compile then either
             if cache is not None and cache.is_extracting:
                 # The references' keys and values are made in this step, so it always computes.
-                self._generation.record("forced")
-                return inner(**kwargs)
-            if plan is None:
+                noise = inner(**kwargs)
+                if self._keeps_output:
+                    self._history = [noise] * n_kept
+                elif generation.plan is not None and generation.handle.budget is not None:
+                    generation.plan = (True, True, *generation.plan[2:])  # there is no residual before step 1
+                generation.record_kind("forced", is_kept=self._keeps_output)
+            elif generation.plan is None:
+                force, weights = generation.next_force(), generation.weights()
                 if not self._arrays:
-                    self._arrays = self._initial_arrays(inner, kwargs)
+                    self._initialise(inner, kwargs)
+                if not generation.history_is_valid:
+                    self._history = [mx.zeros_like(a) for a in self._history]
                 run = step if uncompiled else compiled_step
-                noise, self._arrays = run([self._generation.next_force(), *self._arrays], kwargs)
-                self._generation.record(self._arrays[0])
-            elif plan[self._generation.index]:
-                noise, self._arrays = (compute if uncompiled else compiled_compute)([], kwargs)
-                self._generation.record("computed")
+                noise, arrays = run([force, weights, *self._arrays, *self._history], kwargs)
+                self._arrays, self._history = arrays[:2], arrays[2:]
+                generation.record(self._arrays[0])
+            elif generation.plan[generation.index]:
+                noise, made = (compute if uncompiled else compiled_compute)([], kwargs)
+                known = _split(self._history, len(made)) if self._history else [[a] * n_kept for a in made]
+                self._history = [a for m, h in zip(made, known, strict=True) for a in [m, *h][:n_kept]]
+                generation.record_kind("computed", is_kept=True)
             else:
-                if not self._arrays:
+                if not self._history:
                     raise TeaCacheValueError(
                         "steps must compute step 1 too where reference images have a key-value cache: step 0 makes it"
                     )
-                noise, self._arrays = (skip if uncompiled else compiled_skip)(self._arrays, kwargs)
-                self._generation.record("skipped")
-            if self._generation.is_over:  # mflux's memory saver frees the weights before it decodes the image
+                noise, _ = (skip if uncompiled else compiled_skip)([generation.weights(), *self._history], kwargs)
+                generation.record_kind("skipped")
+            if generation.is_over:  # mflux's memory saver frees the weights before it decodes the image
                 self._transformer = self._layers = None
-                self._bodies, self._arrays = [], []
+                self._bodies, self._arrays, self._history = [], [], []
             return noise
 
         return predict
 
     def _step(self, inner: Predict, arrays: list[mx.array], kwargs: dict[str, Any]) -> tuple[mx.array, list[mx.array]]:
         handle = self._generation.handle
-        force, state, anchor, *residuals = arrays
+        force, weights, state, anchor, *history = arrays
+        residuals = [] if self._keeps_output else _split(history, len(history) // (handle.forecast + 1))
         reused: list[mx.array] = []
         skip = state
-        new_residuals: list[mx.array] = []
+        new_history: list[list[mx.array]] = []
 
         def image_tokens(inputs: _BlockInputs) -> mx.array:
             nonlocal state, anchor, reused, skip
-            branch = len(new_residuals)  # the n-th call of the transformer is branch n of the guidance
+            branch = len(new_history)  # the n-th call of the transformer is branch n of the guidance
             if branch == 0:  # block 0's modulated input does not depend on the prompt: one gate for all branches
                 shift, scale, _ = inputs.image_modulation[0]
                 anchor, reused, state = ops.gate(
@@ -123,8 +142,8 @@ class GatedSteps:
                     shift,
                     scale,
                     anchor,
-                    [[r] for r in residuals],
-                    mx.ones((len(residuals), 1)),
+                    residuals,
+                    mx.broadcast_to(weights, (len(residuals), weights.size)) if residuals else mx.zeros((0, 0)),
                     state,
                     force,
                     coefficients=handle.coefficients,
@@ -134,55 +153,71 @@ class GatedSteps:
                     eps=self._layers.joint_blocks[0].norm1.eps,
                 )
                 skip = ops.decide(state)
-            out, residual = ops.branch(
-                skip, [reused[branch], residuals[branch]], self._body(branch, inputs), inputs.flat()
-            )
-            new_residuals.append(residual)
+            body = self._body(branch, inputs)
+            if self._keeps_output:  # a skipped step's noise is replaced below, whatever the tail makes of this
+                given = inputs.flat()
+                on_skip = [inputs.gated.astype(body.trace(given).output_dtypes[0])]
+            else:  # a computed step's residual comes first, and the oldest one goes
+                given = [*inputs.flat(), *residuals[branch][:-1]]
+                on_skip = [reused[branch], *residuals[branch]]
+            out, *kept = ops.branch(skip, on_skip, body, given)
+            new_history.append(kept)
             return out
 
         with self._blocks_replaced(kwargs, image_tokens):
             noise = inner(**kwargs)
-        if len(new_residuals) != len(residuals):
-            raise _unexpected_calls(len(new_residuals), len(residuals))
-        return noise, [state, anchor, *new_residuals]
+        if not new_history or (residuals and len(new_history) != len(residuals)):
+            raise _unexpected_calls(len(new_history), max(1, len(residuals)))
+        if self._keeps_output:
+            is_skipped = state[0] > 0
+            noise = mx.where(is_skipped, combined(weights, history).astype(noise.dtype), noise)
+            kept = zip(history, [noise, *history[:-1]], strict=True)
+            new_history = [[mx.where(is_skipped, before, after) for before, after in kept]]
+        return noise, [state, anchor, *(a for arrays in new_history for a in arrays)]
 
     def _planned_step(
-        self, inner: Predict, residuals: list[mx.array] | None, kwargs: dict[str, Any]
+        self, inner: Predict, weights: mx.array | None, history: list[mx.array], kwargs: dict[str, Any]
     ) -> tuple[mx.array, list[mx.array]]:
-        """A step that is computed, or skipped by these residuals; without a gate, so that nothing is measured."""
-        new_residuals: list[mx.array] = []
+        """A step that is computed, or skipped with these weights; without a gate, so that nothing is measured."""
+        if self._keeps_output:
+            noise = inner(**kwargs) if weights is None else combined(weights, history).astype(history[0].dtype)
+            return noise, [noise]
+        residuals = [] if weights is None else _split(history, len(history) // weights.size)
+        made: list[mx.array] = []
 
         def image_tokens(inputs: _BlockInputs) -> mx.array:
-            if residuals is not None:
-                new_residuals.append(residuals[len(new_residuals)])
-                return inputs.gated + new_residuals[-1]
+            if weights is not None:
+                made.append(inputs.gated)
+                return reuse(inputs.gated, weights, residuals[len(made) - 1])
             image, residual = _run_blocks(self._layers, inputs.n_gated, inputs.kv_cache, *inputs.flat())
-            new_residuals.append(residual)
+            made.append(residual)
             return image
 
         with self._blocks_replaced(kwargs, image_tokens):
             noise = inner(**kwargs)
-        if not new_residuals:
+        if not made:
             raise _unexpected_calls(0, 1)
-        return noise, new_residuals
+        return mx.depends([noise], made)[0], made  # a residual that stays lazy would keep all tokens alive
 
-    def _initial_arrays(self, inner: Predict, kwargs: dict[str, Any]) -> list[mx.array]:
-        """What goes from step to step, before the first: state, anchor, and one residual for each branch.
+    def _initialise(self, inner: Predict, kwargs: dict[str, Any]) -> None:
+        """What goes from step to step, before the first: state, anchor, and a history of zeros.
 
         Shapes and dtypes follow from mflux's prelude and from the body, which are traced for that; nothing is
         evaluated, and the traced body is the one that the steps use. A compiled function within ``inner``
         sees tracers and keeps nothing of what it meets here.
         """
-        arrays = [mx.zeros(8)]
+        anchors: list[tuple[Any, mx.Dtype]] = []
+        made: list[tuple[Any, mx.Dtype]] = []
+        n_kept = self._generation.handle.forecast + 1
 
         def image_tokens(inputs: _BlockInputs) -> mx.array:
             shift, scale, _ = inputs.image_modulation[0]
             modulated = inputs.gated * scale + shift  # for its dtype
-            if len(arrays) == 1:
-                arrays.append(mx.zeros(modulated.shape, modulated.dtype))
-            graph = self._body(len(arrays) - 2, inputs).trace(inputs.flat())
-            arrays.append(mx.zeros(graph.output_shapes[1], graph.output_dtypes[1]))
-            return inputs.gated
+            passed = [] if self._keeps_output else [inputs.gated] * (n_kept - 1)  # of the history
+            graph = self._body(len(anchors), inputs).trace([*inputs.flat(), *passed])
+            anchors.append((modulated.shape, modulated.dtype))
+            made.extend(zip(graph.output_shapes[1:2], graph.output_dtypes[1:2], strict=True))
+            return inputs.gated.astype(graph.output_dtypes[0])
 
         given = {name: a for name, a in kwargs.items() if isinstance(a, mx.array)}
 
@@ -190,10 +225,14 @@ class GatedSteps:
             with self._blocks_replaced(kwargs, image_tokens):
                 return [inner(**(kwargs | dict(zip(given, placeholders, strict=True))))]
 
-        ops.Body(trace, fold=False).trace(list(given.values()))
-        if len(arrays) == 1:
+        graph = ops.Body(trace, fold=False).trace(list(given.values()))
+        if not anchors:
             raise _unexpected_calls(0, 1)
-        return arrays
+        if self._keeps_output:
+            made = [(graph.output_shapes[0], graph.output_dtypes[0])]
+        self._arrays = [mx.zeros(8), mx.zeros(*anchors[0])]
+        if not self._history:
+            self._history = [mx.zeros(*what) for what in made for _ in range(n_kept)]
 
     def _body(self, branch: int, inputs: "_BlockInputs") -> ops.Body:
         """The body of a branch of the guidance: the same for all, but that a key-value cache is one's own."""
@@ -202,9 +241,10 @@ class GatedSteps:
         while len(self._bodies) <= branch:
             self._bodies.append(
                 ops.Body(
-                    lambda *arrays, cache=inputs.kv_cache, n=inputs.n_gated: _run_blocks(
-                        self._layers, n, cache, *arrays
-                    )
+                    lambda *arrays, cache=inputs.kv_cache, n=inputs.n_gated: [
+                        *_run_blocks(self._layers, n, cache, *arrays[:N_FLAT])[: 1 if self._keeps_output else 2],
+                        *arrays[N_FLAT:],
+                    ]
                 )
             )
         return self._bodies[branch]
@@ -220,7 +260,14 @@ class GatedSteps:
             context_embedder=Later(),
             double_stream_modulation_txt=Later(),
             single_stream_modulation=Later(lambda time: (time,)),  # mflux takes the first of its sets
+            pos_embed=Later(lambda positions: (positions, positions)),  # cosine and sine
         )
+
+
+def _split(arrays: list[mx.array], n: int) -> list[list[mx.array]]:
+    """In ``n`` lists of one length."""
+    length = len(arrays) // n
+    return [arrays[i * length : (i + 1) * length] for i in range(n)]
 
 
 def _unexpected_calls(found: int, expected: int) -> InternalStateError:
@@ -239,7 +286,7 @@ class _BlockInputs:
     image_modulation: tuple[Modulation, Modulation]  # attention, feed-forward
     text_time: mx.array  # what the text's and the single blocks' modulations are made from: (B, D)
     single_time: mx.array
-    rotary: tuple[mx.array, mx.array]  # cos and sin of text and image positions
+    positions: mx.array  # of text and image tokens (T + S, 4)
     kv_cache: Any  # of the reference images' tokens, or None
     n_gated: int  # image tokens whose output the pipeline uses: the first ones
 
@@ -248,9 +295,9 @@ class _BlockInputs:
         return self.x if self.x.shape[1] == self.n_gated else self.x[:, : self.n_gated]
 
     def flat(self) -> list[mx.array]:
-        """The body's arguments; ``_run_blocks`` takes them apart."""
+        """``N_FLAT`` arguments of the body; ``_run_blocks`` takes them apart."""
         modulation = [a for m in self.image_modulation for a in m]
-        return [self.x, self.prompt, self.text_time, self.single_time, *self.rotary, *modulation]
+        return [self.x, self.prompt, self.text_time, self.single_time, self.positions, *modulation]
 
 
 class _Layers(NamedTuple):
@@ -261,6 +308,7 @@ class _Layers(NamedTuple):
     context_embedder: Any
     text_modulation: Any
     single_modulation: Any
+    pos_embed: Any
 
 
 def _run_blocks(layers: _Layers, n_gated: int, kv_cache: Any, *flat: mx.array) -> list[mx.array]:
@@ -269,8 +317,8 @@ def _run_blocks(layers: _Layers, n_gated: int, kv_cache: Any, *flat: mx.array) -
     Block 0 normalises and modulates ``x`` itself, although the gate has done so: one more pass over ``x``, for which a
     computed step is mflux's to the last bit. The gate adds up the layer norm in another order.
     """
-    x, prompt, text_time, single_time, cosine, sine, *modulation = flat
-    rotary = cosine, sine
+    x, prompt, text_time, single_time, positions, *modulation = flat
+    rotary = layers.pos_embed(positions)
     context = layers.context_embedder(prompt)
     text_modulation = layers.text_modulation(text_time)
     single = layers.single_modulation(single_time)[0]
@@ -330,6 +378,6 @@ class _SingleBlocks(StandIn):
     ) -> Any:
         x, prompt, image_modulation, text_time = self.joint.given
         inputs = _BlockInputs(
-            x, prompt, image_modulation, text_time, temb_mod_params, image_rotary_emb, kv_cache, self.n_gated
+            x, prompt, image_modulation, text_time, temb_mod_params, image_rotary_emb[0], kv_cache, self.n_gated
         )
         return ImageTokens(self.image_tokens(inputs), n_text=prompt.shape[1])

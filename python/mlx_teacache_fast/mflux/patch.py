@@ -25,6 +25,7 @@ from ..errors import (
     UntestedVersionWarning,
 )
 from ..handle import Handle
+from ..plans import budgeted
 from ..variants import VARIANTS, Variant
 from . import flux1, flux2
 from .generation import Generation
@@ -258,16 +259,17 @@ class Patch:
         self._is_awaited = False
         handle = self._handle
         num_steps = max(0, config.num_inference_steps - config.init_time_step)
+        plan = handle.plan if handle.budget is None else budgeted(num_steps, handle.budget)
         check_schedule(
             num_steps,
             config.num_inference_steps,
-            plan=handle.plan,
+            plan=plan,
             rel_l1_thresh=handle.rel_l1_thresh,
             skip_first_n_steps=handle.skip_first_n_steps,
             skip_last_n_steps=handle.skip_last_n_steps,
         )
         forced = handle.skip_first_n_steps + handle.skip_last_n_steps
-        gated = handle.plan is None and handle.rel_l1_thresh > 0
+        gated = plan is None and handle.rel_l1_thresh > 0
         if gated and num_steps - forced == 1 and not self._short_schedule_told:
             self._short_schedule_told = True
             warnings.warn(
@@ -277,14 +279,14 @@ class Patch:
                 category=NoBenefitWarning,
                 stacklevel=_depth() - self._depth + 3,  # the caller of generate_image
             )
-        self._generation = Generation(handle, num_steps, config)
+        self._generation = Generation(handle, num_steps, config, plan)
 
     def _predict(self, original: Callable[..., Any], transformer: Any) -> Callable[..., mx.array]:
         inner: Callable[..., mx.array] = original(transformer)
         generation = self._generation
         if generation is None:  # called by somebody else than generate_image
             return inner
-        if self._handle.plan is None and self._handle.rel_l1_thresh <= 0:
+        if generation.plan is None and self._handle.rel_l1_thresh <= 0:
             return _counted(inner, generation)
         if self._steps is None:
             self._steps = flux2.GatedSteps(transformer, generation)
@@ -296,7 +298,7 @@ class Patch:
         generation = self._generation
         if generation is None or arguments["config"] is not generation.config:  # before the loop, or another pipeline's
             return forward(**arguments)
-        if self._handle.plan is None and self._handle.rel_l1_thresh <= 0:
+        if generation.plan is None and self._handle.rel_l1_thresh <= 0:
             return _counted(forward, generation)(**arguments)
         if self._steps is None:
             self._steps = flux1.GatedStep(flux.transformer, generation)
@@ -315,7 +317,7 @@ def _depth() -> int:
 def _counted(inner: Callable[..., mx.array], generation: Generation) -> Callable[..., mx.array]:
     def predict(**step: Any) -> mx.array:
         noise = inner(**step)
-        generation.record("computed")
+        generation.record_kind("computed")
         return noise
 
     return predict
