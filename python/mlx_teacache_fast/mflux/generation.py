@@ -1,5 +1,6 @@
 """One call of ``generate_image``: its schedule, and what the gate said of each step."""
 
+from functools import cached_property
 from itertools import pairwise
 from time import perf_counter
 from typing import Any, cast
@@ -22,7 +23,6 @@ class Generation:
         self.num_steps = num_steps  # active ones
         self.plan = plan  # for each step whether it computes; None where the gate decides
         self.history_is_valid = True  # False after a numerical miss: what was kept must not be looked at
-        self._sigmas = _sigmas(config, num_steps)
         self._known: list[int] = []  # computed steps whose results are kept, the latest first
         self._states: list[list[float] | Kind] = []  # the gate's after each step, or what it was without the gate
         self._last: mx.array | None = None  # the gate's state after the last step
@@ -48,6 +48,13 @@ class Generation:
     def is_over(self) -> bool:
         """Whether all steps of the schedule are done."""
         return self.index >= self.num_steps
+
+    @cached_property
+    def _sigmas(self) -> list[float]:
+        """Of each active step; where a scheduler of the user's has not as many, the steps are taken to be even."""
+        first: int = self.config.init_time_step
+        sigmas = [float(s) for s in getattr(self.config.scheduler, "sigmas", ())][first : first + self.num_steps]
+        return sigmas if len(sigmas) == self.num_steps else [float(-i) for i in range(self.num_steps)]
 
     def weights(self) -> mx.array:
         """Of the last ``forecast + 1`` computed steps, the latest first, in a forecast of the next step: float32."""
@@ -98,10 +105,3 @@ class Generation:
             ),
             seconds,
         )
-
-
-def _sigmas(config: Any, num_steps: int) -> list[float]:
-    """Of each active step; where a scheduler of the user's has not as many, the steps are taken to be even."""
-    first: int = config.init_time_step
-    sigmas = [float(s) for s in getattr(config.scheduler, "sigmas", ())][first : first + num_steps]
-    return sigmas if len(sigmas) == num_steps else [float(-i) for i in range(num_steps)]
