@@ -35,18 +35,6 @@ NOTES = {
     "the branch's body now and are left out with it. What is left is block 0's modulation, the gate, one read of its "
     "decision, and a larger graph in Python: about half a millisecond that does not grow with the blocks, so it shows "
     "where prelude and tail take but one (deep, 128 channels).",
-    "bench_memory": "How much memory does gating take?",
-}
-
-# What a table alone does not say.
-NOTES = {
-    "bench_gate": "In float16, which no FLUX pipeline of mflux uses, this package's CPU gate is bound by conversions, "
-    "not by memory. Where memory is returned after each use, a float32 result of this size (50 MB) is mapped anew at "
-    "each step; below 32 MB glibc keeps it.",
-    "bench_step": "Most of what a skipped step cost beside mflux's own layers was the text's embedding and the "
-    "modulations of text and single blocks, which were computed although only the blocks need them. They are part of "
-    "the branch's body now and are left out with it. What is left beside mflux's loop is the gate and one read of its "
-    "decision.",
     "bench_memory": "mlx-teacache's peak is lower than ours at guidance 1 because it gives up mflux's compiled step: "
     "mflux run eagerly takes less too, and each gate adds about its anchor and residual to its kind of mflux.",
 }
