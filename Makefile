@@ -18,7 +18,7 @@ help:
 	@echo "make test-peer   mlx-teacache's own unit tests, run against this package: passed, differs and why"
 	@echo "make check-mac   on any system: compile and link the extension for macOS, with each MLX of cmake/versions.cmake"
 	@echo "make bench       gate, branch, step, pictures and memory against rivals and limits (about 10 minutes)"
-	@echo "make bench-full  all of it, into results/ and docs/benchmarks.md (hours on a CPU)"
+	@echo "make bench-full  all of it, into results/ and docs/benchmarks.md (hours on a CPU, one with a faster BLAS preloaded)"
 	@echo "make lint        ruff, mypy --strict, clang-format"
 	@echo "make clean       remove the environment and the build"
 

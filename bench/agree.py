@@ -42,14 +42,18 @@ def main() -> None:
     if not before:
         parser.error(f"{args.before} has no bench_*.json with ratios")
     lines = [["ratio", "before", "after", "apart"]]
-    within = 0
+    within = noisy = 0
     for name, a in before.items():
         b = after[name]
         apart = abs(a["median"] / b["median"] - 1)
         within += apart <= 0.1
+        noisy += common.is_noisy(a) or common.is_noisy(b)
         if all(r["noise"] is not None and apart > max(0.1, r["noise"]) for r in (a, b)):
             lines.append([name, common.ratio_cell(a), common.ratio_cell(b), f"{100 * apart:.0f} %"])
-    print(f"{len(before)} ratios: {within} within 10 %, {len(lines) - 1} further apart than 10 % and than their noise")
+    print(
+        f"{len(before)} ratios: {within} are within 10 %; {noisy} are in brackets in one run or both; "
+        f"{len(lines) - 1} are further apart than 10 % and than their noise"
+    )
     if len(lines) > 1:
         common.print_table(lines, left=1)
 

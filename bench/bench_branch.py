@@ -129,7 +129,7 @@ def measure(
     for turn in range(1 + len(KINDS)):  # the first one is not counted
         results: dict[int, dict[str, float]] = {}
         outputs: dict[int, mx.array] = {}
-        for k in common.orders(kinds, turn):
+        for k in common.orders(kinds, turn + len(KINDS) * process):
             name, skipped = KINDS[k]
             ops.reset_counters()
             Reads.of_split = 0

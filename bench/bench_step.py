@@ -7,8 +7,8 @@ the quartiles. bench_branch.py measures the conditional by itself.
 
 The limit of a computed step is mflux's own; ours at threshold 0 runs just that, and counts it. That of a skipped step
 is mflux's step without its blocks, its prelude and tail: embeddings, all modulations, the last layers, the scheduler.
-Of these ours leaves out what only the blocks need, the text's embedding and modulations: a step skipped by a plan,
-which measures and reads nothing, is below that limit.
+Of these ours leaves out what only the blocks need, rotary embeddings and the text's embedding and modulations: a step
+skipped by a plan, which measures and reads nothing, is below that limit.
 
     python bench/bench_step.py
     python bench/bench_step.py --device gpu --models demo wide --sizes 256 512 --dtype bfloat16 --guidance 4

@@ -185,13 +185,21 @@ def summary(processes: list[list[float]]) -> dict[str, Any]:
     return {"median": middle, "low": low, "high": high, "noise": noise}
 
 
-NOISE_NOTE = "±: in 95 % of runs another one finds the ratio no further off."
+NOISE_NOTE = (
+    "±: in 95 % of runs another one finds the ratio no further off. In (brackets) where that is over 10 %: too noisy "
+    "to quote."
+)
+
+
+def is_noisy(ratio: dict[str, Any]) -> bool:
+    return ratio["noise"] is None or ratio["noise"] > 0.1
 
 
 def ratio_cell(ratio: dict[str, Any], digits: int = 2) -> str:
     """A summary as a cell of a table."""
     noise = "?" if ratio["noise"] is None else f"{100 * ratio['noise']:.0f}"
-    return f"{ratio['median']:.{digits}f} ±{noise} %"
+    text = f"{ratio['median']:.{digits}f} ±{noise} %"
+    return f"({text})" if is_noisy(ratio) else text
 
 
 def claim(text: str, ratio: dict[str, Any], *, at_most: float = math.inf, at_least: float = 0.0) -> list[str]:

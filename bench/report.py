@@ -1,4 +1,4 @@
-"""Makes docs/benchmarks.md, and its plots, of the JSON files in results/. Nothing in it is typed by hand.
+"""Makes docs/benchmarks.md, and its plots, of the JSON files in results/. Its numbers are those of the files.
 
 python bench/report.py                       # after make bench-full
 python bench/report.py --results build/bench --output build/bench/benchmarks.md
@@ -25,28 +25,34 @@ QUESTIONS = {
     "bench_memory": "How much memory does gating take?",
 }
 
-# What a table alone does not say.
+# What a table of the files in results/ alone does not say. The page's only words by hand.
 NOTES = {
     "bench_gate": "In float16, which no FLUX pipeline of mflux uses, this package's CPU gate is bound by conversions, "
     "not by memory. Where memory is returned after each use, a float32 result of this size (50 MB) is mapped anew at "
     "each step; below 32 MB glibc keeps it.",
     "bench_step": "Most of what a skipped step cost beside mflux's own layers was the text's embedding and the "
     "modulations of text and single blocks, which were computed although only the blocks need them. They are part of "
-    "the branch's body now and are left out with it. What is left is block 0's modulation, the gate, one read of its "
-    "decision, and a larger graph in Python: about half a millisecond that does not grow with the blocks, so it shows "
-    "where prelude and tail take but one (deep, 128 channels).",
+    "the branch's body now and are left out with it; so are, since this run, the rotary embeddings. What is left is "
+    "block 0's modulation, the largest part of a wide model's, and a larger graph. That does not grow with the number "
+    "of blocks, but shows where prelude and tail take 1 ms (deep). Threshold 0 runs mflux's own step: where it seems "
+    "slower than mlx-teacache's, eager blocks are as fast as compiled ones at that size.",
     "bench_memory": "mlx-teacache's peak is lower than ours at guidance 1 because it gives up mflux's compiled step: "
-    "mflux run eagerly takes less too, and each gate adds about its anchor and residual to its kind of mflux.",
+    "mflux run eagerly takes less too. Ours adds an anchor and a residual, 2 [S, D], to compiled mflux, mlx-teacache "
+    "about 3 to eager mflux.",
 }
 
 
-def page(results: dict[str, dict[str, Any]], output: Path) -> str:
+def page(results: dict[str, dict[str, Any]], output: Path, notes: dict[str, str]) -> str:
     common.MARKDOWN = True
     machines = " and ".join(sorted({data["machine"] for data in results.values()}))
     commits = ", ".join(sorted({data["commit"] or "unknown" for data in results.values()}))
     dates = sorted({data["date"] for data in results.values()})
     gpus = {data["device"] for data in results.values() if "gpu" in data["device"]}
     not_measured = "" if gpus else "a Mac's or NVIDIA's GPU (each script takes `--device gpu`), "
+    blas = sorted({library for data in results.values() for library in data["preloaded"]})
+    preloaded = [f"With {', '.join(blas)} preloaded (`LD_PRELOAD`): MLX's own products on a CPU take longer."] * bool(
+        blas
+    )
     parts = [
         "# Benchmarks",
         f"Made by `python bench/report.py` of the files in `results/`: {machines}; "
@@ -55,6 +61,7 @@ def page(results: dict[str, dict[str, Any]], output: Path) -> str:
         f"Not measured here: {not_measured}FLUX's real weights (`bench_generation.py --model`), sizes that two cores "
         "do not manage in a few hours. The demonstration model has 5.8 M parameters and draws emoji: its times and "
         "PSNR are not FLUX's.",
+        *preloaded,
         "A ratio is of two times of the same turn; each script's `--help` says what is compared. " + common.NOISE_NOTE,
     ]
     for name, question in QUESTIONS.items():
@@ -71,7 +78,7 @@ def page(results: dict[str, dict[str, Any]], output: Path) -> str:
         text = io.StringIO()
         with contextlib.redirect_stdout(text):
             module.report(data)
-        parts += [_with_breaks(text.getvalue()), NOTES.get(name, "")]
+        parts += [_with_breaks(text.getvalue()), notes.get(name, "")]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -92,7 +99,8 @@ def main() -> None:
     results = {path.stem: json.loads(path.read_text()) for path in args.results.glob("bench_*.json")}
     if not results:
         parser.error(f"{args.results} has no bench_*.json")
-    args.output.write_text(page(results, args.output), encoding="utf-8")
+    notes = NOTES if args.results.resolve() == ROOT / "results" else {}
+    args.output.write_text(page(results, args.output, notes), encoding="utf-8")
     print(f"wrote {args.output}")
 
 

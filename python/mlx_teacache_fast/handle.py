@@ -37,8 +37,8 @@ class Handle:
         skip_first_n_steps, skip_last_n_steps: Steps that always compute, at either end.
         max_consecutive_skips: A step computes after so many skipped ones.
         max_skips: So many steps of a generation are skipped at most; None for no limit.
-        plan: For each active step whether it computes; None where the gate decides.
-        budget: Share of the steps that computes, planned when the schedule is known; None where the gate decides.
+        plan: For each active step whether it computes; None unless ``steps`` was given.
+        budget: Share of the steps that computes, planned when the schedule is known; None unless it was given.
         forecast: Order of the extrapolation over sigma that a skipped step gets; 0 reuses what there was last.
         cache: What is extrapolated: ``residual`` of the transformer's blocks, or ``output``, the noise prediction.
         save_metadata: Whether pictures say how they were made, when mflux saves them.
@@ -192,8 +192,9 @@ def apply(
         max_skips: So many steps of a generation are skipped at most. Default: no limit.
         steps: Which active steps compute (1) and which are skipped (0), for example ``"110101001"`` or a list: nothing
             is measured and no decision is read. Thresholds, limits and forced steps have no place beside it.
-        budget: Share of the active steps that computes, above 0.0 and up to 1.0, instead of measuring: the first three,
-            the last, and others at even distances. At least two. It stands alone, as ``steps`` does.
+        budget: At most this share of the active steps computes, above 0.0 and up to 1.0, instead of measuring: the
+            first and the last in any case, then up to three at the beginning, and others at even distances. (Of an edit
+            with a key-value cache the second one too.) It stands alone, as ``steps`` does.
         forecast: What a skipped step gets: 0 reuses what the last computed step made, 1 and 2 extrapolate the last two
             or three over sigma, by a polynomial of this order; a lower one where there are fewer, or where the gap is
             so wide that the extrapolation would amplify their errors.
