@@ -463,7 +463,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--default-memory", action="store_true", help=argparse.SUPPRESS)  # of this process
     short: dict[str, Any] = {"tokens": TOKENS[:3], "channels": CHANNELS[:1], "dtypes": ("float32", "bfloat16")}
-    args = common.parse(parser, **short, rounds=3, repetitions=6)
+    args = common.parse(parser, **short, rounds=3, repetitions=5)
     if min(*args.tokens, *args.channels, *args.branches, *args.terms, args.rounds, args.repetitions, args.chain) < 1:
         parser.error("all numbers must be at least 1")
     if max(args.branches) > 2 or max(args.terms) > 4:

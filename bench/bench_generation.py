@@ -44,7 +44,7 @@ PLAIN, OURS, PEER, EVEN, FEWER = CONDITIONS = ("plain mflux", "ours", "mlx-teaca
 
 FULL = {"n_prompts": 20, "n_seeds": 2, "steps": 50, "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
 FULL |= {"size": 128, "repetitions": 5}
-FEW = {"n_prompts": 4, "n_seeds": 1, "repetitions": 4}
+FEW = {"n_prompts": 3, "n_seeds": 1, "repetitions": 3}
 MODEL = FULL | FEW | {"n_prompts": 2, "repetitions": 2, "guidance": [4.0], "size": 512}
 QUICK = FEW | {"steps": 25, "guidance": [1.0], "thresholds": [0.2, 0.4]}
 PROMPTS = ["a red apple on a wooden table, morning light", "a street market in the rain at night, neon signs"]
@@ -290,7 +290,7 @@ def plot(data: Record, path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    p = common.parser(__doc__, quick="4 prompts, 1 seed, 25 steps, 2 thresholds, guidance 1")
+    p = common.parser(__doc__, quick="3 prompts, 1 seed, 25 steps, 2 thresholds, guidance 1")
     p.add_argument("--model", metavar="NAME", help="one of mflux's FLUX.1 or FLUX.2 names; mflux fetches its weights")
     p.add_argument("--quantize", type=int, metavar="BITS", help="of the model's weights, as mflux's commands take it")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt in each line (default: the demo's captions)")

@@ -32,7 +32,6 @@ KINDS = common.KINDS | {"no blocks": "mflux's prelude and tail", "planned": "our
 RIVALS = {"off": "peer off", "computed": "peer computed", "skipped": "peer skipped"}  # of ours
 LIMITS = {kind: "no blocks" if kind in ("skipped", "planned", "peer skipped") else "mflux" for kind in KINDS}
 LIMITS["no blocks"] = "mflux"
-TURNS = 3  # in each process
 
 # Heads of 64 channels, joint and single blocks; random weights, but for the demo model's own.
 MODELS = {"demo": None, "deep": (2, 5, 20), "wide": (8, 1, 1), "wider": (16, 1, 1)}
@@ -124,7 +123,9 @@ def median_seconds(run: Callable[[], object], times: int = 20) -> float:
     return statistics.median(seconds)
 
 
-def measure(model: str, size: int, guidance: float, steps: int, dtype: Any, process: int) -> list[dict[str, float]]:
+def measure(
+    model: str, size: int, guidance: float, steps: int, turns: int, dtype: Any, process: int
+) -> list[dict[str, float]]:
     """Median seconds of a step of each kind and of each part, for each turn in this process."""
     import mlx_teacache_fast as tc
 
@@ -163,19 +164,19 @@ def measure(model: str, size: int, guidance: float, steps: int, dtype: Any, proc
         "no blocks": lambda: without_blocks(flux),
         "planned": lambda: tc.apply(flux, steps=plan),
     }
-    turns = []
+    measured = []
     of_step = parts(flux, size, 2 if guidance > 1 else 1, dtype)
-    for turn in range(1 + TURNS):
+    for turn in range(1 + turns):
         seconds = {}
-        for kind in common.orders(list(contexts), turn + 2 * TURNS * process):  # a drift falls on each kind in turn
+        for kind in common.orders(list(contexts), turn + 2 * turns * process):  # a drift falls on each kind in turn
             times, step_kinds = image(contexts[kind]())
             skipped = kind in ("skipped", "planned", "peer skipped")
             of_kind = [t for t, k in zip(times, step_kinds, strict=True) if (k == "skipped") == skipped]
             seconds[kind] = statistics.median(of_kind[1:] if kind == "planned" else of_kind)  # its first one compiles
         seconds |= {f"part {name}": median_seconds(run) for name, run in of_step.items()}
         if turn > 0:  # the first turn fills MLX's kernel cache
-            turns.append(seconds)
-    return turns
+            measured.append(seconds)
+    return measured
 
 
 def parse() -> argparse.Namespace:
@@ -197,10 +198,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="default float32")
     parser.add_argument("--steps", type=int, default=6, help="of each image (default 6)")
-    parser.add_argument("--repetitions", type=int, default=6, help=f"processes, of {TURNS} turns each (default 6)")
-    args = common.parse(parser, models=["demo"], sizes=(128,), guidance=(1.0,), steps=5, repetitions=5)
-    if args.steps < 5 or any(size < 16 or size % 16 for size in args.sizes) or args.repetitions < 1:
-        parser.error("--steps must be at least 5, --sizes multiples of 16, --repetitions at least 1")
+    parser.add_argument("--repetitions", type=int, default=6, help="processes (default 6)")
+    parser.add_argument("--turns", type=int, default=3, help="of all kinds in each process (default 3)")
+    args = common.parse(parser, models=["demo"], sizes=(128,), guidance=(1.0,), steps=5, turns=2, repetitions=4)
+    if args.steps < 5 or any(size < 16 or size % 16 for size in args.sizes) or min(args.repetitions, args.turns) < 1:
+        parser.error("--steps must be at least 5, --sizes multiples of 16, --repetitions and --turns at least 1")
     return args
 
 
@@ -213,7 +215,7 @@ def main() -> None:
         cases += [("demo", size, other) for other in args.guidance[1:]]
     dtype = common.DTYPES[args.dtype]
     if args.measure:
-        common.answer([measure(*case, args.steps, dtype, args.process) for case in cases])
+        common.answer([measure(*case, args.steps, args.turns, dtype, args.process) for case in cases])
 
     processes: list[list[list[dict[str, float]]]] = common.in_fresh_processes(args.repetitions)
     from mflux.utils.apple_silicon import AppleSiliconUtil
