@@ -10,6 +10,7 @@ small trained model to try both on.
 """
 
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
 import mlx.core as _mx
 
@@ -39,12 +40,17 @@ from .errors import (
     UncalibratedWarning,
     UntestedVersionWarning,
 )
-from .handle import Handle, apply
+from .handle import Handle, apply, apply_teacache
 from .metadata import Metadata, read_metadata
+from .plans import Plan
 from .stats import GenerationStats, Stats, StepRecord
 from .support import Pipeline, Pipelines, VariantInfo, match_variant, supported
 from .trace import Trace, replay
-from .variants import VARIANTS, Provenance, Variant
+from .variants import MODES, VARIANTS, Calibration, Provenance, Variant
+
+if TYPE_CHECKING:
+    from .calibration import calibrate
+    from .plan_search import search
 
 # mlx-teacache's names for the same things; docs/mlx-teacache.md compares the two.
 MissingGenerationContextError = PatchLostError
@@ -55,13 +61,14 @@ TeaCacheNoBenefitWarning = NoBenefitWarning
 TeaCacheStats = Stats
 TeaCacheUncalibratedCheckpointWarning = UncalibratedWarning
 TeaCacheUntestedMfluxWarning = UntestedVersionWarning
-apply_teacache = apply
 
 __version__ = _version("mlx-teacache-fast")
 
 __all__ = [
+    "MODES",
     "VARIANTS",
     "AlreadyPatchedError",
+    "Calibration",
     "DisabledWarning",
     "GenerationStats",
     "Handle",
@@ -74,6 +81,7 @@ __all__ = [
     "PatchLostError",
     "Pipeline",
     "Pipelines",
+    "Plan",
     "Provenance",
     "Stats",
     "StepDecision",
@@ -95,10 +103,25 @@ __all__ = [
     "__version__",
     "apply",
     "apply_teacache",
+    "calibrate",
     "check_step_window",
     "match_variant",
     "ops",
     "read_metadata",
     "replay",
+    "search",
     "supported",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """``search`` and ``calibrate`` need numpy and tqdm, which the rest does without."""
+    if name == "search":
+        from .plan_search import search
+
+        return search
+    if name == "calibrate":
+        from .calibration import calibrate
+
+        return calibrate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

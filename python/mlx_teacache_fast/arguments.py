@@ -3,12 +3,15 @@
 import math
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, cast
 
 from .errors import InvalidStepWindowError, TeaCacheValueError
+from .files import from_json
 from .forecast import CACHES, MAX_ORDER, Cache
-from .variants import Coefficients
+from .variants import MODES, Calibration, Coefficients, Mode, Variant
 
 FLOAT32_MAX = 3.4028234663852886e38
 _INT32_MAX = 2**31 - 1
@@ -34,7 +37,7 @@ def threshold(value: object) -> float:
     return float(value)
 
 
-def coefficients(value: Sequence[float]) -> Coefficients:
+def coefficients(value: object) -> Coefficients:
     five: tuple[float, ...]
     try:
         five = tuple(float(c) for c in cast(Any, value)) if not isinstance(value, str) else ()
@@ -45,6 +48,36 @@ def coefficients(value: Sequence[float]) -> Coefficients:
             f"coefficients must be five finite numbers of float32's range, fourth degree first, got {value!r}"
         )
     return five
+
+
+def calibration(value: object) -> Calibration:
+    """Five numbers; a file that ``calibrate`` wrote; a ``Calibration``, also as a mapping; or a ``Variant``."""
+    if isinstance(value, Variant):
+        value = Calibration(
+            value.coefficients, value.calibrated_range, value.rel_l1_thresh, value.fit.dataset, value.fit.r2
+        )
+    if isinstance(value, Calibration):
+        value = asdict(value)
+    if isinstance(value, str | Path):
+        value = from_json(Path(value), "calibration")
+        value = {f.name: value.get(f.name) for f in fields(Calibration)}  # which says more than that
+    if not isinstance(value, Mapping):
+        return Calibration(coefficients(value))
+    if set(value) - {f.name for f in fields(Calibration)} or "coefficients" not in value:
+        raise TeaCacheValueError(f"coefficients must be five numbers, a file or a Calibration, got {dict(value)!r}")
+    return Calibration(
+        coefficients(value["coefficients"]),
+        calibrated_range(value.get("calibrated_range")),
+        None if value.get("rel_l1_thresh") is None else threshold(value["rel_l1_thresh"]),
+        value.get("dataset"),
+        value.get("r2"),
+    )
+
+
+def mode(value: object) -> Mode:
+    if value not in MODES:
+        raise TeaCacheValueError(f"mode must be {', '.join(map(repr, MODES))}, got {value!r}")
+    return value
 
 
 def plan(value: object) -> tuple[bool, ...]:
@@ -99,10 +132,21 @@ def calibrated_range(value: object) -> tuple[float, float] | None:
     return low, high
 
 
+def _calibration_setting(value: object) -> Coefficients | dict[str, Any]:
+    """Of a picture, which names no file to read."""
+    if not isinstance(value, Mapping):
+        return coefficients(value)
+    known = calibration(value)
+    return {"coefficients": known.coefficients, "calibrated_range": known.calibrated_range}
+
+
+# Of pictures and traces that do not say.
+BEFORE_FORECASTS: dict[str, Any] = {"forecast": 0, "cache": "residual"}
+
 # What ``apply`` takes, by name, from a file: each check returns the value in one form.
 SETTINGS: dict[str, Callable[[Any], Any]] = {
     "rel_l1_thresh": threshold,
-    "coefficients": coefficients,
+    "coefficients": lambda value: _calibration_setting(value),
     "skip_first_n_steps": lambda value: step_count("skip_first_n_steps", value),
     "skip_last_n_steps": lambda value: step_count("skip_last_n_steps", value),
     "max_consecutive_skips": consecutive_skips,

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import __version__, cli_demo, cli_info, cli_run
+from . import __version__, cli_calibrate, cli_demo, cli_info, cli_run, cli_search
 from .cli_common import BAD_INPUT, FAILED, INTERRUPTED, PROG, Parser, one_line
 from .errors import IncompatibleModelError, TeaCacheError, TeaCacheValueError
 
@@ -22,7 +22,7 @@ def _parser() -> Parser:
     parser = Parser(prog=PROG, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (cli_run, cli_info, cli_demo):
+    for command in (cli_run, cli_info, cli_search, cli_calibrate, cli_demo):
         command.add_parser(commands)
     return parser
 

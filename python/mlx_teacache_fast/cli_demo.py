@@ -12,6 +12,7 @@ import mlx.core as mx
 from . import ops
 from .cli_common import PROG, integer, number, quiet_logging, warnings_in_one_line
 from .errors import TeaCacheValueError
+from .files import prepare_folder, write_file
 
 DEFAULT_PROMPTS = ("red apple", "panda face")
 OUTPUT_NAMES = ("images.png", "plot.png")
@@ -129,7 +130,6 @@ def run(arguments: argparse.Namespace) -> int:
         from . import demo
         from .demo import report
         from .demo.compare import Settings, check_prompts, compare
-        from .demo.output import prepare_folder, write_file
 
     with _default_device(arguments.device):
         flux = demo.pipeline()

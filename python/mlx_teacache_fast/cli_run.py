@@ -1,7 +1,6 @@
 """``mlx-teacache-fast run``: one of mflux's FLUX commands with gating on."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -19,10 +18,11 @@ from .cli_common import (
     warnings_in_one_line,
 )
 from .errors import TeaCacheError, TeaCacheValueError
+from .files import check_writable
 from .forecast import CACHES, DEFAULT_CACHE, DEFAULT_FORECAST, MAX_ORDER
 from .handle import Handle
 from .metadata import KEY, read_metadata
-from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_THRESHOLD
+from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_MODE, DEFAULT_THRESHOLD, MODES
 
 DESCRIPTION = """\
 Run one of mflux's FLUX commands, with all of its own options, and skip denoising steps whose input has hardly changed.
@@ -89,6 +89,18 @@ def add_parser(commands: Any) -> None:
         f"skips nothing (default: the model's own, 0.17 to 0.30, or {DEFAULT_THRESHOLD:g} with --coefficients)",
     )
     parser.add_argument(
+        "--mode",
+        choices=MODES,
+        help="the threshold by name: quality 0.85 times the model's own, balanced the same, fast twice (default: "
+        f"{DEFAULT_MODE})",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help=f"coefficients, their range and threshold from a file of {PROG} calibrate (default: the model's own)",
+    )
+    parser.add_argument(
         "--coefficients",
         metavar=("C4", "C3", "C2", "C1", "C0"),
         nargs=5,
@@ -139,10 +151,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--plan",
-        metavar="1101...",
+        metavar="1101...|FILE",
         type=_plan,
         help="which steps are computed (1) and skipped (0), one digit for each, instead of measuring; the first must "
-        "be 1, and neither threshold nor forced steps count",
+        f"be 1, and neither threshold nor forced steps count. Or a file of {PROG} search",
     )
     parser.add_argument(
         "--like",
@@ -172,15 +184,18 @@ def run(arguments: argparse.Namespace) -> int:
             f'no mflux command: it goes after "--", as in {PROG} run -- mflux-generate-flux2 --prompt "a red apple"'
         )
     if arguments.trace is not None:
-        _check_writable(arguments.trace, force=arguments.force)
+        check_writable(arguments.trace, force=arguments.force)
     with quiet_logging():
         require_mflux()
         from .mflux import commands
 
         command = commands.find(arguments.mflux[0])
+    if arguments.calibration is not None and arguments.coefficients is not None:
+        raise TeaCacheValueError("--calibration and --coefficients are two polynomials: leave out either")
     given = dict(
+        mode=arguments.mode,
         rel_l1_thresh=arguments.threshold,
-        coefficients=arguments.coefficients,
+        coefficients=arguments.calibration or arguments.coefficients,
         skip_first_n_steps=arguments.skip_first,
         skip_last_n_steps=arguments.skip_last,
         max_consecutive_skips=arguments.max_consecutive_skips,
@@ -188,7 +203,8 @@ def run(arguments: argparse.Namespace) -> int:
         budget=arguments.budget,
         forecast=arguments.forecast,
         cache=arguments.cache,
-        steps=arguments.plan,
+        steps=arguments.plan if isinstance(arguments.plan, str) else None,
+        plan=arguments.plan if isinstance(arguments.plan, Path) else None,
     )
     options = {name: value for name, value in given.items() if value is not None}
     like, folder = None, Path()
@@ -199,10 +215,10 @@ def run(arguments: argparse.Namespace) -> int:
         options = dict(like.settings)
         folder = arguments.like.parent
         if (made_with := like.versions.get(KEY)) != (here := version("mlx-teacache-fast")):
+            again = f"--plan {like.steps} --forecast {options['forecast']} --cache {options['cache']}"
             print(
                 f"{PROG}: warning: version {made_with} of this package made the picture, and {here} may decide "
-                f"otherwise: --plan {like.steps} --forecast {options.get('forecast', 0)} "
-                f"--cache {options.get('cache', 'residual')} repeats its steps",
+                f"otherwise: {again} repeats its steps",
                 file=sys.stderr,
             )
     options["save_metadata"] = not arguments.no_metadata
@@ -241,19 +257,9 @@ def _report(handles: Sequence[Handle], trace: Path | None, *, force: bool) -> No
         print(f"wrote {path}")
 
 
-def _check_writable(path: Path, *, force: bool) -> None:
-    """Before the work, whose trace would be lost."""
-    if path.is_dir():
-        raise TeaCacheValueError(f"cannot write {path}: it is a folder")
-    if os.path.lexists(path) and not force:
-        raise TeaCacheValueError(f"{path} exists; --force overwrites it")
-    if not path.parent.is_dir():
-        raise TeaCacheValueError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise TeaCacheValueError(f"cannot write {path}: permission denied")
-
-
-def _plan(text: str) -> str:
+def _plan(text: str) -> str | Path:
+    if set(text) - {"0", "1"} and Path(text).exists():
+        return Path(text)
     try:
         checks.plan(text)
     except TeaCacheValueError as error:

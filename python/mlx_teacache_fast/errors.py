@@ -3,6 +3,8 @@
 All can be pickled and copied.
 """
 
+import inspect
+import warnings
 from typing import Any
 
 
@@ -62,3 +64,11 @@ class UncalibratedWarning(TeaCacheWarning):
 
 class UntestedVersionWarning(TeaCacheWarning):
     """The installed mflux is newer than the newest one that was verified."""
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warn of a call of this package: at the line of it, outside of the package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(__package__):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category=category, stacklevel=level + 1)

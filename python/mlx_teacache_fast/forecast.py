@@ -4,6 +4,7 @@ The extrapolation is the polynomial through the last ``order + 1`` computed valu
 one of finite differences over the step index; sigma's steps are uneven). Order 0 is TeaCache's reuse.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,21 +14,27 @@ Cache = Literal["residual", "output"]
 CACHES: tuple[Cache, ...] = ("residual", "output")
 MAX_ORDER = 2
 
-DEFAULT_FORECAST = 0
-DEFAULT_CACHE: Cache = "residual"
+DEFAULT_FORECAST = 1
+DEFAULT_CACHE: Cache = "output"
 
-# The sum of the weights' magnitudes: by so much may a forecast be larger than what it is made of, and its error larger
-# than theirs. Wide gaps after narrow ones make it large; then the next lower order takes over.
-MAX_GAIN = 8.0
+# The guard, in two parts. A forecast that is far from the computed steps, measured by the gap between the last two of
+# them, amplifies their errors, which are in turn those of earlier forecasts. So the distance is bent: it approaches
+# REACH gaps, however far the step is. And the sum of the weights' magnitudes, by which errors can grow, keeps within
+# MAX_GAIN, or a lower order takes over. Both were chosen on the demonstration model (docs/forecasting.md).
+REACH = 1.0
+MAX_GAIN = 4.0
 
 
-def weights(sigma: float, known: Sequence[float], order: int) -> list[float]:
+def weights(
+    sigma: float, known: Sequence[float], order: int, *, reach: float = REACH, max_gain: float = MAX_GAIN
+) -> list[float]:
     """Of the values at ``known`` sigmas for the value at ``sigma``.
 
     Args:
         sigma: Where the forecast is.
         known: Sigmas of the computed steps, the latest first.
         order: Of the polynomial, 0 to 2: as high as ``known`` and the guard allow.
+        reach, max_gain: The guard's; with ``math.inf`` there is none, and the forecast of a polynomial is exact.
 
     Returns:
         list[float]: ``order + 1`` numbers, which add up to 1; 0 where a value is not used, all 0 without any.
@@ -37,8 +44,13 @@ def weights(sigma: float, known: Sequence[float], order: int) -> list[float]:
         nodes = known[:n]
         if len(set(nodes)) < n:  # a schedule that stands still
             continue
-        lagrange = [_basis(sigma, nodes, i) for i in range(n)]
-        if n == 1 or sum(map(abs, lagrange)) <= MAX_GAIN:
+        at = nodes[0]
+        if n > 1:
+            gap = nodes[0] - nodes[1]
+            distance = (sigma - nodes[0]) / gap
+            at += gap * distance / math.hypot(1.0, distance / reach)
+        lagrange = [_basis(at, nodes, i) for i in range(n)]
+        if n <= 2 or sum(map(abs, lagrange)) <= max_gain:
             found[:n] = lagrange
             break
     return found

@@ -1,7 +1,7 @@
 """``apply``: its arguments, and the handle that says what happened and undoes it."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,12 +13,24 @@ from .errors import (
     TeaCacheError,
     TeaCacheValueError,
     UncalibratedWarning,
+    warn_caller,
 )
 from .forecast import DEFAULT_CACHE, DEFAULT_FORECAST, Cache
+from .plans import Plan
 from .stats import Stats
 from .support import require_mflux
 from .trace import Trace
-from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_THRESHOLD, Coefficients, Provenance, Variant
+from .variants import (
+    DEFAULT_MAX_CONSECUTIVE_SKIPS,
+    DEFAULT_MODE,
+    DEFAULT_THRESHOLD,
+    MODES,
+    Calibration,
+    Coefficients,
+    Mode,
+    Provenance,
+    Variant,
+)
 
 if TYPE_CHECKING:
     from .mflux.patch import Patch
@@ -37,7 +49,7 @@ class Handle:
         skip_first_n_steps, skip_last_n_steps: Steps that always compute, at either end.
         max_consecutive_skips: A step computes after so many skipped ones.
         max_skips: So many steps of a generation are skipped at most; None for no limit.
-        plan: For each active step whether it computes; None unless ``steps`` was given.
+        plan: For each active step whether it computes; None unless ``steps`` or ``plan`` was given.
         budget: Share of the steps that computes, planned when the schedule is known; None unless it was given.
         forecast: Order of the extrapolation over sigma that a skipped step gets; 0 reuses what there was last.
         cache: What is extrapolated: ``residual`` of the transformer's blocks, or ``output``, the noise prediction.
@@ -95,6 +107,11 @@ class Handle:
             self.stats.freeze()
 
     @property
+    def is_planned(self) -> bool:
+        """Whether steps are planned before the run, and nothing is measured."""
+        return self.plan is not None or self.budget is not None
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Arguments with which ``apply`` gates another pipeline of this model in the same way."""
         how: dict[str, Any] = {"forecast": self.forecast, "cache": self.cache}
@@ -102,7 +119,12 @@ class Handle:
             return how | {"steps": arguments.plan_text(self.plan)}
         if self.budget is not None:
             return how | {"budget": self.budget}
-        own = {"coefficients": self.coefficients} if self.provenance.source == "user" else {}
+        own: dict[str, Any] = {}
+        if self.provenance.source == "user":
+            own["coefficients"] = self.coefficients
+            if self.calibrated_range is not None:
+                limits = {"calibrated_range": self.calibrated_range}
+                own["coefficients"] = {"coefficients": self.coefficients} | limits
         return (
             how
             | own
@@ -161,31 +183,37 @@ class Handle:
 def apply(
     flux: Any,
     *,
+    mode: Mode | None = None,
     rel_l1_thresh: float | None = None,
-    coefficients: Sequence[float] | None = None,
+    coefficients: Sequence[float] | str | Path | Calibration | Variant | Mapping[str, Any] | None = None,
     skip_first_n_steps: int = 1,
     skip_last_n_steps: int = 1,
     max_consecutive_skips: int = DEFAULT_MAX_CONSECUTIVE_SKIPS,
     max_skips: int | None = None,
     steps: str | Sequence[int] | None = None,
     budget: float | None = None,
-    forecast: int = DEFAULT_FORECAST,
-    cache: Cache = DEFAULT_CACHE,
+    plan: str | Path | None = None,
+    forecast: int | None = None,
+    cache: Cache | None = None,
     save_metadata: bool = True,
 ) -> Handle:
     """Skip denoising steps of an mflux FLUX pipeline whose input has hardly changed since the step before.
 
     ``flux.generate_image`` is used as before, with all of its arguments; one thread at a time for each pipeline.
-    mflux's forward pass is its own; a step whose transformer blocks are skipped adds what they added last time.
+    mflux's forward pass is its own; a step whose transformer blocks are skipped gets a forecast of the noise prediction
+    from the last computed ones.
 
     Args:
         flux: An mflux ``Flux1`` (dev, schnell, krea-dev), ``Flux1Controlnet``, ``Flux1Depth``, ``Flux1Fill``,
             ``Flux1InContextDev``, ``Flux1InContextFill``, ``Flux1Kontext``, ``Flux1Redux``, ``Flux2Klein`` or
             ``Flux2KleinEdit`` (klein-4b, klein-9b, klein-9b-kv, base-4b, base-9b).
-        rel_l1_thresh: Higher skips more, 0.0 to 1.0; 0.0 skips nothing and is bit-equal to plain mflux. Default: the
-            model's (0.17 for the base models), or 0.20 with your own ``coefficients``.
-        coefficients: Five numbers, fourth degree first, in place of the model's polynomial of the relative L1 distance.
-            They are used without a calibrated range.
+        mode: The threshold by name: ``"balanced"``, the default, is the model's own; ``"quality"`` is 0.85 times as
+            much, ``"fast"`` twice. What they give: docs/forecasting.md.
+        rel_l1_thresh: The threshold itself: higher skips more, 0.0 to 1.0; 0.0 skips nothing and is bit-equal to plain
+            mflux. The model's own is 0.17 for the base models, 0.20 with your ``coefficients`` unless they say.
+        coefficients: In place of the model's polynomial of the relative L1 distance: five numbers, fourth degree first,
+            used without a calibrated range; or what ``mlx-teacache-fast calibrate`` wrote, its file's path or the
+            ``Calibration``; or another model's, of ``VARIANTS``.
         skip_first_n_steps: So many first steps always compute.
         skip_last_n_steps: So many last steps always compute.
         max_consecutive_skips: A step computes after so many skipped ones; 0 skips nothing.
@@ -193,14 +221,17 @@ def apply(
         steps: Which active steps compute (1) and which are skipped (0), for example ``"110101001"`` or a list: nothing
             is measured and no decision is read. Thresholds, limits and forced steps have no place beside it.
         budget: At most this share of the active steps computes, above 0.0 and up to 1.0, instead of measuring: the
-            first and the last in any case, then up to three at the beginning, and others at even distances. (Of an edit
-            with a key-value cache the second one too.) It stands alone, as ``steps`` does.
-        forecast: What a skipped step gets: 0 reuses what the last computed step made, 1 and 2 extrapolate the last two
-            or three over sigma, by a polynomial of this order; a lower one where there are fewer, or where the gap is
-            so wide that the extrapolation would amplify their errors.
-        cache: What is reused or extrapolated: ``"residual"``, what the transformer's blocks added to the image tokens
-            (each of the ``forecast + 1`` kept takes S x D numbers for each branch of the guidance), or ``"output"``,
-            the noise prediction, guidance included (S x 64 for FLUX.1 and S x 128 for FLUX.2).
+            first and the last in any case, and others in between, the denser the more sigma changes. (Of an edit with a
+            key-value cache the second one too.) It stands alone, as ``steps`` does.
+        plan: A file that ``mlx-teacache-fast search`` wrote: ``steps``, with the ``forecast`` and ``cache`` that they
+            were found with.
+        forecast: What a skipped step gets: 0 reuses what the last computed step made, 1 (the default) and 2 extrapolate
+            the last two or three over sigma, by a polynomial of this order; a lower one where there are fewer, and less
+            far where the gap is so wide that the extrapolation would amplify their errors.
+        cache: What is reused or extrapolated: ``"output"`` (the default), the noise prediction, guidance included
+            (each of the ``forecast + 1`` kept is S x 64 numbers for FLUX.1, S x 128 for FLUX.2), or ``"residual"``,
+            what the transformer's blocks added to the image tokens (S x D for each branch of the guidance).
+            ``forecast=0, cache="residual"`` is TeaCache as published, see ``apply_teacache``.
         save_metadata: Pictures that mflux saves as PNG, JPEG or WebP say in their metadata how they were gated, for
             ``read_metadata``.
 
@@ -211,22 +242,29 @@ def apply(
         TeaCacheValueError: An argument has the wrong type or value (a ``ValueError`` too).
         IncompatibleModelError: ``flux`` is not a pipeline that can be gated (a ``TypeError`` too).
         AlreadyPatchedError: ``flux`` is gated already; call ``restore()`` on its handle first.
+        OSError: The file of ``plan`` or ``coefficients`` cannot be read.
     """
     first = arguments.step_count("skip_first_n_steps", skip_first_n_steps)
     last = arguments.step_count("skip_last_n_steps", skip_last_n_steps)
-    own_coefficients = None if coefficients is None else arguments.coefficients(coefficients)
+    own = None if coefficients is None else arguments.calibration(coefficients)
+    named = None if mode is None else arguments.mode(mode)
     threshold = None if rel_l1_thresh is None else arguments.threshold(rel_l1_thresh)
     consecutive = arguments.consecutive_skips(max_consecutive_skips)
     most = None if max_skips is None else arguments.step_count("max_skips", max_skips)
-    plan = None if steps is None else arguments.plan(steps)
+    found = None if plan is None else Plan.from_json(plan)
+    planned = None if steps is None else arguments.plan(steps)
     share = None if budget is None else arguments.budget(budget)
-    order, kept = arguments.forecast(forecast), arguments.cache(cache)
+    order = None if forecast is None else arguments.forecast(forecast)
+    kept = None if cache is None else arguments.cache(cache)
     if not isinstance(save_metadata, bool):
         raise TeaCacheValueError(f"save_metadata must be True or False, got {save_metadata!r}")
-    planned_by = [name for name, value in (("steps", plan), ("budget", share)) if value is not None]
+    if named is not None and threshold is not None:
+        raise TeaCacheValueError("mode and rel_l1_thresh both set the threshold: leave out either")
+    planned_by = [name for name, value in (("plan", found), ("steps", planned), ("budget", share)) if value is not None]
     if planned_by:
         limits = (
-            ("budget", len(planned_by) > 1),
+            *((name, True) for name in planned_by[1:]),
+            ("mode", mode is not None),
             ("rel_l1_thresh", rel_l1_thresh is not None),
             ("coefficients", coefficients is not None),
             ("max_skips", max_skips is not None),
@@ -238,6 +276,12 @@ def apply(
             raise TeaCacheValueError(
                 f"{planned_by[0]} plans every step, and {', '.join(given)} cannot count: leave out either"
             )
+    if found is not None:
+        planned = arguments.plan(found.steps)
+        order = found.forecast if order is None else order
+        kept = found.cache if kept is None else kept
+    order = DEFAULT_FORECAST if order is None else order
+    kept = DEFAULT_CACHE if kept is None else kept
 
     require_mflux()
     from .mflux import patch
@@ -250,39 +294,39 @@ def apply(
             existing,
         )
     if threshold is None:
-        threshold = variant.rel_l1_thresh if own_coefficients is None else DEFAULT_THRESHOLD
-    calibrated = own_coefficients is None and patch.is_calibrated(flux)
+        default = variant.rel_l1_thresh if own is None else own.rel_l1_thresh or DEFAULT_THRESHOLD
+        threshold = min(1.0, default * MODES[named or DEFAULT_MODE])
+    calibrated = own is None and patch.is_calibrated(flux)
     disabled = (
         ("rel_l1_thresh=0.0 turns gating off", not planned_by and threshold == 0.0),
         ("max_skips=0 skips nothing", most == 0),
         ("max_consecutive_skips=0 skips nothing", consecutive == 0),
-        ("the planned steps have no 0", plan is not None and all(plan)),
+        ("the planned steps have no 0", planned is not None and all(planned)),
         ("budget=1.0 computes all", share == 1.0),
     )
     if reason := next((text for text, is_so in disabled if is_so), None):
-        warnings.warn(f"{reason}: every step computes", category=DisabledWarning, stacklevel=2)
-    elif not planned_by and own_coefficients is None:
+        warn_caller(f"{reason}: every step computes", DisabledWarning)
+    elif not planned_by and own is None:
         if variant.distilled:
-            warnings.warn(
+            warn_caller(
                 f"{variant.variant_id} is distilled to a few steps that differ too much for any to be skipped: "
                 "expect no speedup",
-                category=NoBenefitWarning,
-                stacklevel=2,
+                NoBenefitWarning,
             )
         if not calibrated:
-            warnings.warn(patch.uncalibrated_message(flux, variant), category=UncalibratedWarning, stacklevel=2)
+            warn_caller(patch.uncalibrated_message(flux, variant), UncalibratedWarning)
     handle = Handle(
         variant,
         calibrated=calibrated,
         rel_l1_thresh=threshold,
-        coefficients=own_coefficients or variant.coefficients,
-        calibrated_range=variant.calibrated_range if own_coefficients is None else None,
-        provenance=variant.provenance if own_coefficients is None else Provenance("user"),
+        coefficients=variant.coefficients if own is None else own.coefficients,
+        calibrated_range=variant.calibrated_range if own is None else own.calibrated_range,
+        provenance=variant.provenance if own is None else own.provenance,
         skip_first_n_steps=first,
         skip_last_n_steps=last,
         max_consecutive_skips=consecutive,
         max_skips=most,
-        plan=plan,
+        plan=planned,
         budget=share,
         forecast=order,
         cache=kept,
@@ -291,3 +335,26 @@ def apply(
     patch.warn_if_untested()
     patch.Patch(flux, handle)
     return handle
+
+
+def apply_teacache(flux: Any, **settings: Any) -> Handle:
+    """``apply`` as mlx-teacache does it: steps that are skipped, and pictures, are those of its 0.14.1.
+
+    A skipped step reuses the last residual (``forecast=0, cache="residual"``), and the coefficients go by the model
+    configuration's name. The demonstration model has base-4B's name, and its own coefficients only with ``apply``.
+
+    Args:
+        flux: As for ``apply``.
+        **settings: ``apply``'s other arguments.
+
+    Returns:
+        Handle: As of ``apply``, whose errors this has too.
+    """
+    require_mflux()
+    from .mflux import patch
+
+    settings = dict[str, Any](forecast=0, cache="residual") | settings
+    by_name, _ = patch.match_config(getattr(flux, "model_config", None), type(flux), by_name=True)
+    if all(settings.get(name) is None for name in ("coefficients", "steps", "budget", "plan")):
+        settings |= {} if patch.match(flux) is by_name else {"coefficients": by_name}
+    return apply(flux, **settings)

@@ -125,4 +125,5 @@ def _exif(path: Path) -> Any:
 def _settings(record: Any) -> dict[str, Any]:
     if unknown := set(record) - set(arguments.SETTINGS):
         raise ValueError(f"{', '.join(sorted(unknown))}: no argument of apply()")
+    record = arguments.BEFORE_FORECASTS | record
     return {name: arguments.SETTINGS[name](value) for name, value in record.items()}

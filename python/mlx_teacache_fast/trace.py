@@ -1,23 +1,20 @@
 """What happened step by step, as a file and for asking what another threshold would have done."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, NoReturn, Self, cast
+from typing import Any, Self, cast
 
 import mlx.core as mx
 
 from . import arguments, ops
 from .errors import TeaCacheValueError
+from .files import from_json, to_json
 from .forecast import Cache
 from .stats import KINDS, GenerationStats, StepRecord, step_record
 from .variants import Coefficients
-
-FORMAT = "mlx-teacache-fast trace"
-VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +40,9 @@ class Trace:
 
         Raises:
             TeaCacheValueError: The file exists and ``force`` is not set.
-            OSError: It cannot be written.
+            OutputError: It cannot be written.
         """
-        text = json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1, allow_nan=False)
-        try:
-            with Path(path).open("w" if force else "x", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except FileExistsError as error:
-            raise TeaCacheValueError(f"{path} exists; force=True overwrites it") from error
+        to_json(Path(path), "trace", asdict(self), force=force)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
@@ -60,14 +52,7 @@ class Trace:
             TeaCacheValueError: It is not such a file, or one of another version.
             OSError: It cannot be read.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
-        except ValueError as error:  # not JSON, or not even UTF-8
-            raise TeaCacheValueError(f"{path} is not a trace: {error}") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise TeaCacheValueError(f'{path} is not a trace: it has no "format": "{FORMAT}"')
-        if (version := data.pop("version", None)) != VERSION:
-            raise TeaCacheValueError(f"{path} is a trace of version {version!r}, and this package reads {VERSION}")
+        data = from_json(Path(path), "trace")
         try:
             return cls(**_settings(data))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -164,13 +149,14 @@ def _decide(step: StepRecord, state: mx.array, settings: Trace, capped: bool) ->
 
 
 def _settings(data: dict[str, Any]) -> dict[str, Any]:
-    data = {"budget": None, "forecast": 0, "cache": "residual"} | data  # which the first files do not have
+    data = {"budget": None} | arguments.BEFORE_FORECASTS | data
     if (unknown := set(data) ^ {f.name for f in fields(Trace)}) != set():
         raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
     return data | {
         "variant_id": str(data["variant_id"]),
         "calibrated_range": arguments.calibrated_range(data["calibrated_range"]),
         **{name: check(data[name]) for name, check in arguments.SETTINGS.items()},
+        "coefficients": arguments.coefficients(data["coefficients"]),
         "generations": tuple(
             GenerationStats(
                 tuple(_step(i, step) for i, step in enumerate(g["steps"])), _number("seconds", g["seconds"])
@@ -193,7 +179,3 @@ def _number(name: str, value: Any) -> float | None:
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf):
         return value
     raise ValueError(f"{name} must be a finite number or null, got {value!r}")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")

@@ -14,13 +14,43 @@ DEFAULT_THRESHOLD = 0.20
 
 DEFAULT_MAX_CONSECUTIVE_SKIPS = 8  # mlx-teacache's
 
+Mode = Literal["quality", "balanced", "fast"]
+DEFAULT_MODE: Mode = "balanced"
+
+# Each mode's threshold, in parts of the model's own. What they give on the demonstration model: docs/forecasting.md.
+MODES: dict[Mode, float] = {"quality": 0.85, "balanced": 1.0, "fast": 2.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A polynomial for ``apply(coefficients=...)``, in place of the model's.
+
+    Attributes:
+        coefficients: Polynomial of the relative L1 distance, c4 first, dimensionless.
+        calibrated_range: The distances that it was fitted on; None uses it without limits.
+        rel_l1_thresh: Threshold to use it with; None for 0.20.
+        dataset: What it was fitted on; None where that is not known.
+        r2: Coefficient of determination on pairs of steps that it was not fitted on; None where that is not known.
+    """
+
+    coefficients: Coefficients
+    calibrated_range: tuple[float, float] | None = None
+    rel_l1_thresh: float | None = None
+    dataset: str | None = None
+    r2: float | None = None
+
+    @property
+    def provenance(self) -> "Provenance":
+        metric = None if self.r2 is None else "held-out R^2"
+        return Provenance("user", self.dataset, metric, self.r2, None, self.rel_l1_thresh)
+
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """Where the coefficients in use come from.
 
     Attributes:
-        source: ``builtin``, or ``user`` for those given to ``apply``; then the rest is None.
+        source: ``builtin``, or ``user`` for those given to ``apply``; then the rest is what their file says.
         calibration_dataset: The generations they were fitted on; None where the source does not say.
         fit_metric: What ``fit_metric_value`` is; None where the source does not say.
         fit_metric_value: Dimensionless.
@@ -41,12 +71,12 @@ class Fit:
     """How a polynomial was found.
 
     Attributes:
-        url: The source.
+        url: The source; None for this package.
         dataset: The generations it was fitted on; None where the source does not say.
         r2: Coefficient of determination over pairs of consecutive steps; None where the source does not say.
     """
 
-    url: str
+    url: str | None
     dataset: str | None = None
     r2: float | None = None
 
@@ -179,3 +209,13 @@ VARIANTS: dict[str, Variant] = {
         ),
     )
 }
+
+# The demonstration model's, which is none of mflux's: mlx-teacache-fast calibrate demo --guidance 1 4
+TINY_KLEIN = Variant(
+    "tiny-klein",
+    "TinyKlein, the demonstration model",
+    (-2930.17101180969, 1010.9950777334856, -115.62703808486184, 5.444265215457426, -0.05386055258184849),
+    (0.01794624887406826, 0.16489055752754211),
+    0.039,
+    Fit(None, "9 prompts x 1 seed, 50 steps, 128x128, guidance 1 and 4", 0.17899475894303607),
+)

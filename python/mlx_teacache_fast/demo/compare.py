@@ -1,29 +1,23 @@
 """Generates each prompt with plain mflux and gated, timed, and measures how far the pictures differ."""
 
-import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from .. import apply
+from .. import generating as pictures
 from ..errors import TeaCacheValueError
+from ..generating import Image
 from ..stats import GenerationStats, bound
 from . import SIZE, TinyKlein
 from ._extra import demo_extra
 
 with demo_extra():
-    from mflux.utils.exceptions import StopImageGenerationException
+    import tqdm  # noqa: F401  # for progress bars
     from skimage.metrics import structural_similarity
-    from tqdm import tqdm
-
-Image = npt.NDArray[np.uint8]
 
 # Enough steps for both outcomes: the forced first and last compute, and those between skip at WARM_UP_THRESHOLD.
 WARM_UP_STEPS = 5
@@ -42,6 +36,12 @@ class Settings:
     guidance: float = 4.0
     size: int = SIZE
     threshold: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """``generate_image``'s."""
+        size = {"height": self.size, "width": self.size}
+        return {"num_inference_steps": self.steps, "guidance": self.guidance} | size
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,7 @@ class Comparison:
     @property
     def psnr(self) -> float:
         """Peak signal-to-noise ratio of the gated picture against the plain one, in dB; ``inf`` when identical."""
-        error = np.mean((self.plain.astype(np.float64) - self.gated) ** 2)
-        return 10 * math.log10(255**2 / error) if error else math.inf
+        return pictures.psnr(self.plain, self.gated)
 
     @property
     def ssim(self) -> float:
@@ -147,25 +146,14 @@ def compare(flux: TinyKlein, prompts: Sequence[str], settings: Settings, *, prog
     total = 2 * warm_up_steps + 2 * settings.steps * len(prompts)
     # Before anything slow: does the pipeline take this threshold?
     apply(flux, rel_l1_thresh=settings.threshold).restore()
-    with _progress_bar(flux, total) if progress else nullcontext() as bar:
+    with pictures.progress_bar(flux, total, disable=not progress) as bar:
 
         def generate(label: str, prompt: str, steps: int) -> tuple[Image, float]:
-            if bar is not None:
-                bar.set_description_str(label)
+            bar.set_description_str(label)
             start = time.perf_counter()
-            try:
-                generated = flux.generate_image(
-                    seed=settings.seed,
-                    prompt=prompt,
-                    num_inference_steps=steps,
-                    height=settings.size,
-                    width=settings.size,
-                    guidance=settings.guidance,
-                )
-            except StopImageGenerationException as error:  # what mflux makes of Ctrl-C inside its loop
-                raise KeyboardInterrupt from error
+            picture = pictures.generate(flux, prompt, settings.seed, settings.options | {"num_inference_steps": steps})
             seconds = time.perf_counter() - start
-            return np.asarray(generated.image.convert("RGB")), seconds
+            return picture, seconds
 
         generate("warm-up", prompts[0], warm_up_steps)
         with apply(flux, rel_l1_thresh=0.0 if settings.threshold == 0.0 else WARM_UP_THRESHOLD):
@@ -185,31 +173,3 @@ def compare(flux: TinyKlein, prompts: Sequence[str], settings: Settings, *, prog
                 Comparison(prompt, plain, gated, plain_seconds, gated_seconds, handle.rel_l1_thresh, generation)
             )
     return comparisons
-
-
-class _StepCounter:
-    """mflux callback: advances one bar over all generations, in place of mflux's own bar for each."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-
-    def call_before_loop(self, *, config: Any, **_: object) -> None:
-        # mflux makes its bar at the first use of config.time_steps, which comes after this call.
-        config._time_steps = tqdm(range(config.init_time_step, config.num_inference_steps), disable=True)
-
-    def call_in_loop(self, **_: object) -> None:
-        self._bar.update()
-
-
-@contextmanager
-def _progress_bar(flux: TinyKlein, total: int) -> Iterator[Any]:
-    """A tqdm bar of ``total`` steps while the block runs; the pipeline's callbacks are as before afterwards."""
-    bar_format = "{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}, {remaining} left: {desc}"
-    with tqdm(total=total, bar_format=bar_format, mininterval=0.5) as bar:
-        counter = _StepCounter(bar)
-        flux.callbacks.register(counter)
-        try:
-            yield bar
-        finally:
-            flux.callbacks.before_loop.remove(counter)
-            flux.callbacks.in_loop.remove(counter)

@@ -19,6 +19,8 @@ from mflux.models.flux2.model.flux2_vae.vae import Flux2VAE
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from mlx.nn.layers.base import Module
 
+from ..variants import TINY_KLEIN
+
 try:
     from mflux.models.common.compute_precision import ComputePrecision
 except ModuleNotFoundError:  # before mflux 0.22
@@ -129,6 +131,8 @@ class LinearCodec(Module):
 
 class TinyKlein(Flux2Klein):  # type: ignore[misc]  # mflux is untyped
     """A demonstration and test bed with FLUX.2 Klein's architecture; its pictures and timings are not FLUX's."""
+
+    teacache_variant = TINY_KLEIN
 
     @classmethod
     def load(cls, path: str | Path = WEIGHTS, dtype: mx.Dtype = mx.float32) -> Self:

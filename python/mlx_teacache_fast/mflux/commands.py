@@ -21,6 +21,7 @@ from .. import arguments
 from ..errors import TeaCacheValueError, TeaCacheWarning
 from ..handle import Handle, apply
 from ..metadata import Metadata
+from ..plans import Plan
 from . import patch
 
 # Those that can be gated.
@@ -176,6 +177,8 @@ def _checked(parse_args: Any, options: Mapping[str, Any]) -> Callable[..., Any]:
     settings = {name: options[name] for name in _OF_A_SCHEDULE if name in options}
     if options.get("steps") is not None:
         settings["plan"] = arguments.plan(options["steps"])
+    if options.get("plan") is not None:
+        settings["plan"] = arguments.plan(Plan.from_json(options["plan"]).steps)
     if options.get("budget") is not None:  # any schedule will do
         settings["rel_l1_thresh"] = 0.0
 

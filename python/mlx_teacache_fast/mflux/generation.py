@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..forecast import weights
 from ..handle import Handle
+from ..plans import budgeted
 from ..stats import KINDS, GenerationStats, Kind, StepRecord, step_record
 
 FORCES = (0, 1, 2)  # gated, leading forced, trailing forced; csrc/gate_decision.h has the same
@@ -17,11 +18,10 @@ FORCES = (0, 1, 2)  # gated, leading forced, trailing forced; csrc/gate_decision
 class Generation:
     """What is known of a generation while it runs."""
 
-    def __init__(self, handle: Handle, num_steps: int, config: Any, plan: tuple[bool, ...] | None) -> None:
+    def __init__(self, handle: Handle, num_steps: int, config: Any) -> None:
         self.handle = handle
         self.config = config  # mflux's
         self.num_steps = num_steps  # active ones
-        self.plan = plan  # for each step whether it computes; None where the gate decides
         self.history_is_valid = True  # False after a numerical miss: what was kept must not be looked at
         self._known: list[int] = []  # computed steps whose results are kept, the latest first
         self._states: list[list[float] | Kind] = []  # the gate's after each step, or what it was without the gate
@@ -43,6 +43,12 @@ class Generation:
         trailing = self.index >= self.num_steps - handle.skip_last_n_steps
         trailing = trailing or (handle.max_skips is not None and self._skipped >= handle.max_skips)
         return self._forces[1 if leading else 2 if trailing else 0]
+
+    @cached_property
+    def plan(self) -> tuple[bool, ...] | None:
+        """For each step whether it computes; None where the gate decides."""
+        budget = self.handle.budget
+        return self.handle.plan if budget is None else budgeted(self._sigmas, budget)
 
     @property
     def is_over(self) -> bool:

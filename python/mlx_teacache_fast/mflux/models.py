@@ -2,6 +2,8 @@
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from mflux.cli.defaults.defaults import model_choices, model_inference_steps
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig
@@ -59,6 +61,15 @@ def find(name: str, base_model: str | None = None) -> Model:
         calibrated=calibrated,
         default_steps=model_inference_steps(name, base_model),
     )
+
+
+def load(name: str, base_model: str | None = None, **options: Any) -> Any:
+    """The family's text-to-image pipeline with this model; ``options`` are of its class, such as ``quantize``."""
+    find(name, base_model)
+    config = ModelConfig.from_name(name, base_model)
+    family = next(f for f in patch.FAMILIES if set(config.aliases) & set(f.VARIANTS))
+    path = name if Path(name).expanduser().exists() else None
+    return family.PIPELINES[0](model_config=config, model_path=path, **options)
 
 
 def gated_names() -> list[str]:

@@ -23,9 +23,9 @@ from ..errors import (
     TeaCacheError,
     TeaCacheWarning,
     UntestedVersionWarning,
+    warn_caller,
 )
 from ..handle import Handle
-from ..plans import budgeted
 from ..variants import VARIANTS, Variant
 from . import flux1, flux2
 from .generation import Generation
@@ -55,8 +55,11 @@ def is_calibrated(flux: Any) -> bool:
     return match_config(flux.model_config, type(flux))[1]
 
 
-def match_config(model_config: Any, pipeline_class: type) -> tuple[Variant, bool]:
-    """``match`` and ``is_calibrated`` of a pipeline that is not loaded yet."""
+def match_config(model_config: Any, pipeline_class: type, by_name: bool = False) -> tuple[Variant, bool]:
+    """``match`` and ``is_calibrated`` of a pipeline that is not loaded yet.
+
+    A class may have a variant of its own, unless ``by_name`` asks for that of the model configuration's name.
+    """
     name = pipeline_class.__name__
     if reason := next((f.REFUSED[pipeline_class] for f in FAMILIES if pipeline_class in f.REFUSED), None):
         raise IncompatibleModelError(f"apply cannot gate {name}: {reason}")
@@ -64,6 +67,8 @@ def match_config(model_config: Any, pipeline_class: type) -> tuple[Variant, bool
     if family is None:
         gated = ", ".join(c.__name__ for f in FAMILIES for c in f.PIPELINES)
         raise IncompatibleModelError(f"apply gates mflux's {gated}, got {name}")
+    if not by_name and (own := getattr(pipeline_class, "teacache_variant", None)) is not None:
+        return own, True
     aliases = getattr(model_config, "aliases", None) or ()
     for alias in aliases:
         if alias in family.VARIANTS:
@@ -103,10 +108,9 @@ def warn_if_untested() -> None:
     """Once in a process, if mflux is newer than what was verified."""
     installed = version("mflux")
     if _numbers(installed) > _numbers(NEWEST_VERIFIED_MFLUX):
-        warnings.warn(
+        warn_caller(
             f"mflux {installed} is newer than {NEWEST_VERIFIED_MFLUX}, the newest that was verified with this package",
-            category=UntestedVersionWarning,
-            stacklevel=3,  # functools.cache adds no frame: the caller of apply()
+            UntestedVersionWarning,
         )
 
 
@@ -259,17 +263,16 @@ class Patch:
         self._is_awaited = False
         handle = self._handle
         num_steps = max(0, config.num_inference_steps - config.init_time_step)
-        plan = handle.plan if handle.budget is None else budgeted(num_steps, handle.budget)
         check_schedule(
             num_steps,
             config.num_inference_steps,
-            plan=plan,
-            rel_l1_thresh=handle.rel_l1_thresh,
+            plan=handle.plan,
+            rel_l1_thresh=0.0 if handle.is_planned else handle.rel_l1_thresh,  # with 0 any schedule will do
             skip_first_n_steps=handle.skip_first_n_steps,
             skip_last_n_steps=handle.skip_last_n_steps,
         )
         forced = handle.skip_first_n_steps + handle.skip_last_n_steps
-        gated = plan is None and handle.rel_l1_thresh > 0
+        gated = not handle.is_planned and handle.rel_l1_thresh > 0
         if gated and num_steps - forced == 1 and not self._short_schedule_told:
             self._short_schedule_told = True
             warnings.warn(
@@ -279,14 +282,14 @@ class Patch:
                 category=NoBenefitWarning,
                 stacklevel=_depth() - self._depth + 3,  # the caller of generate_image
             )
-        self._generation = Generation(handle, num_steps, config, plan)
+        self._generation = Generation(handle, num_steps, config)
 
     def _predict(self, original: Callable[..., Any], transformer: Any) -> Callable[..., mx.array]:
         inner: Callable[..., mx.array] = original(transformer)
         generation = self._generation
         if generation is None:  # called by somebody else than generate_image
             return inner
-        if generation.plan is None and self._handle.rel_l1_thresh <= 0:
+        if not self._handle.is_planned and self._handle.rel_l1_thresh <= 0:
             return _counted(inner, generation)
         if self._steps is None:
             self._steps = flux2.GatedSteps(transformer, generation)
@@ -298,7 +301,7 @@ class Patch:
         generation = self._generation
         if generation is None or arguments["config"] is not generation.config:  # before the loop, or another pipeline's
             return forward(**arguments)
-        if generation.plan is None and self._handle.rel_l1_thresh <= 0:
+        if not self._handle.is_planned and self._handle.rel_l1_thresh <= 0:
             return _counted(forward, generation)(**arguments)
         if self._steps is None:
             self._steps = flux1.GatedStep(flux.transformer, generation)

@@ -1,0 +1,105 @@
+"""``mlx-teacache-fast calibrate``: the gate's polynomial, fitted to the user's own model."""
+
+import argparse
+import io
+from pathlib import Path
+from typing import Any
+
+from . import cli_model
+from .cli_common import PROG, quiet_logging, require_mflux, warnings_in_one_line
+from .files import check_writable, write_file
+
+DESCRIPTION = """\
+Fit the gate's polynomial to a model of yours: by how much the noise prediction changes from step to step, from how much
+block 0's modulated input does. Full pictures of several prompts are made; nothing is skipped, and the last prompts only
+test the fit. A finetune or another number of steps may want its own.
+"""
+
+EPILOG = """\
+the files:
+  FILE      JSON with the five coefficients, the distances that they were fitted on, and a threshold that skips about a
+            third of the steps: for apply(flux, coefficients="FILE") and run --calibration FILE
+  FILE.png  the pairs of steps and the polynomial
+
+the numbers:
+  R^2       share of the changes' variance that the polynomial explains, on held-out prompts. A low one is usual
+            (mlx-teacache publishes 0.11 for base-4B): the gate then skips nearly at a rhythm, as --budget does
+  skipped   share of the steps that a threshold skips, estimated from the distances of these runs
+
+examples:
+  mlx-teacache-fast calibrate demo --guidance 1 4 --output demo.json
+  mlx-teacache-fast calibrate somebody/my-finetune --base-model dev -q 8 --steps 25 --guidance 3.5 --output mine.json
+
+exit code: 0 done, 1 failed, 2 bad input, 130 interrupted
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="fit the gate's polynomial to a model of yours",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cli_model.add_arguments(parser, held_out=3)
+    parser.add_argument(
+        "--guidance",
+        metavar="G",
+        type=cli_model.guidance,
+        nargs="+",
+        default=[4.0],
+        help="as for mflux; with several the polynomial is for all of them (default: 4)",
+    )
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the polynomial, as JSON")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="default: the output's name, with .png")
+    parser.add_argument("--force", action="store_true", help="overwrite both files")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    plot = arguments.plot or arguments.output.with_suffix(".png")
+    for path in (arguments.output, plot):
+        check_writable(path, force=arguments.force)
+    with quiet_logging():
+        require_mflux()
+        cli_model.check(arguments)
+        from .calibration import calibrate
+        from .demo._extra import demo_extra
+
+        with demo_extra():
+            import matplotlib  # noqa: F401  # before the work, whose plot would be lost
+
+    with warnings_in_one_line():
+        flux = cli_model.load(arguments)
+        prompts, held_out = cli_model.prompts(arguments, flux)
+        fitted = calibrate(
+            flux,
+            prompts,
+            held_out=held_out,
+            seeds=(arguments.seed,),
+            guidances=arguments.guidance,
+            progress=True,
+            **cli_model.options(arguments),
+        )
+    calibration = fitted.calibration
+    low, high = calibration.calibrated_range or (0.0, 0.0)
+    drawn = io.BytesIO()
+    fitted.plot().savefig(drawn, format="png")
+    fitted.to_json(arguments.output, force=arguments.force)
+    write_file(plot, drawn.getvalue(), force=arguments.force)
+    print(f"{calibration.dataset}\n")
+    print(f"coefficients  {' '.join(f'{c:.6g}' for c in calibration.coefficients)}")
+    print(f"range         {low:.4f} to {high:.4f}")
+    print(
+        f"R^2           {calibration.r2:.3f} on {len(fitted.held_out)} held-out pairs of steps, "
+        f"{fitted.r2:.3f} on the {len(fitted.pairs)} fitted"
+    )
+    for i, (threshold, share) in enumerate(fitted.shares):
+        here = "  <- the file's threshold" if threshold == calibration.rel_l1_thresh else ""
+        print(f"{'skipped' if i == 0 else '':14}{share:4.0%} at threshold {threshold:.3g}{here}")
+    print(
+        f"\nwrote {arguments.output} and {plot}: {PROG} run --calibration {arguments.output}, or "
+        "apply(flux, coefficients=...)"
+    )
+    return 0

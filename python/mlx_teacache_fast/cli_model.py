@@ -1,0 +1,115 @@
+"""What ``search`` and ``calibrate`` share: the model, the prompts, and ``generate_image``'s options."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli_common import integer, number
+from .errors import TeaCacheValueError
+
+if TYPE_CHECKING:
+    from .mflux.models import Model
+
+DEMO = "demo"
+
+PROMPTS = (
+    "a red apple on a wooden table, morning light",
+    "a street market in the rain at night, neon signs",
+    "portrait of an old fisherman with a grey beard, studio light",
+    "a snow-covered mountain above a lake, aerial photograph",
+    "watercolour of a fox asleep under an oak",
+    "isometric drawing of a tiny kitchen, pastel colours",
+    "a steam locomotive crossing a stone bridge, autumn",
+    'a shop window with the words "OPEN LATE" in gold letters',
+)
+N_DEMO_PROMPTS = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser, held_out: int) -> None:
+    positive = integer("a whole number of at least 1", lambda n: n >= 1)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"a name that mflux's --model takes, such as flux2-klein-base-4b, or a path; or {DEMO}, the one in here",
+    )
+    parser.add_argument("--base-model", metavar="NAME", help="the model that a checkpoint was made from, as for mflux")
+    parser.add_argument("--quantize", "-q", metavar="BITS", type=int, help="the weights' bits, as for mflux")
+    parser.add_argument("--lora-paths", metavar="FILE", nargs="+", help="as for mflux")
+    parser.add_argument("--lora-scales", metavar="S", nargs="+", type=float, help="as for mflux")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help=f"a prompt in each line; default: {len(PROMPTS)} of ours, with {DEMO} {N_DEMO_PROMPTS} of its captions",
+    )
+    parser.add_argument(
+        "--held-out",
+        metavar="N",
+        type=positive,
+        default=held_out,
+        help="the last N prompts are not learnt from, but tried at the end (default: %(default)s)",
+    )
+    parser.add_argument("--steps", metavar="N", type=positive, default=50, help="of a picture (default: %(default)s)")
+    parser.add_argument(
+        "--size", metavar="PIXELS", type=positive, help=f"side of the pictures (default: 512, with {DEMO} 128)"
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=integer("a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64),
+        default=1,
+        help="of the starting noise (default: %(default)s)",
+    )
+
+
+def guidance(text: str) -> float:
+    return number("a finite number of at least 1", lambda g: 1 <= g < math.inf)(text)
+
+
+def check(arguments: argparse.Namespace) -> "Model | None":
+    """What can be said before weights are loaded; None for the demonstration model."""
+    from .mflux import models
+
+    if arguments.model == DEMO:
+        given = ("base_model", "quantize", "lora_paths", "lora_scales")
+        if wrong := [name for name in given if getattr(arguments, name) is not None]:
+            raise TeaCacheValueError(f"the demonstration model takes no --{wrong[0].replace('_', '-')}")
+        return None
+    return models.find(arguments.model, arguments.base_model)
+
+
+def load(arguments: argparse.Namespace) -> Any:
+    """The pipeline."""
+    from .mflux import models
+
+    if arguments.model == DEMO:
+        from . import demo
+
+        return demo.pipeline()
+    more = {name: getattr(arguments, name) for name in ("quantize", "lora_paths", "lora_scales")}
+    return models.load(arguments.model, arguments.base_model, **more)
+
+
+def prompts(arguments: argparse.Namespace, flux: Any) -> tuple[list[str], list[str]]:
+    """Those to learn from, and those held out."""
+    found = list(PROMPTS)
+    if arguments.prompts is not None:
+        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+        found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if arguments.model == DEMO:
+        from .demo.compare import check_prompts
+
+        if arguments.prompts is None:
+            captions = [caption for group in flux.captions.values() for caption in group]
+            found = captions[:: len(captions) // N_DEMO_PROMPTS][:N_DEMO_PROMPTS]  # of all groups
+        check_prompts(flux, found)
+    if len(found) <= arguments.held_out:
+        raise TeaCacheValueError(f"{len(found)} prompts, and --held-out {arguments.held_out} leaves none of them")
+    return found[: -arguments.held_out], found[-arguments.held_out :]
+
+
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``generate_image``'s, but guidance."""
+    size = arguments.size or (128 if arguments.model == DEMO else 512)
+    return {"num_inference_steps": arguments.steps, "height": size, "width": size}

@@ -1,0 +1,254 @@
+"""Finding a better plan than the rule's, for one model, schedule and budget: on the user's own machine and prompts.
+
+A picture costs minutes on a large model, so most plans are judged without one. Euler's method adds up the predictions,
+weighted by the steps of sigma; so with the predictions of one full run in hand, a plan's error at the end is a known
+linear combination of them, and its size follows from their inner products, in microseconds. That leaves out how the
+model answers to latents that have gone astray. Hence the second stage: the plans that look best, and then neighbours of
+the best one, are run, and simulated annealing goes on with the pictures that they really give.
+"""
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from . import arguments
+from .errors import TeaCacheValueError
+from .files import check_writable
+from .forecast import DEFAULT_CACHE, DEFAULT_FORECAST, Cache, weights
+from .generating import Image, generate, predictions, progress_bar, psnr
+from .handle import apply
+from .plans import Plan, budgeted
+
+IDENTICAL = 99.0  # dB, of pictures that do not differ: means need a number
+
+# Of the first stage. Seconds for 50 steps.
+STARTS = 3
+ROUNDS = 3000
+
+# Of the second stage: how many neighbours are judged by their predictions for each one that is run, and the temperature
+# in dB at which annealing begins.
+NEIGHBOURS = 12
+TEMPERATURE = 0.5
+
+Steps = tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Full runs: what a plan's error follows from.
+
+    Attributes:
+        sigmas: Of each step and the one after the last, ``steps + 1``.
+        products: For each run the inner products of its predictions, ``(steps, steps)``, float64, by their length.
+    """
+
+    sigmas: Sequence[float]
+    products: Sequence[npt.NDArray[np.float64]]
+
+    def estimate(self, steps: Steps, order: int) -> float:
+        """-10 log10 of the mean squared error of the final latents, mean over the runs: dB up to a constant."""
+        share = np.zeros(len(steps))  # of each prediction in the error
+        known: list[int] = []
+        for i, computes in enumerate(steps):
+            if computes:
+                known = [i, *known[:order]]
+                continue
+            step = self.sigmas[i + 1] - self.sigmas[i]
+            forecast = weights(self.sigmas[i], [self.sigmas[k] for k in known], order)
+            share[known] += step * np.array(forecast[: len(known)])
+            share[i] -= step
+        errors = [max(float(share @ product @ share), 1e-30) for product in self.products]
+        return -10 * statistics.mean(map(math.log10, errors))
+
+
+def neighbour(steps: Steps, rng: random.Random) -> Steps:
+    """One computed step, not the first, elsewhere: mostly beside where it was."""
+    computed = [i for i in range(1, len(steps)) if steps[i]]
+    skipped = [i for i in range(1, len(steps)) if not steps[i]]
+    while True:
+        here = rng.choice(computed)
+        there = here + rng.choice((-2, -1, 1, 2)) if rng.random() < 0.6 else rng.choice(skipped)
+        if there in skipped:
+            return tuple((c and i != here) or i == there for i, c in enumerate(steps))
+
+
+def annealed(start: Steps, judge: Callable[[Steps], float], rounds: int, rng: random.Random) -> Steps:
+    """The best plan met by simulated annealing of ``judge``, in dB."""
+    current = best = start
+    value = highest = judge(start)
+    for i in range(rounds):
+        proposal = neighbour(current, rng)
+        new = judge(proposal)
+        if new > value or rng.random() < math.exp((new - value) / (1.5 * (1 - i / rounds) ** 2 + 1e-3)):
+            current, value = proposal, new
+        if value > highest:
+            best, highest = current, value
+    return best
+
+
+def search(
+    flux: Any,
+    prompts: Sequence[str],
+    *,
+    budget: float,
+    held_out: Sequence[str] = (),
+    seeds: Sequence[int] = (1,),
+    forecast: int = DEFAULT_FORECAST,
+    cache: Cache = DEFAULT_CACHE,
+    evaluations: int = 40,
+    path: str | Path | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> Plan:
+    """Search a plan that gives better pictures than ``apply(flux, budget=budget)`` for this model and schedule.
+
+    Args:
+        flux: A pipeline that ``apply`` takes, not gated; left as it was.
+        prompts: What to judge by: each with each of ``seeds``, by the PSNR against plain mflux's picture.
+        budget: Share of the steps that may be computed.
+        held_out: Other prompts, of which plan and rule are compared at the end.
+        seeds: Of the starting noise.
+        forecast, cache: As for ``apply``.
+        evaluations: So many plans are run, each for all prompts and seeds.
+        path: A file that is written after each of them, for ``apply(plan=path)``; Ctrl-C loses nothing.
+        force: Overwrite ``path``.
+        resume: Go on with ``path``, which was written with the same arguments.
+        progress: Show a bar on stderr.
+        **options: ``generate_image``'s: ``num_inference_steps``, ``guidance``, ``height``, ``width``, ...
+
+    Returns:
+        Plan: The best one. ``about`` has what was measured: ``psnr`` and ``held_out_psnr`` of ``rule`` and ``plan``, in
+        dB, mean over the pictures.
+
+    Raises:
+        TeaCacheValueError: Bad arguments; ``path`` exists, or cannot be gone on with; the budget leaves nothing to
+            choose.
+        OutputError: ``path`` cannot be written.
+    """
+    share, order, kept = arguments.budget(budget), arguments.forecast(forecast), arguments.cache(cache)
+    evaluations = arguments.step_count("evaluations", evaluations)
+    if not prompts or isinstance(prompts, str) or not seeds or evaluations < 1:
+        raise TeaCacheValueError("search needs a list of prompts, one or more seeds, and one or more evaluations")
+    setup: dict[str, Any] = {"budget": share, "forecast": order, "cache": kept, "options": _texts(options)}
+    setup |= {"prompts": list(prompts), "seeds": list(seeds), "held_out": list(held_out)}
+    measured: dict[str, list[float]] = {}
+    if resume:
+        if path is None:
+            raise TeaCacheValueError("resume needs the path of the search to go on with")
+        measured = _measured_before(Path(path), setup)
+    elif path is not None:
+        check_writable(Path(path), force=force)
+    with apply(flux, budget=share, forecast=order, cache=kept) as handle:  # before anything slow
+        setup["variant_id"] = handle.variant_id
+    cases = [(prompt, seed) for prompt in prompts for seed in seeds]
+    unseen = [(prompt, seed) for prompt in held_out for seed in seeds]
+    num_steps = options.get("num_inference_steps", 50)
+    options = options | {"num_inference_steps": num_steps}
+    left = max(0, evaluations - len(measured))
+    total = num_steps * (len(cases) * (1 + left) + 3 * len(unseen))
+
+    with progress_bar(flux, total, disable=not progress) as bar:
+        bar.set_description_str("plain mflux")
+        references, recorded = _references(flux, cases, options)
+        rule = budgeted(recorded.sigmas[:-1], share)
+        if all(rule) or sum(rule) < 3:
+            raise TeaCacheValueError(f"budget={share:g} of {len(rule)} steps leaves no step to choose")
+        psnr_of = {tuple(c == "1" for c in text): values for text, values in measured.items()}
+
+        def run(steps: Steps, cases: Sequence[tuple[str, int]], references: Sequence[Image]) -> list[float]:
+            with apply(flux, steps=list(map(int, steps)), forecast=order, cache=kept, save_metadata=False):
+                pictures = [generate(flux, prompt, seed, options) for prompt, seed in cases]
+            return [min(IDENTICAL, psnr(a, b)) for a, b in zip(references, pictures, strict=True)]
+
+        def result() -> Plan:
+            best = max(psnr_of, key=lambda steps: statistics.mean(psnr_of[steps]))
+            found = {"rule": _mean(psnr_of.get(rule)), "plan": _mean(psnr_of[best])}
+            about = setup | {"rule": arguments.plan_text(rule), "psnr": found, "held_out_psnr": unseen_psnr}
+            about["measured"] = {arguments.plan_text(steps): values for steps, values in psnr_of.items()}
+            return Plan(arguments.plan_text(best), order, kept, about)
+
+        def evaluate(steps: Steps) -> float:
+            if steps not in psnr_of:
+                psnr_of[steps] = run(steps, cases, references)
+                if path is not None:
+                    result().to_json(path, force=True)
+                best = max(map(statistics.mean, psnr_of.values()))
+                gain = best - statistics.mean(psnr_of[rule])
+                bar.set_description_str(f"plan {len(psnr_of)} of {evaluations}: {best:.1f} dB, {gain:+.1f} to the rule")
+            return statistics.mean(psnr_of[steps])
+
+        unseen_psnr: dict[str, float | None] = {"rule": None, "plan": None}
+        rng = random.Random(len(psnr_of))
+        judge = _remembered(lambda steps: recorded.estimate(steps, order))
+        for start in (rule, *(annealed(rule, judge, ROUNDS, rng) for _ in range(STARTS))):
+            if start in psnr_of or len(psnr_of) < evaluations:
+                evaluate(start)
+        current = max(psnr_of, key=lambda steps: statistics.mean(psnr_of[steps]))
+        while len(psnr_of) < evaluations:
+            value = evaluate(current)
+            near = {neighbour(current, rng) for _ in range(NEIGHBOURS)} - set(psnr_of)
+            near = near or {neighbour(neighbour(current, rng), rng)}
+            proposal = max(near, key=judge)
+            gain = evaluate(proposal) - value
+            temperature = TEMPERATURE * (1 - len(psnr_of) / evaluations) + 1e-3
+            if gain > 0 or rng.random() < math.exp(gain / temperature):
+                current = proposal
+        best = arguments.plan(result().steps)
+        if unseen:
+            bar.set_description_str("prompts that it did not see")
+            plain = [generate(flux, prompt, seed, options) for prompt, seed in unseen]
+            unseen_psnr = {"rule": _mean(run(rule, unseen, plain)), "plan": _mean(run(best, unseen, plain))}
+    if path is not None:
+        result().to_json(path, force=True)
+    return result()
+
+
+def _references(flux: Any, cases: Sequence[tuple[str, int]], options: dict[str, Any]) -> tuple[list[Image], Recorded]:
+    pictures, products = [], []
+    sigmas: list[float] = []
+    with predictions(flux) as recorder:
+        for prompt, seed in cases:
+            pictures.append(generate(flux, prompt, seed, options))
+            values = recorder.values.astype(np.float64)
+            products.append(values @ values.T / values.shape[1])
+            sigmas = [*recorder.sigmas, 0.0][: len(values) + 1]
+    mx.clear_cache()
+    return pictures, Recorded(sigmas, products)
+
+
+def _measured_before(path: Path, setup: dict[str, Any]) -> dict[str, list[float]]:
+    about = Plan.from_json(path).about
+    other = [name for name, value in setup.items() if about.get(name) != value]
+    if other:
+        raise TeaCacheValueError(f"{path} is of a search with other {', '.join(other)}: resume takes the same ones")
+    return {str(steps): [float(v) for v in values] for steps, values in about["measured"].items()}
+
+
+def _remembered(judge: Callable[[Steps], float]) -> Callable[[Steps], float]:
+    known: dict[Steps, float] = {}
+
+    def remembered(steps: Steps) -> float:
+        if steps not in known:
+            known[steps] = judge(steps)
+        return known[steps]
+
+    return remembered
+
+
+def _mean(values: Sequence[float] | None) -> float | None:
+    return None if values is None else statistics.mean(values)
+
+
+def _texts(options: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
