@@ -1,19 +1,25 @@
 """What do skipped steps give for a whole picture, in time and quality, and what would fewer steps have given?
 
-For each prompt, seed and guidance, in turn:
+For each prompt, seed, guidance and number of steps, in turn:
 
-    plain mflux            all steps: the reference of time and quality
-    ours, mlx-teacache     at each threshold
-    evenly spaced          as many steps computed as ours computed of this very picture, at even distances
-    fewer steps            plain mflux, run with only as many steps as ours computed
+    plain mflux             all steps: the reference of time and quality
+    mlx-teacache            at each threshold
+    ours, as mlx-teacache   the same gate and thresholds: a skipped step reuses the last residual
+    ours, its steps         the same gate and thresholds, and a skipped step gets a forecast
+    ours                    as apply() is without arguments, in each mode
+    ours, budget            steps planned by apply(budget=...): forecast of the output, of order 1
+    budget, order 2         the same plan, and a forecast of order 2
+    budget, residual        the same plan, and a forecast of the residual
+    budget, reuse           the same plan, and the last residual again
+    fewer steps             plain mflux, run with only as many steps as the budgets allow
 
 PSNR and SSIM are against plain mflux's picture of the same prompt, seed and guidance. Time is generate_image's, as a
-ratio to plain mflux's in the same turn; 1 / bound, the share of computed steps, is its limit. Where ours skips nothing
-the last two are plain mflux's picture. Before anything is timed, short pictures of each kind compile the kernels.
+ratio to plain mflux's in the same turn; 1 / bound, the share of computed steps, is its limit. Before anything is timed,
+short pictures of each kind compile the kernels.
 
 Several processes share the pictures. Each of them also makes the first one's first pictures, to see that they are the
 same. It says how many there are, and after the first one how long they take: on two cores hours, with a faster BLAS
-for MLX (LD_PRELOAD) 20 minutes; --quick 3 minutes.
+for MLX (LD_PRELOAD) 50 minutes; --quick 3 minutes.
 
     python bench/bench_generation.py --json build/generation.json --plot build/generation.png
     python bench/bench_generation.py --from build/generation.json --plot build/generation.png
@@ -31,7 +37,6 @@ import sys
 import warnings
 import zlib
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -40,28 +45,42 @@ import common
 import numpy as np
 
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
-PLAIN, OURS, PEER, EVEN, FEWER = CONDITIONS = ("plain mflux", "ours", "mlx-teacache", "evenly spaced", "fewer steps")
+PLAIN, PEER, REUSE, SAME_STEPS, OURS = CONDITIONS = [
+    "plain mflux",
+    "mlx-teacache",
+    "ours, as mlx-teacache",
+    "ours, its steps",
+    "ours",
+]
+BUDGET, ORDER_2, RESIDUAL, REUSED, FEWER = PLANNED = [
+    "ours, budget",
+    "budget, order 2",
+    "budget, residual",
+    "budget, reuse",
+    "fewer steps",
+]
+HOW: dict[str, dict[str, Any]] = {  # what a skipped step gets
+    SAME_STEPS: {"forecast": 1, "cache": "output"},
+    ORDER_2: {"forecast": 2},
+    RESIDUAL: {"cache": "residual"},
+    REUSED: {"forecast": 0, "cache": "residual"},
+}
 
-FULL = {"n_prompts": 20, "n_seeds": 2, "steps": 50, "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
-FULL |= {"size": 128, "repetitions": 5}
+FULL = {"n_prompts": 20, "n_seeds": 2, "steps": [50, 25], "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
+FULL |= {"budgets": [0.5, 0.4, 0.3, 0.2], "size": 128, "repetitions": 5}
 FEW = {"n_prompts": 3, "n_seeds": 1, "repetitions": 3}
-MODEL = FULL | FEW | {"n_prompts": 2, "repetitions": 2, "guidance": [4.0], "size": 512}
-QUICK = FEW | {"steps": 25, "guidance": [1.0], "thresholds": [0.2, 0.4]}
+MODEL = FULL | FEW | {"n_prompts": 2, "repetitions": 2, "steps": [50], "guidance": [4.0], "size": 512}
+QUICK = FEW | {"steps": [25], "guidance": [1.0], "thresholds": [0.17, 0.4], "budgets": [0.5, 0.3]}
 PROMPTS = ["a red apple on a wooden table, morning light", "a street market in the rain at night, neon signs"]
 Record = dict[str, Any]
 
 
 def load(model: str | None, quantize: int | None) -> Any:
     """The demo's pipeline, or mflux's text-to-image pipeline of this name."""
-    from mflux.models.common.config.model_config import ModelConfig
-    from mflux.models.flux.variants.txt2img.flux import Flux1
-    from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
-
     from mlx_teacache_fast import demo
+    from mlx_teacache_fast.mflux import models
 
-    if model is None:
-        return demo.pipeline()
-    return (Flux2Klein if is_flux2(model) else Flux1)(model_config=ModelConfig.from_name(model), quantize=quantize)
+    return demo.pipeline() if model is None else models.load(model, quantize=quantize)
 
 
 def is_flux2(model: str | None) -> bool:
@@ -78,12 +97,13 @@ def measure(args: argparse.Namespace) -> None:
     flux = load(args.model, args.quantize)
     out, sys.stdout = sys.stdout, sys.stderr  # for what mflux prints
     for g in args.guidance:
-        turn(flux, (args.texts[0], 0, g), 0, args.size, WARM_UP_STEPS, [1.0], None)
+        turn(flux, args, (args.texts[0], 0, g, WARM_UP_STEPS), 0, None)
     for i in turns(args)[args.process]:
         text, seed = places(args)[i]
-        for g in args.guidance:
-            records = turn(flux, (text, seed, g), i, args.size, args.steps, args.thresholds, out)
-            print(json.dumps(records), file=out, flush=True)
+        for steps in args.steps:
+            for g in args.guidance:
+                records = turn(flux, args, (text, seed, g, steps), i, out)
+                print(json.dumps(records), file=out, flush=True)
     os._exit(0)  # see common.answer
 
 
@@ -99,45 +119,49 @@ def turns(args: argparse.Namespace) -> list[list[int]]:
     return [mine if k == 0 else [0, *mine] for k, mine in enumerate(of_process)]
 
 
-def turn(flux: Any, place: Any, index: int, size: int, steps: int, thresholds: list[float], out: Any) -> list[Record]:
-    """Every condition's picture of a prompt, seed and guidance, in another order for each index."""
+def cases(args: argparse.Namespace, steps: int) -> list[tuple[str, Any]]:
+    """Each condition with each of its settings."""
+    from mlx_teacache_fast import MODES
+
+    counts = sorted({max(2, math.floor(b * steps + 1e-9)) for b in args.budgets}, reverse=True)
+    settings = dict.fromkeys((PEER, REUSE, SAME_STEPS), args.thresholds) | {OURS: list(MODES)}
+    settings |= dict.fromkeys((BUDGET, ORDER_2, RESIDUAL, REUSED), args.budgets) | {FEWER: counts}
+    return [(PLAIN, None), *((name, value) for name, values in settings.items() for value in values)]
+
+
+def turn(flux: Any, args: argparse.Namespace, place: Any, index: int, out: Any) -> list[Record]:
+    """Every condition's picture of a prompt, seed, guidance and number of steps, in another order for each index."""
     from mlx_teacache import apply_teacache
 
     import mlx_teacache_fast as tc
+    from mlx_teacache_fast.generating import generate
 
-    what = dict(zip(("prompt", "seed", "guidance"), place, strict=True))
-
-    @cache  # two thresholds may compute as many steps
-    def generate(condition: str, threshold: float | None = None, computed: int = steps) -> tuple[Any, Record]:
+    prompt, seed, guidance, steps = place
+    made = []
+    for condition, setting in common.orders(cases(args, steps), index):
         context: AbstractContextManager[Any] = nullcontext()
-        if condition in (OURS, PEER):
-            context = (tc.apply if condition == OURS else apply_teacache)(flux, rel_l1_thresh=threshold)
-        elif condition == EVEN:
-            context = tc.apply(flux, steps=np.isin(range(steps), np.linspace(0, steps - 1, computed).round()).tolist())
-        n = computed if condition == FEWER else steps
+        if condition == PEER:
+            context = apply_teacache(flux, rel_l1_thresh=setting)
+        elif condition in (REUSE, SAME_STEPS):
+            context = tc.apply_teacache(flux, rel_l1_thresh=setting, **HOW.get(condition, {}))
+        elif condition == OURS:
+            context = tc.apply(flux, mode=setting)
+        elif condition in PLANNED and condition != FEWER:
+            context = tc.apply(flux, budget=setting, **HOW.get(condition, {}))
+        n = setting if condition == FEWER else steps
+        options = {"num_inference_steps": n, "guidance": guidance, "height": args.size, "width": args.size}
         with context as handle:
             start = perf_counter()
-            generated = flux.generate_image(**what, num_inference_steps=n, height=size, width=size)
+            picture = generate(flux, prompt, seed, options)
             seconds = perf_counter() - start
         n -= 0 if handle is None else handle.stats.skipped_count
         if out:
             print(seconds, file=out, flush=True)
-        numbers = {"seconds": seconds, "computed": n, "skipped": steps - n, "bound": steps / n}
-        return np.asarray(generated.image.convert("RGB")), numbers
-
-    made = {(PLAIN, None): generate(PLAIN)} if index % 2 == 0 else {}
-    for threshold in np.roll(thresholds, -index).tolist():
-        for condition in (OURS, PEER)[:: (-1) ** index]:
-            made[condition, threshold] = generate(condition, threshold)
-        computed = made[OURS, threshold][1]["computed"]
-        for condition in (EVEN, FEWER)[:: (-1) ** index]:
-            made[condition, threshold] = generate(condition, None, computed) if computed < steps else generate(PLAIN)
-    plain, _ = made[PLAIN, None] = generate(PLAIN)
-    what["turn"] = index
-    return [
-        what | {"threshold": threshold, "condition": condition} | numbers | quality(plain, picture)
-        for (condition, threshold), (picture, numbers) in made.items()
-    ]
+        numbers = {"seconds": seconds, "computed": n, "skipped": steps - n}
+        made.append(({"condition": condition, "setting": setting} | numbers, picture))
+    plain = next(picture for record, picture in made if record["condition"] == PLAIN)
+    what = {"prompt": prompt, "seed": seed, "guidance": guidance, "steps": steps, "turn": index}
+    return [what | record | quality(plain, picture) for record, picture in made]
 
 
 def quality(plain: Any, picture: Any) -> Record:
@@ -154,26 +178,26 @@ def in_processes(args: argparse.Namespace) -> list[Record]:
     """The records of all processes, with one bar on stderr for them."""
     from tqdm import tqdm
 
-    numbers = [len(mine) * len(args.guidance) for mine in turns(args)]
-    of_turn = 1 + 4 * len(args.thresholds)
-    n_all = sum(numbers) * of_turn
+    n_turns = sum(map(len, turns(args))) * len(args.guidance)
+    of_steps = {steps: len(cases(args, steps)) for steps in args.steps}
+    n_all = n_turns * sum(of_steps.values())
     records: list[Record] = []
-    print(f"at most {n_all} pictures; after the first, how long they take", file=sys.stderr)
-    form = "{percentage:3.0f}%|{bar:20}| {n_fmt} of at most {total_fmt} pictures, {remaining} left"
+    print(f"{n_all} pictures; after the first, how long they take", file=sys.stderr)
+    form = "{percentage:3.0f}%|{bar:20}| {n_fmt} of {total_fmt} pictures, {remaining} left"
     env = os.environ | {"TQDM_DISABLE": "1"}  # mflux's bars
     with tqdm(total=n_all, bar_format=form, dynamic_ncols=True) as bar:
-        for process in range(len(numbers)):
+        for process in range(len(turns(args))):
             command = [sys.executable, *sys.argv, "--measure", "--process", str(process)]
             with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as child:
                 for value in map(json.loads, child.stdout or ()):
                     if isinstance(value, list):
                         records += [{"process": process} | record for record in value]
-                        bar.update(-bar.n % of_turn)  # those that the turn did without
                         continue
                     bar.update()
-                    if bar.n == 1:  # of gated pictures half the steps are skipped, say; guidance takes two branches
+                    if bar.n == 1:  # of all pictures' steps about half are computed; guidance takes two branches
                         branches = [2 if g > 1 and is_flux2(args.model) else 1 for g in args.guidance]
-                        whole = sum(numbers) * (1 + 2 * len(args.thresholds)) * statistics.mean(branches) / branches[0]
+                        steps = sum(n * steps for steps, n in of_steps.items()) / max(args.steps)
+                        whole = n_turns * steps / 2 * statistics.mean(branches) / branches[0]
                         text = f"the first took {value:.1f} s: all take about {whole * value / 60:.0f} minutes"
                         tqdm.write(text, file=sys.stderr)
             if child.returncode:
@@ -195,102 +219,184 @@ def table_rows(data: Record) -> list[Record]:
     rows = []
     of: dict[tuple[Any, ...], list[Record]] = {}
     for p in data["pictures"]:
-        of.setdefault((p["guidance"], p["threshold"], p["condition"]), []).append(p)
-    for (guidance, threshold, condition), pictures in of.items():
+        of.setdefault((p["steps"], p["guidance"], p["condition"], p["setting"]), []).append(p)
+    for (steps, guidance, condition, setting), pictures in of.items():
         different = list({p["turn"]: p for p in pictures}.values())
         psnr = [p["psnr"] for p in different if p["psnr"] is not None]
-        row = {"guidance": guidance, "threshold": threshold, "condition": condition, "pictures": len(different)}
+        row = {"steps": steps, "guidance": guidance, "condition": condition, "setting": setting}
+        row |= {"pictures": len(different), "identical": len(different) - len(psnr)}
         row |= {name: statistics.mean(p[name] for p in different) for name in ("computed", "skipped", "ssim")}
-        row |= {"psnr": statistics.mean(psnr) if psnr else None, "identical": len(different) - len(psnr)}
-        row |= {"bound": data["steps"] / row["computed"], "seconds": statistics.median(p["seconds"] for p in pictures)}
-        row["to_mflux"] = ratio(pictures, of[guidance, None, PLAIN])
-        row["ours_to_it"] = ratio(of[guidance, threshold, OURS], pictures) if threshold else None
+        row |= {"psnr": statistics.mean(psnr) if psnr else None, "worst": min(psnr) if psnr else None}
+        row |= {"bound": steps / row["computed"], "seconds": statistics.median(p["seconds"] for p in pictures)}
+        row["to_mflux"] = ratio(pictures, of[steps, guidance, PLAIN, None])
+        row["ours_to_it"] = ratio(of[steps, guidance, REUSE, setting], pictures) if condition == PEER else None
         rows.append(row)
-    return sorted(rows, key=lambda r: (r["guidance"], r["threshold"] or 0, CONDITIONS.index(r["condition"])))
+    order = [*CONDITIONS, *PLANNED]
+    return sorted(rows, key=lambda r: (-r["steps"], r["guidance"], order.index(r["condition"]), -r["computed"]))
+
+
+def panels(data: Record) -> list[tuple[str, list[Record]]]:
+    """The rows of each number of steps and guidance."""
+    found: dict[str, list[Record]] = {}
+    for r in data["rows"]:
+        found.setdefault(f"{r['steps']} steps, guidance {r['guidance']:g}", []).append(r)
+    return list(found.items())
+
+
+def curve(rows: list[Record], *conditions: str) -> list[tuple[float, float]]:
+    """Computed steps and PSNR of rows with a skipped step, the fewest steps first."""
+    return sorted((r["computed"], r["psnr"]) for r in rows if r["condition"] in conditions and r["psnr"] is not None)
 
 
 def claims(data: Record) -> list[list[str]]:
-    at = [(f"guidance {r['guidance']:g}, threshold {r['threshold'] or 0:g}", r) for r in data["rows"]]
-    return [common.claim(f"{a}: {OURS} / {PEER}", r["ours_to_it"], at_most=1) for a, r in at if r["condition"] == PEER]
+    """Time against mlx-teacache at the same settings."""
+    return [
+        common.claim(f"{panel}, threshold {r['setting']:g}: {REUSE} / {PEER}", r["ours_to_it"], at_most=1)
+        for panel, rows in panels(data)
+        for r in rows
+        if r["condition"] == PEER
+    ]
+
+
+def quality_claims(data: Record) -> list[list[str]]:
+    """What forecasts should give; decibels have no noise: the same pictures come out each time."""
+    lines = []
+    for panel, rows in panels(data):
+        of = {(r["condition"], r["setting"]): r for r in rows}
+        pairs = [
+            (r, of[condition, r["setting"]])
+            for condition in (SAME_STEPS, BUDGET)
+            for r in rows
+            if r["condition"] == {SAME_STEPS: REUSE, BUDGET: REUSED}[condition]
+        ]
+        gains = [
+            b["psnr"] - a["psnr"] for a, b in pairs if a["skipped"] >= 0.4 * a["steps"] and a["psnr"] and b["psnr"]
+        ]
+        if gains:
+            text = f"{panel}: forecast above reuse, the same steps, 40 % or more skipped"
+            lines.append([text, "at least 5 dB", f"{min(gains):.1f} to {max(gains):.1f} dB", _holds(min(gains) >= 5)])
+        theirs, mine = (_steps_at(curve(rows, *names), 45.0) for names in ((PEER,), (BUDGET, OURS)))
+        if theirs and mine:
+            text = f"{panel}: computed steps for 45 dB, mlx-teacache / ours"
+            lines.append(
+                [text, "at least 1.5", f"{theirs:.1f} / {mine:.1f} = {theirs / mine:.2f}", _holds(theirs / mine >= 1.5)]
+            )
+        peer = of.get((PEER, min(data["thresholds"])))
+        if peer and (ours := of[OURS, "balanced"])["psnr"] and peer["psnr"]:
+            cell = (
+                f"{ours['computed']:.1f} and {peer['computed']:.1f} steps, {ours['psnr']:.1f} and {peer['psnr']:.1f} dB"
+            )
+            better = ours["computed"] <= peer["computed"] and ours["psnr"] >= peer["psnr"]
+            text = f"{panel}: ours by default and mlx-teacache at {peer['setting']:g}"
+            lines.append([text, "closer, no more steps", cell, _holds(better)])
+    return lines
+
+
+def _holds(is_so: bool) -> str:
+    return "holds" if is_so else "does not hold"
+
+
+def _steps_at(points: list[tuple[float, float]], psnr: float) -> float | None:
+    """Where a curve reaches a PSNR; its first point if that is above."""
+    if not points or points[-1][1] < psnr:
+        return None
+    return float(np.interp(psnr, [y for _, y in points], [x for x, _ in points]))
 
 
 def verdict(data: Record) -> list[str]:
-    """Where another condition's pictures are closer to plain mflux's, and whether processes agree on pictures."""
-    closer: dict[str, list[str]] = {}
-    ours = {(r["guidance"], r["threshold"]): r["psnr"] for r in data["rows"] if r["condition"] == OURS}
-    for r in data["rows"]:
-        psnr = ours.get((r["guidance"], r["threshold"]))
-        if r["condition"] in (PEER, EVEN, FEWER) and psnr and r["psnr"] and r["psnr"] - psnr > 0.05:
-            at = f"guidance {r['guidance']:g}: {r['condition']} is closer to plain mflux than ours at threshold"
-            closer.setdefault(at, []).append(f"{r['threshold']:g} (by {r['psnr'] - psnr:.1f} dB)")
-    lines = [f"{text} {', '.join(at)}" for text, at in closer.items()] or ["No other condition has a better PSNR."]
+    """Where fewer steps are as good, pictures of the default that are not better, and whether processes agree."""
+    worse = []
+    for panel, rows in panels(data):
+        fewer = curve(rows, FEWER)
+        for r in rows:
+            if r["condition"] in (PLAIN, FEWER) or r["psnr"] is None or not fewer:
+                continue
+            if not fewer[0][0] <= r["computed"] <= fewer[-1][0]:
+                continue
+            gap = r["psnr"] - float(np.interp(r["computed"], [x for x, _ in fewer], [y for _, y in fewer]))
+            if gap <= 0:
+                worse.append(f"{panel}, {r['condition']} {_setting(r)} ({gap:.1f} dB)")
+    lines = ["Fewer steps are as close to all steps as: " + ("; ".join(worse) or "nothing") + "."]
+    of = {(p["condition"], p["setting"], p["steps"], p["guidance"], p["turn"]): p for p in data["pictures"]}
+    threshold = min(data["thresholds"])
+    pairs = [(p, of[OURS, "balanced", *key[2:]]) for key, p in of.items() if key[:2] == (PEER, threshold)]
+    good = sum(
+        ours["computed"] <= peer["computed"] and (ours["psnr"] or math.inf) >= (peer["psnr"] or math.inf)
+        for peer, ours in pairs
+    )
+    lines.append(
+        f"The default is at least as close as mlx-teacache at {threshold:g}, with no more computed steps, in {good} of "
+        f"{len(pairs)} pictures."
+    )
     seen: dict[tuple[Any, ...], set[int]] = {}
     for p in data["pictures"]:
-        seen.setdefault((p["condition"], p["threshold"], p["guidance"], p["turn"]), set()).add(p["crc32"])
+        seen.setdefault((p["condition"], p["setting"], p["steps"], p["guidance"], p["turn"]), set()).add(p["crc32"])
     different = [f"Not the same picture in each process: {name}" for name, sums in seen.items() if len(sums) > 1]
     n = len({p["process"] for p in data["pictures"]})
     return lines + (different or [f"No picture differs between processes ({n})."] * (n > 1))
 
 
+def _setting(row: Record) -> str:
+    value = row["setting"]
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def report(data: Record) -> None:
     common.print_header(data)
-    for guidance in data["guidance"]:
-        rows = [r for r in data["rows"] if r["guidance"] == guidance]
-        shape = f"{data['size']} pixels, guidance {guidance:g}, {rows[0]['pictures']} pictures"
-        print(f"\n{data['model'] or 'demo model'}, {shape}\n")
-        lines = [
-            ["threshold", "", "seconds", "to mflux", "quartiles", "1 / bound", "computed", "skipped", "PSNR", "SSIM"]
-        ]
+    for panel, rows in panels(data):
+        print(f"\n{data['model'] or 'demo model'}, {data['size']} pixels, {panel}, {rows[0]['pictures']} pictures\n")
+        lines = [["", "setting", "seconds", "to mflux", "1 / bound", "computed", "PSNR", "worst", "SSIM"]]
         for r in rows:
-            time, known = r["to_mflux"], r["condition"] == PLAIN
-            cells = [f"{r['threshold']:g}" if r["condition"] == OURS else "", r["condition"], f"{r['seconds']:.2f}"]
-            cells += ["", ""] if known else [common.ratio_cell(time), f"{time['low']:.2f} to {time['high']:.2f}"]
-            cells += [f"{1 / r['bound']:.2f}", f"{r['computed']:.1f} of {data['steps']}", f"{r['skipped']:.1f}"]
-            cells += ["identical" if r["psnr"] is None else f"{r['psnr']:.1f} dB", f"{r['ssim']:.4f}"]
-            lines.append(cells)
-        common.print_table(lines, left=2)
+            psnr = ["identical", ""] if r["psnr"] is None else [f"{r['psnr']:.1f} dB", f"{r['worst']:.1f}"]
+            time = "" if r["condition"] == PLAIN else common.ratio_cell(r["to_mflux"])
+            cells = [r["condition"], _setting(r), f"{r['seconds']:.2f}", time, f"{1 / r['bound']:.2f}"]
+            lines.append([*cells, f"{r['computed']:.1f} of {r['steps']}", *psnr, f"{r['ssim']:.4f}"])
+        common.print_table(lines, left=1)
     print("\nSteps, PSNR and SSIM: means, PSNR without identical pictures.")
     print(common.NOISE_NOTE)
     print("\n" + "\n".join(verdict(data)))
-    common.print_claims(claims(data))
+    common.print_claims([*quality_claims(data), *claims(data)])
 
 
 STYLES: dict[str, Record] = {
-    OURS: {"color": "#2f6fb0", "marker": "o", "zorder": 3},
-    PEER: {"color": "#555555", "marker": "o", "markersize": 12, "fillstyle": "none", "linestyle": ":"},
-    EVEN: {"color": "#f08a24", "marker": "s"},
+    OURS: {"color": "#2f6fb0", "marker": "o", "zorder": 4},
+    BUDGET: {"color": "#2f6fb0", "marker": "s", "linestyle": "--", "zorder": 3},
+    PEER: {"color": "#555555", "marker": "o", "fillstyle": "none"},
+    REUSED: {"color": "#f08a24", "marker": "s", "linestyle": "--"},
     FEWER: {"color": "#3a8f4d", "marker": "^"},
 }
 
 
 def plot(data: Record, path: Path) -> None:
-    """Mean PSNR against mean computed steps, a panel for each guidance."""
+    """Mean PSNR and SSIM against mean computed steps, a column for each number of steps and guidance."""
     from matplotlib.figure import Figure
 
-    n = len(data["guidance"])
-    figure = Figure(figsize=(1 + 5.5 * n, 5), dpi=100, layout="constrained")
-    figure.suptitle(f"{data['model'] or 'TinyKlein'}: pictures against plain mflux's with {data['steps']} steps")
-    for axes, guidance in zip(figure.subplots(1, n, squeeze=False, sharey=True)[0], data["guidance"], strict=True):
-        rows = [r for r in data["rows"] if r["guidance"] == guidance and r["skipped"] > 0]
+    columns = panels(data)
+    figure = Figure(figsize=(1 + 3.6 * len(columns), 7), dpi=100, layout="constrained")
+    figure.suptitle(f"{data['model'] or 'TinyKlein'}: pictures against plain mflux's with all steps (higher is closer)")
+    grid = figure.subplots(2, len(columns), squeeze=False, sharex="col", sharey="row")
+    for (top, bottom), (panel, rows) in zip(grid.T, columns, strict=True):
         for condition, style in STYLES.items():
-            points = sorted((r["computed"], r["psnr"]) for r in rows if r["condition"] == condition)
-            axes.plot([x for x, _ in points], [y for _, y in points], label=condition, **style)
-        marks: dict[float, str] = {}
-        for row in (r for r in rows if r["condition"] == OURS):
-            x = next((x for x in marks if abs(x - row["computed"]) < data["steps"] / 20), row["computed"])
-            marks[x] = f"{marks[x]}, {row['threshold']:g}" if x in marks else f"{row['threshold']:g}"
-        axes.secondary_xaxis("top").set_xticks(list(marks), labels=list(marks.values()), fontsize=8)
-        axes.set_title(f"guidance {guidance:g}; at thresholds", fontsize=11)
-        axes.set_xlabel(f"computed steps of {data['steps']}, mean")
-        axes.grid(axis="y", color="#eeeeee")
-    figure.axes[0].set_ylabel("PSNR in dB, mean (higher is closer)")
-    figure.axes[0].legend(frameon=False, loc="upper left")
+            points = sorted(
+                (r["computed"], r["psnr"], r["ssim"]) for r in rows if r["condition"] == condition and r["psnr"]
+            )
+            x = [p[0] for p in points]
+            top.plot(x, [p[1] for p in points], label=condition, **style)
+            bottom.plot(x, [p[2] for p in points], **style)
+        top.set_title(panel, fontsize=11)
+        bottom.set_xlabel("computed steps, mean")
+        for axes in (top, bottom):
+            axes.grid(axis="y", color="#eeeeee")
+            axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].set_ylabel("PSNR in dB, mean")
+    grid[1, 0].set_ylabel("SSIM, mean")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 
 def parse() -> argparse.Namespace:
-    p = common.parser(__doc__, quick="3 prompts, 1 seed, 25 steps, 2 thresholds, guidance 1")
+    p = common.parser(__doc__, quick="3 prompts, 1 seed, 25 steps, 2 thresholds, 2 budgets, guidance 1")
     p.add_argument("--model", metavar="NAME", help="one of mflux's FLUX.1 or FLUX.2 names; mflux fetches its weights")
     p.add_argument("--quantize", type=int, metavar="BITS", help="of the model's weights, as mflux's commands take it")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt in each line (default: the demo's captions)")
@@ -298,7 +404,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--n-seeds", type=int, metavar="N", help="for each prompt (default 2; with --model 1)")
     p.add_argument("--guidance", type=float, nargs="+", help="above 1: two branches (default 1 4; with --model 4)")
     p.add_argument("--thresholds", type=float, nargs="+", help="default 0.17 0.25 0.4")
-    p.add_argument("--steps", type=int, help="of a whole picture (default 50)")
+    p.add_argument("--budgets", type=float, nargs="+", help="default 0.5 0.4 0.3 0.2")
+    p.add_argument("--steps", type=int, nargs="+", help="of a whole picture (default 50 25; with --model 50)")
     p.add_argument("--size", type=int, help="side in pixels, a multiple of 16 (default 128; with --model 512)")
     p.add_argument("--repetitions", type=int, metavar="N", help="processes (default 5; with --model 2)")
     p.add_argument("--plot", type=Path, metavar="FILE", help="write PSNR against computed steps to FILE, a PNG")
@@ -309,8 +416,11 @@ def parse() -> argparse.Namespace:
         del defaults["n_prompts"]
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.guidance, args.thresholds = sorted(set(args.guidance)), sorted(set(args.thresholds))
-    if min(args.n_prompts or 1, args.n_seeds, args.repetitions, args.steps // 3, *args.guidance) < 1:
-        p.error("--steps must be at least 3, and all other numbers but thresholds at least 1")
+    args.budgets, args.steps = sorted(set(args.budgets), reverse=True), sorted(set(args.steps), reverse=True)
+    if min(args.n_prompts or 1, args.n_seeds, args.repetitions, args.steps[-1] // 5, *args.guidance) < 1:
+        p.error("--steps must be at least 5, and all other numbers but thresholds and budgets at least 1")
+    if args.budgets[0] >= 1 or args.budgets[-1] <= 0:
+        p.error("--budgets must be above 0 and below 1")
     if args.thresholds[0] <= 0 or args.thresholds[-1] > 1 or args.size < 16 or args.size % 16:
         p.error("--thresholds must be above 0 and at most 1, --size a multiple of 16")
     if args.source and args.json:
@@ -354,7 +464,7 @@ def main() -> None:
             if args.measure:
                 measure(args)
                 return
-            names = ("model", "quantize", "size", "steps", "guidance", "thresholds", "repetitions")
+            names = ("model", "quantize", "size", "steps", "guidance", "thresholds", "budgets", "repetitions")
             data = common.collect(args, {name: getattr(args, name) for name in names}, *DISTRIBUTIONS)
             data |= {"prompts": args.texts, "pictures": in_processes(args)}
             data["rows"] = table_rows(data)

@@ -68,13 +68,13 @@ def test_provenance(flux: Any) -> None:
     peer = pytest.importorskip("mlx_teacache")
     with peer.apply_teacache(flux) as handle:
         theirs = handle.provenance
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         ours = handle.provenance
     assert ours.source == theirs.source == "builtin"
     assert ours.fit_metric_value == theirs.fit_metric_value
     assert ours.reference_url == theirs.reference_url
     assert ours.default_thresh == theirs.default_thresh == 0.17
-    with tc.apply(flux, coefficients=[0, 0, 0, 1, 0]) as handle:
+    with tc.apply_teacache(flux, coefficients=[0, 0, 0, 1, 0]) as handle:
         assert handle.provenance == tc.Provenance("user")
 
 
@@ -111,7 +111,10 @@ def test_windows_that_are_refused() -> None:
 
 
 def test_the_window_is_the_generations(flux: Any, generate: Generate) -> None:
-    with tc.apply(flux, skip_first_n_steps=2) as handle, pytest.raises(tc.InvalidStepWindowError) as generating:
+    with (
+        tc.apply_teacache(flux, skip_first_n_steps=2) as handle,
+        pytest.raises(tc.InvalidStepWindowError) as generating,
+    ):
         generate(num_inference_steps=3, height=32, width=32)
     with pytest.raises(tc.InvalidStepWindowError) as asking:
         tc.check_step_window(3, skip_first_n_steps=2, nominal_num_inference_steps=3)
@@ -151,7 +154,7 @@ def test_match_variant_is_none_where_apply_refuses(flux: Any) -> None:
 def test_match_variant_is_what_apply_uses(flux: Any) -> None:
     info = tc.match_variant(flux.model_config, type(flux))
     assert info is not None
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         assert (handle.variant_id, handle.rel_l1_thresh) == (info.variant_id, info.default_thresh)
 
 
@@ -182,7 +185,7 @@ def longest_run_of_skips(generation: tc.GenerationStats) -> int:
 @pytest.mark.parametrize("limit", [0, 1, 3, 100])
 def test_max_consecutive_skips(flux: Any, generate: Generate, limit: int) -> None:
     """Coefficients of 0 price every step at 0, so that nothing but the limit and the last step ends a run."""
-    with tc.apply(flux, coefficients=[0] * 5, max_consecutive_skips=limit) as handle:
+    with tc.apply_teacache(flux, coefficients=[0] * 5, max_consecutive_skips=limit) as handle:
         generate(num_inference_steps=20, height=32, width=32)
     assert handle.stats.last_generation is not None
     assert longest_run_of_skips(handle.stats.last_generation) == min(limit, 17)  # not first, seed and last
@@ -192,7 +195,7 @@ def test_max_consecutive_skips(flux: Any, generate: Generate, limit: int) -> Non
 @pytest.mark.parametrize("value", [-1, 1.0, "1", None, True])
 def test_bad_max_consecutive_skips(flux: Any, value: object) -> None:
     with pytest.raises(tc.TeaCacheValueError) as error:
-        tc.apply(flux, max_consecutive_skips=value)  # type: ignore[arg-type]
+        tc.apply_teacache(flux, max_consecutive_skips=value)  # type: ignore[arg-type]
     assert str(error.value) == f"max_consecutive_skips must be a whole number of steps, 0 or more, got {value!r}"
 
 
@@ -206,7 +209,7 @@ def test_counts_are_those_of_finished_generations(flux: Any, generate: Generate)
                 flux.callbacks.in_loop.remove(self)
                 raise RuntimeError("no more")
 
-    with tc.apply(flux, rel_l1_thresh=0.4) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.4) as handle:
         stats = handle.stats
         generate(num_inference_steps=12, height=32, width=32)
         before = (stats.finished, repr(stats), handle.summary())
@@ -221,7 +224,7 @@ def test_counts_are_those_of_finished_generations(flux: Any, generate: Generate)
 
 
 def test_restore_in_a_callback_ends_the_counting(flux: Any, generate: Generate) -> None:
-    handle = tc.apply(flux, rel_l1_thresh=0.4)
+    handle = tc.apply_teacache(flux, rel_l1_thresh=0.4)
     generate(num_inference_steps=8, height=32, width=32)
     table_before, trace_before = handle.summary(), handle.trace
 
@@ -240,7 +243,7 @@ def test_restore_in_a_callback_ends_the_counting(flux: Any, generate: Generate) 
 
 
 def test_counts_are_read_only(flux: Any) -> None:
-    with tc.apply(flux) as handle, pytest.raises(AttributeError):
+    with tc.apply_teacache(flux) as handle, pytest.raises(AttributeError):
         handle.stats.skipped_count = 3  # type: ignore[misc]
 
 
@@ -279,7 +282,7 @@ def test_summary_without_seconds_and_without_steps(flux: Any, generate: Generate
         "skipped      0.0 %\n"
         "bound        1.00x, the most that skipping these steps can give"
     )
-    with tc.apply(flux, rel_l1_thresh=0.3) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.3) as handle:
         nothing = "flux2-klein-base-4b, rel_l1_thresh 0.3\nno generation with a step has finished"
         assert handle.summary() == nothing
         generate(num_inference_steps=5, image_path=photo, image_strength=1.0)
@@ -292,7 +295,7 @@ def test_summary_without_seconds_and_without_steps(flux: Any, generate: Generate
 
 
 def test_seconds_of_a_generation(flux: Any, generate: Generate) -> None:
-    with tc.apply(flux, rel_l1_thresh=0.4) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.4) as handle:
         generate(num_inference_steps=12, height=32, width=32)
     last = handle.stats.last_generation
     assert last is not None
@@ -316,7 +319,7 @@ def test_percentiles(values: list[float], p: int) -> None:
 
 
 def test_trace_of_a_generation(flux: Any, generate: Generate, tmp_path: Path) -> None:
-    with tc.apply(flux, rel_l1_thresh=0.4, skip_first_n_steps=2) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.4, skip_first_n_steps=2) as handle:
         for seed in (1, 2):
             generate(num_inference_steps=15, height=32, width=32, seed=seed)
     trace = handle.trace
@@ -522,11 +525,11 @@ def test_replay_keeps_the_range_only_with_the_coefficients() -> None:
 
 def test_replay_of_a_trace_without_distances(flux: Any, generate: Generate) -> None:
     with pytest.warns(tc.DisabledWarning):
-        handle = tc.apply(flux, rel_l1_thresh=0.0)
+        handle = tc.apply_teacache(flux, rel_l1_thresh=0.0)
     with handle:
         generate(num_inference_steps=5, height=32, width=32)
     assert tc.replay(handle.trace, rel_l1_thresh=0.0) == handle.trace
-    with tc.apply(flux, steps="11111") as planned:
+    with tc.apply_teacache(flux, steps="11111") as planned:
         generate(num_inference_steps=5, height=32, width=32)
     for trace in (handle.trace, planned.trace):
         with pytest.raises(tc.TeaCacheValueError) as error:
@@ -587,9 +590,9 @@ def test_errors_round_trip(kind: type[BaseException]) -> None:
 
 
 def test_an_error_leaves_its_handle_behind(flux: Any) -> None:
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         with pytest.raises(tc.AlreadyPatchedError) as raised:
-            tc.apply(flux)
+            tc.apply_teacache(flux)
         error = raised.value
         assert error.handle is handle
         for again in COPIES:
@@ -607,7 +610,7 @@ def test_warnings_are_user_warnings() -> None:
 
 
 def test_replay_knows_the_limit_on_skips(flux: Any, generate: Generate) -> None:
-    with tc.apply(flux, rel_l1_thresh=0.5, coefficients=(0, 0, 0, 0, 0), max_skips=2) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.5, coefficients=(0, 0, 0, 0, 0), max_skips=2) as handle:
         generate(num_inference_steps=8, height=32, width=32)
     for threshold in (0.5, 1.0):
         (generation,) = tc.replay(handle.trace, rel_l1_thresh=threshold).generations
@@ -621,6 +624,6 @@ def test_replay_knows_the_limit_on_skips(flux: Any, generate: Generate) -> None:
 )
 def test_a_plan_and_a_limit(flux: Any, limit: dict[str, Any]) -> None:
     with pytest.raises(tc.TeaCacheValueError) as error:
-        tc.apply(flux, steps="110", **limit)
+        tc.apply_teacache(flux, steps="110", **limit)
     (name,) = limit
     assert str(error.value) == f"steps plans every step, and {name} cannot count: leave out either"

@@ -175,7 +175,7 @@ def test_every_pipeline(
     assert plain[1].shape[1] == (32 if kind in (Flux1InContextDev, Flux1InContextFill) else 16)
 
     with pytest.warns(tc.DisabledWarning):
-        handle = tc.apply(flux, rel_l1_thresh=0.0)
+        handle = tc.apply_teacache(flux, rel_l1_thresh=0.0)
     with handle:
         ops.reset_counters()
         assert same(generate(flux, **given), plain)
@@ -185,7 +185,7 @@ def test_every_pipeline(
     assert "generate_image" not in vars(flux)
     assert same(generate(flux, **given), plain)
 
-    with tc.apply(flux, **NEVER) as handle:
+    with tc.apply_teacache(flux, **NEVER) as handle:
         ops.reset_counters()
         gated = generate(flux, **given)
         assert ops.counters() == {"reads": 5, "computed": 5, "reused": 0}
@@ -197,12 +197,12 @@ def test_every_pipeline(
 
     with uncompiled():
         plain = generate(flux, **given)
-        with tc.apply(flux, **NEVER):
+        with tc.apply_teacache(flux, **NEVER):
             assert same(generate(flux, **given), plain)
         with oracle(transformer, [k == "skipped" for k in KINDS]):
             expected = generate(flux, **given)
         assert mx.abs(expected[1] - plain[1]).max().item() > 0.1  # a skip changes the picture
-        with tc.apply(flux, **ALWAYS) as handle:
+        with tc.apply_teacache(flux, **ALWAYS) as handle:
             ops.reset_counters()
             assert same(generate(flux, **given), expected)
             branches = 3 if controlnet else 5  # a skipped step with a ControlNet has none: it would compute the samples
@@ -219,18 +219,18 @@ def test_controlnet_samples_land_in_the_blocks_that_mflux_puts_them_in(photo: Pa
     given = dict(num_inference_steps=4, **build.arguments(Flux1Controlnet, photo, mask))
     with uncompiled():
         plain = generate(flux, **given)
-        with tc.apply(flux, **NEVER):
+        with tc.apply_teacache(flux, **NEVER):
             assert same(generate(flux, **given), plain)
         for name in ("controlnet_blocks", "controlnet_single_blocks"):
             getattr(controlnet, name).reverse()
             swapped = generate(flux, **given)
             assert mx.abs(swapped[1] - plain[1]).max().item() > 0.1  # the place matters
-            with tc.apply(flux, **NEVER):
+            with tc.apply_teacache(flux, **NEVER):
                 assert same(generate(flux, **given), swapped)
             getattr(controlnet, name).reverse()
         with oracle(flux.transformer, [False, False, True, False]):
             expected = generate(flux, **given)
-        with tc.apply(flux, **ALWAYS):
+        with tc.apply_teacache(flux, **ALWAYS):
             assert same(generate(flux, **given), expected)
 
 
@@ -240,7 +240,7 @@ def test_controlnet_without_single_blocks_and_without_samples(photo: Path, mask:
     given = dict(num_inference_steps=4, **build.arguments(Flux1Controlnet, photo, mask))
     with uncompiled():
         plain = generate(flux, **given)
-        with tc.apply(flux, **NEVER):
+        with tc.apply_teacache(flux, **NEVER):
             assert same(generate(flux, **given), plain)
 
 
@@ -268,7 +268,7 @@ def test_the_controlnet_of_a_skipped_step_is_not_evaluated(
     ops.reset_counters()
     generate(flux, **given)
     assert ops.counters()["computed"] == 5
-    with tc.apply(flux, **ALWAYS) as handle:
+    with tc.apply_teacache(flux, **ALWAYS) as handle:
         ops.reset_counters()
         generate(flux, **given)
     assert kinds(handle) == KINDS
@@ -286,7 +286,7 @@ def test_kontext_gates_the_tokens_of_the_latents(transformers: Callable[..., Any
             seen.extend([config, latents])
 
     flux.callbacks.register(Sees())
-    with tc.apply(flux, **NEVER) as handle:
+    with tc.apply_teacache(flux, **NEVER) as handle:
         generate(flux, image_path=photo)
     assert handle.stats.last_generation is not None
     measured = [step.rel_l1 for step in handle.stats.last_generation.steps][2:4]
@@ -313,7 +313,7 @@ def test_a_plan(transformers: Callable[..., Any], photo: Path, mask: Path) -> No
     with uncompiled():
         with oracle(flux.transformer, [False, True, False, True, True]):
             expected = generate(flux, **given)
-        with tc.apply(flux, steps="10100") as handle:
+        with tc.apply_teacache(flux, steps="10100") as handle:
             ops.reset_counters()
             assert same(generate(flux, **given), expected)
     assert ops.counters()["computed"] == 2  # by the ControlNet's layer
@@ -342,7 +342,7 @@ def test_same_steps_and_image_as_the_peer(
         with peer:
             theirs = generate(flux, num_inference_steps=20)
             decisions = list(peer.stats.last_generation.decisions)
-        with tc.apply(flux, rel_l1_thresh=threshold) as handle:
+        with tc.apply_teacache(flux, rel_l1_thresh=threshold) as handle:
             ours = generate(flux, num_inference_steps=20)
     generation = handle.stats.last_generation
     assert generation is not None
@@ -368,17 +368,17 @@ def test_image_to_image(flux1: Any, photo: Path) -> None:
     given = dict(num_inference_steps=10, image_path=photo, image_strength=0.4)
     plain = generate(flux1, **given)
     with pytest.warns(tc.DisabledWarning):
-        handle = tc.apply(flux1, rel_l1_thresh=0.0)
+        handle = tc.apply_teacache(flux1, rel_l1_thresh=0.0)
     with handle:
         assert same(generate(flux1, **given), plain)
     assert kinds(handle) == ["computed"] * 6
     with uncompiled():
         with oracle(flux1.transformer, [False, False, True, True, True, False]):
             expected = generate(flux1, **given)
-        with tc.apply(flux1, **ALWAYS) as handle:
+        with tc.apply_teacache(flux1, **ALWAYS) as handle:
             assert same(generate(flux1, **given), expected)
     assert kinds(handle) == ["forced", "computed", "skipped", "skipped", "skipped", "forced"]
-    with tc.apply(flux1) as handle:
+    with tc.apply_teacache(flux1) as handle:
         generate(flux1, num_inference_steps=5, image_path=photo, image_strength=1.0)
     assert (handle.stats.generations, handle.stats.total_steps) == (1, 0)
 
@@ -386,14 +386,14 @@ def test_image_to_image(flux1: Any, photo: Path) -> None:
 def test_generations_on_one_handle_are_independent(flux1: Any) -> None:
     """Other seeds, sizes and step counts in between; equal to those of a fresh handle."""
     runs = [dict(seed=1), dict(seed=2, height=96, num_inference_steps=6), dict(seed=3, guidance=1.5), dict(seed=1)]
-    with tc.apply(flux1, **ALWAYS) as handle:
+    with tc.apply_teacache(flux1, **ALWAYS) as handle:
         together = [generate(flux1, **run) for run in runs]
         assert handle.stats.generations == 4
         assert handle.stats.total_steps == 21
         assert handle.stats.skipped_count == 9
     assert same(together[0], together[3])
     for run, image in zip(runs[1:3], together[1:3], strict=True):
-        with tc.apply(flux1, **ALWAYS):
+        with tc.apply_teacache(flux1, **ALWAYS):
             assert same(generate(flux1, **run), image)
         assert not np.array_equal(image[0][:64], together[0][0])
 
@@ -405,7 +405,7 @@ def test_a_swapped_transformer(flux1: Any, transformers: Callable[..., Any]) -> 
         flux1.transformer = other
         expected = generate(flux1)
         flux1.transformer = own
-        with tc.apply(flux1, **NEVER):
+        with tc.apply_teacache(flux1, **NEVER):
             first = generate(flux1)
             flux1.transformer = other
             second = generate(flux1)
@@ -421,7 +421,7 @@ def test_two_pipelines_share_a_transformer(flux1: Any, photo: Path) -> None:
     kontext = build.pipeline(Flux1Kontext, flux1.transformer)
     with uncompiled():
         plain = generate(flux1), generate(kontext, image_path=photo)
-        with tc.apply(flux1, **NEVER) as one, tc.apply(kontext, **NEVER) as two:
+        with tc.apply_teacache(flux1, **NEVER) as one, tc.apply(kontext, **NEVER) as two:
             for _ in range(2):
                 assert same(generate(flux1), plain[0])
                 assert same(generate(kontext, image_path=photo), plain[1])
@@ -475,7 +475,7 @@ def test_a_failure_in_a_callback(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", tc.DisabledWarning)
-        handle = tc.apply(flux1, **setting)
+        handle = tc.apply_teacache(flux1, **setting)
     with handle:
         expected = generate(flux1)
         flux1.callbacks.register(AtStep(2, fail(error)))
@@ -505,7 +505,7 @@ def test_a_failure_in_the_transformer(flux1: Any, place: str) -> None:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             raise Boom
 
-    with tc.apply(flux1, **ALWAYS) as handle:
+    with tc.apply_teacache(flux1, **ALWAYS) as handle:
         module.__class__ = Failing
         try:
             with pytest.raises(Boom):
@@ -521,7 +521,7 @@ def test_a_failure_in_the_transformer(flux1: Any, place: str) -> None:
 def test_restore_inside_a_callback(flux1: Any) -> None:
     before = snapshot(flux1)
     plain = generate(flux1)
-    handle = tc.apply(flux1, **ALWAYS)
+    handle = tc.apply_teacache(flux1, **ALWAYS)
     action = AtStep(1, handle.restore)
     flux1.callbacks.register(action)
     generate(flux1)
@@ -531,7 +531,7 @@ def test_restore_inside_a_callback(flux1: Any) -> None:
 
 
 def test_a_generation_inside_a_callback(flux1: Any) -> None:
-    with tc.apply(flux1, **ALWAYS) as handle:
+    with tc.apply_teacache(flux1, **ALWAYS) as handle:
         expected, inner = generate(flux1), generate(flux1, seed=2, num_inference_steps=4)
         nested = []
         action = AtStep(2, lambda: nested.append(generate(flux1, seed=2, num_inference_steps=4)))
@@ -547,9 +547,9 @@ def test_a_generation_inside_a_callback(flux1: Any) -> None:
 def test_another_pipeline_inside_a_callback(flux1: Any, photo: Path, gated: bool) -> None:
     """It has the same transformer."""
     kontext = build.pipeline(Flux1Kontext, flux1.transformer)
-    with tc.apply(flux1, **ALWAYS) as handle, contextlib.ExitStack() as stack:
+    with tc.apply_teacache(flux1, **ALWAYS) as handle, contextlib.ExitStack() as stack:
         if gated:
-            stack.enter_context(tc.apply(kontext, **ALWAYS))
+            stack.enter_context(tc.apply_teacache(kontext, **ALWAYS))
         expected, inner = generate(flux1), generate(kontext, image_path=photo)
         nested = []
         action = AtStep(2, lambda: nested.append(generate(kontext, image_path=photo)))
@@ -582,7 +582,7 @@ def snapshot(flux: Any) -> dict[str, Any]:
 
 def test_restore_leaves_everything_as_it_was(flux1: Any) -> None:
     before = snapshot(flux1)
-    handle = tc.apply(flux1, **ALWAYS)
+    handle = tc.apply_teacache(flux1, **ALWAYS)
     generate(flux1)
     between = snapshot(flux1)
     for key in before.keys() - {"attributes", "callbacks"}:
@@ -614,7 +614,7 @@ def test_weights_of_a_gated_pipeline(tmp_path: Path) -> None:
 
     flux.transformer.save_weights(str(tmp_path / "weights.safetensors"))
     with uncompiled():
-        with tc.apply(flux, **NEVER):
+        with tc.apply_teacache(flux, **NEVER):
             assert [k for k, _ in tree_flatten(flux.parameters())] == names
             gated = list(images(flux))
         plain = list(images(build.pipeline(Flux1, build.transformer(config))))
@@ -638,11 +638,11 @@ def test_a_quantised_transformer_with_lora_is_gated(bits: int) -> None:
     flux = build.pipeline(Flux1, transformer)
     with uncompiled():
         plain = generate(flux)
-        with tc.apply(flux, **NEVER):
+        with tc.apply_teacache(flux, **NEVER):
             assert same(generate(flux), plain)
         with oracle(transformer, [k == "skipped" for k in KINDS]):
             expected = generate(flux)
-        with tc.apply(flux, **ALWAYS):
+        with tc.apply_teacache(flux, **ALWAYS):
             assert same(generate(flux), expected)
 
 
@@ -655,7 +655,7 @@ def test_weights_are_freed_with_the_pipeline(setting: dict[str, Any]) -> None:
     before = mx.get_active_memory()
     flux = build.pipeline(Flux1, build.transformer(ModelConfig.dev()))
     weights = mx.get_active_memory() - before
-    with tc.apply(flux, **setting) as handle:
+    with tc.apply_teacache(flux, **setting) as handle:
         generate(flux)
     del flux, handle
     gc.collect()
@@ -669,7 +669,7 @@ def test_memory_saver_frees_the_transformer_before_the_image_is_decoded(setting:
     flux = build.pipeline(Flux1, build.transformer(ModelConfig.dev()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", tc.DisabledWarning)
-        handle = tc.apply(flux, **setting)
+        handle = tc.apply_teacache(flux, **setting)
     flux.callbacks.register(MemorySaver(flux, keep_transformer=False, cache_limit_bytes=None))
     alive = {
         "transformer": weakref.ref(flux.transformer),
@@ -690,12 +690,12 @@ def test_memory_saver_frees_the_transformer_before_the_image_is_decoded(setting:
     assert handle.stats.total_steps == 5
     handle.restore()
     with pytest.raises(tc.IncompatibleModelError, match="this Flux1 has no transformer any more"):
-        tc.apply(flux)
+        tc.apply_teacache(flux)
 
 
 def test_a_generation_leaves_nothing_behind(flux1: Any) -> None:
     """After the first one, which fills caches of compiled kernels."""
-    with tc.apply(flux1, **ALWAYS):
+    with tc.apply_teacache(flux1, **ALWAYS):
         generate(flux1)
         used = []
         for _ in range(3):
@@ -708,7 +708,7 @@ def test_a_generation_leaves_nothing_behind(flux1: Any) -> None:
 
 def test_the_handle_does_not_keep_the_pipeline(transformers: Callable[..., Any]) -> None:
     flux = build.pipeline(Flux1, transformers(ModelConfig.dev()))
-    handle = tc.apply(flux, **ALWAYS)
+    handle = tc.apply_teacache(flux, **ALWAYS)
     generate(flux, num_inference_steps=4)
     pipelines = [flux]
     del flux
@@ -725,7 +725,7 @@ def test_the_concept_pipelines_are_refused(kind: type) -> None:
     nn.Module.__init__(flux)
     flux.model_config = ModelConfig.schnell()
     with pytest.raises(tc.IncompatibleModelError) as error:
-        tc.apply(flux)
+        tc.apply_teacache(flux)
     assert str(error.value) == (
         f"apply cannot gate {kind.__name__}: it returns attention maps beside the image, which a step whose blocks "
         "are skipped does not have"
@@ -735,7 +735,7 @@ def test_the_concept_pipelines_are_refused(kind: type) -> None:
 def test_another_model(flux1: Any) -> None:
     flux1.model_config = ModelConfig.flux2_klein_4b()
     with pytest.raises(tc.IncompatibleModelError) as error:
-        tc.apply(flux1)
+        tc.apply_teacache(flux1)
     assert str(error.value) == (
         f"Flux1 has a model configuration with aliases {ModelConfig.flux2_klein_4b().aliases}, and apply knows dev, "
         "schnell, krea-dev, dev-kontext, dev-fill, dev-redux, dev-depth, dev-controlnet-canny, "
@@ -765,7 +765,7 @@ def test_weights_are_not_kept_in_a_second_dtype() -> None:
                 seen.append(mx.get_active_memory() - self.before)
 
         flux.callbacks.register(Memory())
-        with tc.apply(flux, **NEVER):
+        with tc.apply_teacache(flux, **NEVER):
             generate(flux)
         kept[blocks] = max(seen)
     activation = 16 * 3072 * 4
@@ -779,7 +779,7 @@ def test_a_transformer_that_is_replaced_in_a_callback(flux1: Any) -> None:
     action = AtStep(2, lambda: setattr(flux1, "transformer", replacement))
     flux1.callbacks.register(action)
     try:
-        with tc.apply(flux1, **ALWAYS) as handle:
+        with tc.apply_teacache(flux1, **ALWAYS) as handle:
             with pytest.warns(tc.TeaCacheWarning) as warned:
                 generate(flux1)
             assert handle.stats.generations == 0

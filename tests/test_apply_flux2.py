@@ -31,7 +31,7 @@ MFLUX = tuple(int(part) for part in version("mflux").split(".")[:2])
 
 def off(flux: Any) -> tc.Handle:
     with pytest.warns(tc.DisabledWarning):
-        return tc.apply(flux, rel_l1_thresh=0.0)
+        return tc.apply_teacache(flux, rel_l1_thresh=0.0)
 
 
 # ---- The image stays the same
@@ -103,7 +103,7 @@ def test_computed_steps_are_bit_equal_through_gate_and_branch(
         return np.asarray(flux.generate_image(prompt="blue heart", seed=3, **arguments).image)
 
     plain = image()
-    with tc.apply(flux, rel_l1_thresh=1e-9) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=1e-9) as handle:
         ops.reset_counters()
         assert np.array_equal(image(), plain)
     assert handle.stats.skipped_count == 0
@@ -153,7 +153,7 @@ def test_same_steps_and_image_as_the_peer(
     if strength is not None:
         arguments |= dict(image_path=photo, image_strength=strength)
     theirs, decisions = peer_run(flux, generate, threshold, **arguments)
-    with tc.apply(flux, rel_l1_thresh=threshold) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=threshold) as handle:
         ours = generate(**arguments)
     generation = handle.stats.last_generation
     assert generation is not None
@@ -185,7 +185,7 @@ def test_same_steps_and_image_as_the_peer(
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_one_host_read_a_step(flux: Any, generate: Generate, guidance: float) -> None:
-    with tc.apply(flux, rel_l1_thresh=0.4) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.4) as handle:
         ops.reset_counters()
         generate(guidance=guidance, num_inference_steps=30, height=64, width=64)
     branches = 2 if guidance > 1 else 1
@@ -206,7 +206,7 @@ MEMORY = """
     mx.set_cache_limit(0)
     flux = demo.pipeline()
     if gated:
-        handle = tc.apply(flux, rel_l1_thresh=0.9)
+        handle = tc.apply_teacache(flux, rel_l1_thresh=0.9)
 
     class Reset:
         def call_before_loop(self, **_):
@@ -242,7 +242,7 @@ def test_memory_saver_frees_the_transformer() -> None:
     from mlx_teacache_fast import demo
 
     flux = demo.pipeline()
-    handle = tc.apply(flux, rel_l1_thresh=0.4)
+    handle = tc.apply_teacache(flux, rel_l1_thresh=0.4)
     transformer = weakref.ref(flux.transformer)
     weights = sum(a.nbytes for _, a in tree_flatten(flux.transformer.parameters()))
     seen = []
@@ -278,7 +278,7 @@ FREED = """
     for settings in (dict(rel_l1_thresh=1e-9), dict(rel_l1_thresh=0.5, coefficients=(0,) * 5), dict(steps="110101")):
         for guidance in (1.0, 4.0):
             flux = demo.pipeline()
-            with tc.apply(flux, **settings) as handle:
+            with tc.apply_teacache(flux, **settings) as handle:
                 flux.generate_image(1, "red apple", 6, 64, 64, guidance=guidance)
             del flux, handle
     gc.collect()
@@ -307,7 +307,7 @@ def test_two_generations_in_two_threads() -> None:
 
         def generate(i, results):
             mx.set_default_device(mx.cpu)
-            with tc.apply(pipelines[i], rel_l1_thresh=0.3) as handle:
+            with tc.apply_teacache(pipelines[i], rel_l1_thresh=0.3) as handle:
                 size = dict(num_inference_steps=8, height=64, width=64)
                 image = pipelines[i].generate_image(prompt="red apple", seed=i, **size)
             steps = handle.stats.last_generation.steps
@@ -347,7 +347,7 @@ def test_the_handle_does_not_keep_the_pipeline() -> None:
     from mlx_teacache_fast import demo
 
     flux = demo.pipeline()
-    handle = tc.apply(flux)
+    handle = tc.apply_teacache(flux)
     pipelines = [flux]
     del flux
     assert dies_with_its_last_reference(pipelines)
@@ -373,7 +373,7 @@ def snapshot(flux: Any) -> dict[str, Any]:
 
 def test_restore_leaves_everything_as_it_was(flux: Any, generate: Generate) -> None:
     before = snapshot(flux)
-    handle = tc.apply(flux, rel_l1_thresh=0.3)
+    handle = tc.apply_teacache(flux, rel_l1_thresh=0.3)
     generate(num_inference_steps=5, height=32, width=32, guidance=4.0)
     between = snapshot(flux)
     # gated, only three instance attributes and one callback are there in addition, and the transformer is untouched
@@ -395,7 +395,7 @@ def test_an_own_generate_image_comes_back(flux: Any) -> None:
 
     object.__setattr__(flux, "generate_image", mine)
     try:
-        with tc.apply(flux):
+        with tc.apply_teacache(flux):
             assert flux.generate_image() == "mine"
         assert flux.generate_image is mine
     finally:
@@ -413,7 +413,7 @@ def test_an_exception_in_a_generation(flux: Any, generate: Generate) -> None:
 
     plain = generate(num_inference_steps=8, height=32, width=32)
     fails = Fails()
-    with tc.apply(flux, rel_l1_thresh=1e-9) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=1e-9) as handle:
         flux.callbacks.register(fails)
         with pytest.raises(Boom):
             generate(num_inference_steps=8, height=32, width=32)
@@ -435,7 +435,7 @@ def test_ctrl_c_takes_mfluxs_way(flux: Any, generate: Generate) -> None:
 
     interrupts = Interrupts()
     before = snapshot(flux)
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         flux.callbacks.register(interrupts)
         with pytest.raises(StopImageGenerationException):
             generate(num_inference_steps=6, height=32, width=32)
@@ -446,7 +446,7 @@ def test_ctrl_c_takes_mfluxs_way(flux: Any, generate: Generate) -> None:
 
 def test_an_exception_inside_the_with_block_restores(flux: Any) -> None:
     before = snapshot(flux)
-    with pytest.raises(ZeroDivisionError), tc.apply(flux):
+    with pytest.raises(ZeroDivisionError), tc.apply_teacache(flux):
         raise ZeroDivisionError
     assert snapshot(flux) == before
 
@@ -465,7 +465,7 @@ def test_a_failure_while_tracing_leaves_the_blocks_in_place(flux: Any, generate:
             raise Boom
 
     kind = type(block)
-    with tc.apply(flux):
+    with tc.apply_teacache(flux):
         block.__class__ = Failing
         try:
             with pytest.raises(Boom):
@@ -481,7 +481,7 @@ def test_replaced_callbacks_are_noticed(flux: Any, generate: Generate) -> None:
     from mflux.callbacks.callback_registry import CallbackRegistry
 
     registry = flux.callbacks
-    with tc.apply(flux):
+    with tc.apply_teacache(flux):
         flux.callbacks = CallbackRegistry()
         try:
             with pytest.raises(tc.PatchLostError) as error:
@@ -499,10 +499,10 @@ def test_the_uncompiled_step_of_some_macs(flux: Any, generate: Generate, monkeyp
     from mflux.utils.apple_silicon import AppleSiliconUtil
 
     arguments: dict[str, Any] = dict(num_inference_steps=20, height=64, width=64, guidance=4.0)
-    with tc.apply(flux, rel_l1_thresh=0.4) as compiled:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.4) as compiled:
         generate(**arguments)
     monkeypatch.setattr(AppleSiliconUtil, "is_m1_or_m2", classmethod(lambda cls: True))
-    with tc.apply(flux, rel_l1_thresh=0.4) as eager:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.4) as eager:
         generate(**arguments)
     assert eager.stats.skipped_count == compiled.stats.skipped_count > 0
 
@@ -526,7 +526,7 @@ def test_a_wrapped_predict(flux: Any, generate: Generate) -> None:
 
     object.__setattr__(flux, "_predict", timed)
     try:
-        with tc.apply(flux, rel_l1_thresh=1e-9) as handle:
+        with tc.apply_teacache(flux, rel_l1_thresh=1e-9) as handle:
             assert np.array_equal(generate(**arguments), plain)
         assert handle.stats.last_generation is not None
         assert handle.stats.last_generation.steps[2].rel_l1
@@ -539,7 +539,7 @@ def test_a_wrapped_predict(flux: Any, generate: Generate) -> None:
 def test_a_step_that_does_not_reach_the_blocks(flux: Any, generate: Generate) -> None:
     object.__setattr__(flux, "_predict", lambda transformer: lambda latents, **_: latents)
     try:
-        with tc.apply(flux), pytest.raises(tc.TeaCacheError) as error:
+        with tc.apply_teacache(flux), pytest.raises(tc.TeaCacheError) as error:
             generate(num_inference_steps=6, height=32, width=32)
     finally:
         object.__delattr__(flux, "_predict")
@@ -552,7 +552,7 @@ def test_a_step_that_does_not_reach_the_blocks(flux: Any, generate: Generate) ->
 def test_generate_image_wrapped_after_apply(flux: Any, generate: Generate) -> None:
     arguments: dict[str, Any] = dict(num_inference_steps=4, height=32, width=32)
     plain = generate(**arguments)
-    handle = tc.apply(flux)
+    handle = tc.apply_teacache(flux)
     gated = flux.generate_image
     object.__setattr__(flux, "generate_image", lambda *a, **k: gated(*a, **k))
     try:
@@ -569,7 +569,7 @@ def test_a_generation_inside_a_callback(flux: Any, generate: Generate) -> None:
                 flux.callbacks.in_loop.remove(self)
                 generate(num_inference_steps=4, height=32, width=32)
 
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         flux.callbacks.register(Nested())
         generate(num_inference_steps=8, height=32, width=32)
     assert handle.stats.generations == 2
@@ -590,7 +590,7 @@ def test_an_interruption_while_the_stand_ins_are_put_in(flux: Any, generate: Gen
 
     transformer.__class__ = Interrupted
     try:
-        with tc.apply(flux), pytest.raises(BaseException, match="Stopping image generation"):
+        with tc.apply_teacache(flux), pytest.raises(BaseException, match="Stopping image generation"):
             generate(num_inference_steps=4, height=32, width=32)
     finally:
         transformer.__class__ = kind
@@ -599,12 +599,12 @@ def test_an_interruption_while_the_stand_ins_are_put_in(flux: Any, generate: Gen
 
 def test_the_signature_stays(flux: Any) -> None:
     before = inspect.signature(flux.generate_image)
-    with tc.apply(flux):
+    with tc.apply_teacache(flux):
         assert inspect.signature(flux.generate_image) == before
 
 
 def test_a_restored_handle(flux: Any) -> None:
-    handle = tc.apply(flux)
+    handle = tc.apply_teacache(flux)
     handle.restore()
     with pytest.raises(tc.TeaCacheError, match="gates nothing any more: call apply") as error, handle:
         pass
@@ -612,7 +612,7 @@ def test_a_restored_handle(flux: Any) -> None:
 
 
 def test_settings_are_fixed(flux: Any) -> None:
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         with pytest.raises(AttributeError, match=r"rel_l1_thresh is fixed by apply\(\): call restore"):
             handle.rel_l1_thresh = 0.5
         assert handle.rel_l1_thresh == 0.17
@@ -622,7 +622,7 @@ def test_settings_are_fixed(flux: Any) -> None:
 
 
 def test_stats(flux: Any, generate: Generate) -> None:
-    with tc.apply(flux, rel_l1_thresh=0.3) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.3) as handle:
         assert (handle.variant_id, handle.rel_l1_thresh) == ("flux2-klein-base-4b", 0.3)
         assert handle.coefficients == tc.VARIANTS["flux2-klein-base-4b"].coefficients
         assert handle.stats.last_generation is None
@@ -645,17 +645,17 @@ def test_stats(flux: Any, generate: Generate) -> None:
 
 
 def test_defaults_are_the_variants(flux: Any) -> None:
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         assert handle.rel_l1_thresh == 0.17
         assert handle.calibrated_range == (0.028261402621865273, 0.21984468400478363)
-    with tc.apply(flux, coefficients=[0, 0, 0, 1, 0]) as handle:
+    with tc.apply_teacache(flux, coefficients=[0, 0, 0, 1, 0]) as handle:
         assert handle.rel_l1_thresh == 0.20
         assert handle.coefficients == (0, 0, 0, 1, 0)
         assert handle.calibrated_range is None
 
 
 def test_forced_steps(flux: Any, generate: Generate) -> None:
-    with tc.apply(flux, rel_l1_thresh=1.0, skip_first_n_steps=3, skip_last_n_steps=4) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=1.0, skip_first_n_steps=3, skip_last_n_steps=4) as handle:
         generate(num_inference_steps=20, height=32, width=32)
     assert handle.stats.last_generation is not None
     kinds = [step.kind for step in handle.stats.last_generation.steps]
@@ -665,7 +665,7 @@ def test_forced_steps(flux: Any, generate: Generate) -> None:
 
 
 def test_no_active_step_is_a_generation_too(flux: Any, generate: Generate, photo: Path) -> None:
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         generate(num_inference_steps=5, image_path=photo, image_strength=1.0)
     assert handle.stats.generations == 1
     assert handle.stats.total_steps == 0
@@ -677,7 +677,7 @@ def test_no_active_step_is_a_generation_too(flux: Any, generate: Generate, photo
 @pytest.mark.parametrize("value", [float("nan"), -0.1, 1.01, float("inf"), 10**400, True, "0.2", [0.2], 1j])
 def test_bad_thresholds(flux: Any, value: object) -> None:
     with pytest.raises(tc.TeaCacheValueError) as error:
-        tc.apply(flux, rel_l1_thresh=value)  # type: ignore[arg-type]
+        tc.apply_teacache(flux, rel_l1_thresh=value)  # type: ignore[arg-type]
     assert str(error.value) == f"rel_l1_thresh must be a number from 0.0 to 1.0, got {value!r}"
     assert isinstance(error.value, ValueError)
 
@@ -698,7 +698,7 @@ def test_bad_thresholds(flux: Any, value: object) -> None:
 )
 def test_bad_coefficients(flux: Any, value: object) -> None:
     with pytest.raises(tc.TeaCacheValueError) as error:
-        tc.apply(flux, coefficients=value)  # type: ignore[arg-type]
+        tc.apply_teacache(flux, coefficients=value)  # type: ignore[arg-type]
     assert str(error.value) == (
         f"coefficients must be five finite numbers of float32's range, fourth degree first, got {value!r}"
     )
@@ -708,7 +708,7 @@ def test_bad_coefficients(flux: Any, value: object) -> None:
 @pytest.mark.parametrize("value", [-1, 1.0, "1", None, True])
 def test_bad_windows(flux: Any, name: str, value: object) -> None:
     with pytest.raises(tc.TeaCacheValueError) as error:
-        tc.apply(flux, **{name: value})  # type: ignore[arg-type]
+        tc.apply_teacache(flux, **{name: value})  # type: ignore[arg-type]
     assert str(error.value) == f"{name} must be a whole number of steps, 0 or more, got {value!r}"
 
 
@@ -719,7 +719,7 @@ def test_a_window_as_long_as_the_schedule(
     flux: Any, generate: Generate, photo: Path, steps: int, strength: float | None, active: int
 ) -> None:
     before = snapshot(flux)
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         with pytest.raises(tc.InvalidStepWindowError) as error:
             generate(num_inference_steps=steps, image_path=photo if strength else None, image_strength=strength)
         assert handle.stats.generations == 0
@@ -731,7 +731,7 @@ def test_a_window_as_long_as_the_schedule(
 
 
 def test_a_schedule_in_which_nothing_can_be_skipped_warns_once(flux: Any, generate: Generate) -> None:
-    with tc.apply(flux):
+    with tc.apply_teacache(flux):
         with pytest.warns(tc.NoBenefitWarning, match="leave one eligible step of active_num_steps=3") as warned:
             flux.generate_image(prompt="sun", seed=1, num_inference_steps=3, height=32, width=32)
         assert warned[-1].filename == __file__  # not a line of mflux
@@ -741,20 +741,20 @@ def test_a_schedule_in_which_nothing_can_be_skipped_warns_once(flux: Any, genera
 
 
 def test_a_second_apply(flux: Any) -> None:
-    with tc.apply(flux, rel_l1_thresh=0.3):
+    with tc.apply_teacache(flux, rel_l1_thresh=0.3):
         before = snapshot(flux)
         with pytest.raises(tc.AlreadyPatchedError) as error:
-            tc.apply(flux)
+            tc.apply_teacache(flux)
         assert str(error.value) == (
             "this TinyKlein is gated already (<Handle flux2-klein-base-4b rel_l1_thresh=0.3 live>): "
             "call restore() on that handle first (this error has it as its attribute `handle`)"
         )
         assert snapshot(flux) == before
-    tc.apply(flux)  # its handle is lost
+    tc.apply_teacache(flux)  # its handle is lost
     with pytest.raises(tc.AlreadyPatchedError) as error:
-        tc.apply(flux)
+        tc.apply_teacache(flux)
     error.value.handle.restore()
-    tc.apply(flux).restore()
+    tc.apply_teacache(flux).restore()
 
 
 PIPELINES = (
@@ -766,7 +766,7 @@ PIPELINES = (
 @pytest.mark.parametrize("value", [None, 3, "flux", object()])
 def test_something_else_than_a_pipeline(value: object) -> None:
     with pytest.raises(tc.IncompatibleModelError) as error:
-        tc.apply(value)
+        tc.apply_teacache(value)
     assert str(error.value) == f"apply gates mflux's {PIPELINES}, got {type(value).__name__}"
 
 
@@ -777,14 +777,14 @@ def test_another_pipeline_class() -> None:
     qwen = QwenImage.__new__(QwenImage)
     nn.Module.__init__(qwen)
     with pytest.raises(tc.IncompatibleModelError) as error:
-        tc.apply(qwen)
+        tc.apply_teacache(qwen)
     assert str(error.value) == f"apply gates mflux's {PIPELINES}, got QwenImage"
 
 
 def test_another_model(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flux, "model_config", ModelConfig.dev())
     with pytest.raises(tc.IncompatibleModelError) as error:
-        tc.apply(flux)
+        tc.apply_teacache(flux)
     assert str(error.value) == (
         "TinyKlein has a model configuration with aliases ['dev'], and apply knows "
         "flux2-klein-4b, flux2-klein-9b, flux2-klein-9b-kv, flux2-klein-base-4b, flux2-klein-base-9b"
@@ -795,7 +795,7 @@ def test_another_model(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_distilled_variants_warn(flux: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(flux, "model_config", getattr(ModelConfig, name)())
     with pytest.warns(tc.NoBenefitWarning) as warned:
-        tc.apply(flux).restore()
+        tc.apply_teacache(flux).restore()
     assert str(warned[0].message) == (
         f"{name.replace('_', '-')} is distilled to a few steps that differ too much for any to be skipped: "
         "expect no speedup"
@@ -807,10 +807,10 @@ def test_a_finetune_warns(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig.from_name("somebody/finetune", base_model="flux2-klein-base-4b")
     monkeypatch.setattr(flux, "model_config", config)
     with pytest.warns(tc.UncalibratedWarning) as warned:
-        tc.apply(flux).restore()
+        tc.apply_teacache(flux).restore()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tc.apply(flux, coefficients=[0, 0, 0, 1, 0]).restore()
+        tc.apply_teacache(flux, coefficients=[0, 0, 0, 1, 0]).restore()
     assert str(warned[0].message) == (
         "somebody/finetune is used with the coefficients of flux2-klein-base-4b, fitted on "
         "black-forest-labs/FLUX.2-klein-base-4B: they may not fit it, compare a few pictures with ungated ones"
@@ -822,7 +822,7 @@ def test_a_pipeline_without_its_transformer(flux: Any) -> None:
     flux.transformer = None
     try:
         with pytest.raises(tc.IncompatibleModelError) as error:
-            tc.apply(flux)
+            tc.apply_teacache(flux)
     finally:
         flux.transformer = transformer
     assert str(error.value) == (
@@ -833,7 +833,7 @@ def test_a_pipeline_without_its_transformer(flux: Any) -> None:
 
 def test_base_9b_is_known(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flux, "model_config", ModelConfig.flux2_klein_base_9b())
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         assert handle.variant_id == "flux2-klein-base-9b"
 
 
@@ -844,11 +844,11 @@ def test_a_newer_mflux_warns_once(monkeypatch: pytest.MonkeyPatch, flux: Any) ->
     patch.warn_if_untested.cache_clear()
     try:
         with pytest.warns(tc.UntestedVersionWarning, match=r"mflux 0\.25\.0 is newer than 0\.24\.0") as warned:
-            tc.apply(flux).restore()
+            tc.apply_teacache(flux).restore()
         assert warned[0].filename == __file__
         with warnings.catch_warnings():
             warnings.simplefilter("error", tc.UntestedVersionWarning)
-            tc.apply(flux).restore()
+            tc.apply_teacache(flux).restore()
     finally:
         patch.warn_if_untested.cache_clear()
 
@@ -891,10 +891,10 @@ def test_quantised_and_with_lora(change: int | str) -> None:
     plain, flux = changed(demo.pipeline()), demo.pipeline()
     before, expected = image(flux), image(plain)
     assert not np.array_equal(before, expected)
-    with tc.apply(flux, rel_l1_thresh=1e-9):
+    with tc.apply_teacache(flux, rel_l1_thresh=1e-9):
         assert np.array_equal(image(flux), before)
         assert np.array_equal(image(changed(flux)), expected)
-    with tc.apply(flux, steps="110101"), tc.apply(plain, steps="110101"):
+    with tc.apply_teacache(flux, steps="110101"), tc.apply(plain, steps="110101"):
         assert np.array_equal(image(flux), image(plain))
 
 
@@ -918,7 +918,7 @@ def test_weights_that_are_not_evaluated_yet(settings: dict[str, Any], tmp_path: 
 
     flux.transformer.load_weights(file)
     flux.callbacks.register(Overwriting())
-    with tc.apply(flux, **settings):
+    with tc.apply_teacache(flux, **settings):
         read = image()
     flux.callbacks.in_loop.pop()
     plain = image()
@@ -928,7 +928,7 @@ def test_weights_that_are_not_evaluated_yet(settings: dict[str, Any], tmp_path: 
     state = [mx.array(a) for a in mx.random.state]
     nn.quantize(flux.transformer, group_size=64, bits=8)
     flux.transformer.proj_out = LoRALinear.from_linear(flux.transformer.proj_out, r=4)  # random, and lazy
-    with tc.apply(flux, **settings):
+    with tc.apply_teacache(flux, **settings):
         image()
     mx.eval(flux.parameters(), state, mx.random.normal((2,)))
     assert not np.array_equal(image(), plain)
@@ -950,9 +950,9 @@ def test_compute_precision(dtype: mx.Dtype) -> None:
     plain = image()
     with off(flux):
         assert np.array_equal(image(), plain)
-    with tc.apply(flux, rel_l1_thresh=1e-9):
+    with tc.apply_teacache(flux, rel_l1_thresh=1e-9):
         assert np.array_equal(image(), plain)
-    with tc.apply(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
         assert not np.array_equal(image(), plain)
     assert "skipped" in kinds(handle)
 
@@ -967,7 +967,7 @@ def test_save_model_of_a_gated_pipeline(flux: Any, generate: Generate, tmp_path:
 
     try:
         plain = saved("plain")
-        with tc.apply(flux, rel_l1_thresh=0.5):
+        with tc.apply_teacache(flux, rel_l1_thresh=0.5):
             generate(num_inference_steps=8, height=32, width=32)
             assert saved("gated") == plain
         assert "transformer/0.safetensors" in plain
@@ -984,16 +984,16 @@ def test_a_plan(flux: Any, generate: Generate, guidance: float) -> None:
     arguments: dict[str, Any] = dict(num_inference_steps=8, guidance=guidance, height=64, width=64)
     plain = generate(**arguments)
     with pytest.warns(tc.DisabledWarning):
-        handle = tc.apply(flux, steps="11111111")
+        handle = tc.apply_teacache(flux, steps="11111111")
     with handle:
         ops.reset_counters()
         assert np.array_equal(generate(**arguments), plain)
     assert kinds(handle) == ["computed"] * 8
-    with tc.apply(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as gated:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as gated:
         expected = generate(**arguments)
     assert kinds(gated) == ["forced", "computed", *["skipped"] * 5, "forced"]
     ops.reset_counters()
-    with tc.apply(flux, steps=[1, 1, 0, 0, 0, 0, 0, 1]) as handle:
+    with tc.apply_teacache(flux, steps=[1, 1, 0, 0, 0, 0, 0, 1]) as handle:
         assert np.array_equal(generate(**arguments), expected)
     assert kinds(handle) == ["computed", "computed", *["skipped"] * 5, "computed"]
     assert ops.counters() == {"reads": 0, "computed": 0, "reused": 0}
@@ -1009,7 +1009,7 @@ def kinds(handle: tc.Handle) -> list[str]:
 
 
 def test_a_plan_of_another_length(flux: Any, generate: Generate, photo: Path) -> None:
-    with tc.apply(flux, steps="110"):
+    with tc.apply_teacache(flux, steps="110"):
         with pytest.raises(tc.InvalidStepWindowError) as error:
             generate(num_inference_steps=4, height=32, width=32)
         assert str(error.value) == (
@@ -1022,25 +1022,27 @@ def test_a_plan_of_another_length(flux: Any, generate: Generate, photo: Path) ->
 @pytest.mark.parametrize("value", ["", "12", "1x", [], [2, 1], [1, 0.5], 5, "1 0", [None]])
 def test_bad_plans(flux: Any, value: Any) -> None:
     with pytest.raises(tc.TeaCacheValueError) as error:
-        tc.apply(flux, steps=value)
+        tc.apply_teacache(flux, steps=value)
     assert str(error.value) == f'steps must be a 1 or 0 for each active step, such as "1101", got {value!r}'
 
 
 def test_a_plan_that_begins_with_a_skip(flux: Any) -> None:
     with pytest.raises(tc.TeaCacheValueError) as error:
-        tc.apply(flux, steps="011")
+        tc.apply_teacache(flux, steps="011")
     assert str(error.value) == "steps must begin with a computed step (1), got '011': there is nothing to reuse"
 
 
 @pytest.mark.filterwarnings("ignore::mlx_teacache_fast.DisabledWarning")
 def test_at_most_so_many_skips(flux: Any, generate: Generate) -> None:
     for limit in (0, 1, 3):
-        with tc.apply(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP, max_skips=limit) as handle:
+        with tc.apply_teacache(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP, max_skips=limit) as handle:
             for _ in range(2):  # in each generation
                 generate(num_inference_steps=8, height=32, width=32)
                 assert kinds(handle).count("skipped") == limit
     for limit in (0, 2):
-        with tc.apply(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP, max_consecutive_skips=limit) as handle:
+        with tc.apply_teacache(
+            flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP, max_consecutive_skips=limit
+        ) as handle:
             generate(num_inference_steps=10, height=32, width=32)
         skips = "".join("s" if kind == "skipped" else "c" for kind in kinds(handle))
         assert skips == {0: "cccccccccc", 2: "ccsscsscsc"}[limit]
@@ -1057,7 +1059,7 @@ def test_at_most_so_many_skips(flux: Any, generate: Generate) -> None:
 )
 def test_settings_that_skip_nothing(flux: Any, settings: dict[str, Any], reason: str) -> None:
     with pytest.warns(tc.DisabledWarning) as warned:
-        tc.apply(flux, **settings).restore()
+        tc.apply_teacache(flux, **settings).restore()
     assert [str(w.message) for w in warned] == [f"{reason}: every step computes"]
 
 
@@ -1065,15 +1067,15 @@ def test_settings_that_skip_nothing(flux: Any, settings: dict[str, Any], reason:
 @pytest.mark.parametrize("value", [-1, 1.0, "1", True])
 def test_bad_limits(flux: Any, name: str, value: Any) -> None:
     with pytest.raises(tc.TeaCacheValueError) as error:
-        tc.apply(flux, **{name: value})
+        tc.apply_teacache(flux, **{name: value})
     assert str(error.value) == f"{name} must be a whole number of steps, 0 or more, got {value!r}"
 
 
 def test_another_pipelines_coefficients_are_said_to_be_that(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         assert handle.calibrated
     monkeypatch.setattr(flux, "model_config", ModelConfig.flux2_klein_9b_kv())
-    with pytest.warns(tc.UncalibratedWarning) as warned, tc.apply(flux) as handle:
+    with pytest.warns(tc.UncalibratedWarning) as warned, tc.apply_teacache(flux) as handle:
         assert not handle.calibrated
     assert str(warned[-1].message) == (
         "TinyKlein with black-forest-labs/FLUX.2-klein-9b-kv is used with the coefficients of flux2-klein-9b, "
@@ -1087,7 +1089,7 @@ def test_gradient_checkpointing(flux: Any, generate: Generate) -> None:
     plain = generate(**arguments)
     flux.transformer.gradient_checkpointing = True
     try:
-        with tc.apply(flux, rel_l1_thresh=1e-9):
+        with tc.apply_teacache(flux, rel_l1_thresh=1e-9):
             assert np.array_equal(generate(**arguments), plain)
         assert flux.transformer.gradient_checkpointing is True
     finally:
@@ -1100,7 +1102,7 @@ def test_the_classes_generate_image_is_mfluxs(flux: Any, generate: Generate) -> 
         prompt="red apple", seed=1, height=32, width=32, guidance=1.0, num_inference_steps=6
     )
     plain = generate(**arguments)
-    with tc.apply(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
         for _ in range(2):
             assert np.array_equal(np.asarray(type(flux).generate_image(flux, **arguments).image), plain)
         assert handle.stats.generations == 0
@@ -1113,6 +1115,6 @@ def test_another_pipeline_with_the_same_callbacks(flux: Any, generate: Generate)
 
     other = demo.pipeline()
     other.callbacks = flux.callbacks
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         other.generate_image(prompt="owl", seed=1, height=32, width=32, num_inference_steps=1)  # one step: not ours
         assert handle.stats.generations == 0

@@ -68,9 +68,9 @@ def test_computed_steps_are_bit_equal(
 ) -> None:
     arguments: dict[str, Any] = dict(guidance=guidance, image_paths=[photo] * references)
     plain = image(edit, **arguments)
-    with pytest.warns(tc.TeaCacheWarning), tc.apply(edit, rel_l1_thresh=0.0):
+    with pytest.warns(tc.TeaCacheWarning), tc.apply_teacache(edit, rel_l1_thresh=0.0):
         assert np.array_equal(image(edit, **arguments), plain)
-    with tc.apply(edit, rel_l1_thresh=1e-9, coefficients=(0, 0, 0, 1, 0)) as handle:
+    with tc.apply_teacache(edit, rel_l1_thresh=1e-9, coefficients=(0, 0, 0, 1, 0)) as handle:
         ops.reset_counters()
         assert np.array_equal(image(edit, **arguments), plain)
     assert kinds(handle) == ["forced", "computed", "computed", "computed", "computed", "forced"]
@@ -82,7 +82,7 @@ def test_bfloat16(image: Callable[..., np.ndarray]) -> None:
     edit = edit_pipeline(mx.bfloat16)
     plain = image(edit, height=32, width=32, num_inference_steps=4)
     for threshold in (0.0, 1e-9):
-        with warnings.catch_warnings(action="ignore"), tc.apply(edit, rel_l1_thresh=threshold):
+        with warnings.catch_warnings(action="ignore"), tc.apply_teacache(edit, rel_l1_thresh=threshold):
             assert np.array_equal(image(edit, height=32, width=32, num_inference_steps=4), plain)
 
 
@@ -90,7 +90,7 @@ def test_bfloat16(image: Callable[..., np.ndarray]) -> None:
 def test_skipped_steps(edit: TinyEdit, image: Callable[..., np.ndarray], guidance: float) -> None:
     """Reuse of the latents' tokens only: the references' are computed with the body or not at all."""
     plain = image(edit, guidance=guidance)
-    with tc.apply(edit, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
+    with tc.apply_teacache(edit, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
         gated = image(edit, guidance=guidance)
     assert kinds(handle) == ["forced", "computed", "skipped", "skipped", "skipped", "forced"]
     assert not np.array_equal(gated, plain)
@@ -104,14 +104,14 @@ def test_key_value_cache(
     """Step 0 sees the references and fills the cache; the others see the latents alone. mflux runs both eagerly."""
     monkeypatch.setattr(edit, "model_config", ModelConfig.flux2_klein_9b_kv())
     plain = image(edit, guidance=guidance)
-    with pytest.warns(tc.TeaCacheWarning), tc.apply(edit, rel_l1_thresh=0.0):
+    with pytest.warns(tc.TeaCacheWarning), tc.apply_teacache(edit, rel_l1_thresh=0.0):
         assert np.array_equal(image(edit, guidance=guidance), plain)
-    with tc.apply(edit, rel_l1_thresh=1e-9, coefficients=(0, 0, 0, 1, 0)) as handle:
+    with tc.apply_teacache(edit, rel_l1_thresh=1e-9, coefficients=(0, 0, 0, 1, 0)) as handle:
         computed = image(edit, guidance=guidance)
     assert kinds(handle) == ["forced", "computed", "computed", "computed", "computed", "forced"]
     # mflux's step is not compiled here, the body is: fused kernels round exp and tanh otherwise.
     assert np.abs(computed.astype(int) - plain.astype(int)).max() <= 1
-    with tc.apply(edit, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
+    with tc.apply_teacache(edit, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
         ops.reset_counters()
         image(edit, guidance=guidance)
     assert kinds(handle) == ["forced", "computed", "skipped", "skipped", "skipped", "forced"]
@@ -131,7 +131,7 @@ def test_several_generations_with_a_cache_of_their_own(
     monkeypatch.setattr(edit, "model_config", ModelConfig.flux2_klein_9b_kv())
     plain = [image(edit, image_paths=[path]) for path in (photo, other)]
     assert not np.array_equal(*plain)
-    with tc.apply(edit, rel_l1_thresh=1e-9, coefficients=(0, 0, 0, 1, 0)):
+    with tc.apply_teacache(edit, rel_l1_thresh=1e-9, coefficients=(0, 0, 0, 1, 0)):
         for path, expected in zip((photo, other), plain, strict=True):
             assert np.abs(image(edit, image_paths=[path]).astype(int) - expected.astype(int)).max() <= 1
 
@@ -139,11 +139,11 @@ def test_several_generations_with_a_cache_of_their_own(
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_a_plan(edit: TinyEdit, image: Callable[..., np.ndarray], guidance: float) -> None:
     plain = image(edit, guidance=guidance)
-    with tc.apply(edit, steps="111111"):
+    with tc.apply_teacache(edit, steps="111111"):
         assert np.array_equal(image(edit, guidance=guidance), plain)
-    with tc.apply(edit, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP):
+    with tc.apply_teacache(edit, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP):
         gated = image(edit, guidance=guidance)
-    with tc.apply(edit, steps="110001") as handle:
+    with tc.apply_teacache(edit, steps="110001") as handle:
         assert np.array_equal(image(edit, guidance=guidance), gated)
     assert kinds(handle) == ["computed", "computed", "skipped", "skipped", "skipped", "computed"]
 
@@ -152,11 +152,11 @@ def test_a_plan_and_a_key_value_cache(
     edit: TinyEdit, image: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(edit, "model_config", ModelConfig.flux2_klein_9b_kv())
-    with tc.apply(edit, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP):
+    with tc.apply_teacache(edit, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP):
         gated = image(edit)
-    with tc.apply(edit, steps="110001"):
+    with tc.apply_teacache(edit, steps="110001"):
         assert np.abs(image(edit).astype(int) - gated.astype(int)).max() <= 1
-    with tc.apply(edit, steps="100001"), pytest.raises(tc.TeaCacheValueError) as error:
+    with tc.apply_teacache(edit, steps="100001"), pytest.raises(tc.TeaCacheValueError) as error:
         image(edit)
     assert str(error.value) == (
         "steps must compute step 1 too where reference images have a key-value cache: step 0 makes it"

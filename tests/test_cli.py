@@ -20,9 +20,9 @@ pytest.importorskip("mflux", reason="the demo needs mflux")
 from PIL import Image
 
 import mlx_teacache_fast
-from mlx_teacache_fast import cli, cli_demo, demo, ops
+from mlx_teacache_fast import cli, cli_demo, demo, files, ops
 from mlx_teacache_fast.demo import compare as compare_module
-from mlx_teacache_fast.demo import output, report
+from mlx_teacache_fast.demo import report
 
 COMMAND = [sys.executable, "-m", "mlx_teacache_fast"]
 
@@ -236,7 +236,7 @@ def test_full_disk(tmp_path, monkeypatch):
         assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(output.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     result = run("demo", "sun", "--steps", 3, "--size", 32, "--guidance", 1, "--output", tmp_path)
     assert result.code == 1
     message = f"cannot write {tmp_path}/images.png: No space left on device; nothing was left half-written"

@@ -20,9 +20,9 @@ from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from PIL import Image
 
 import mlx_teacache_fast
-from mlx_teacache_fast import demo
+from mlx_teacache_fast import demo, files
 from mlx_teacache_fast.demo import compare as compare_module
-from mlx_teacache_fast.demo import output, report
+from mlx_teacache_fast.demo import report
 from mlx_teacache_fast.demo._extra import demo_extra
 from mlx_teacache_fast.demo.compare import Comparison, Settings, Summary, check_prompts, compare
 from mlx_teacache_fast.stats import GenerationStats, StepRecord
@@ -372,7 +372,7 @@ def test_plot_without_measurements():
 
 def test_prepare_folder_makes_it_and_leaves_it_empty(tmp_path):
     folder = tmp_path / "a" / "b"
-    assert output.prepare_folder(folder, ["x.png", "y.png"], force=False) == [folder / "x.png", folder / "y.png"]
+    assert files.prepare_folder(folder, ["x.png", "y.png"], force=False) == [folder / "x.png", folder / "y.png"]
     assert list(folder.iterdir()) == []
 
 
@@ -389,9 +389,9 @@ def test_prepare_folder_refuses(tmp_path):
     ]
     for folder, name, message in cases:
         with pytest.raises(mlx_teacache_fast.TeaCacheError) as error:
-            output.prepare_folder(folder, [name], force=False)
+            files.prepare_folder(folder, [name], force=False)
         assert str(error.value) == message
-    assert output.prepare_folder(tmp_path, ["x.png"], force=True) == [tmp_path / "x.png"]
+    assert files.prepare_folder(tmp_path, ["x.png"], force=True) == [tmp_path / "x.png"]
     assert (tmp_path / "x.png").read_bytes() == b"mine"
 
 
@@ -400,21 +400,21 @@ def test_prepare_folder_without_permission(tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(output.OutputError) as error:
-        output.prepare_folder(tmp_path, ["x.png"], force=False)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(files.OutputError) as error:
+        files.prepare_folder(tmp_path, ["x.png"], force=False)
     assert str(error.value) == f"cannot write to the folder {tmp_path}: Permission denied"
 
 
 def test_write_file(tmp_path):
     path = tmp_path / "x.png"
-    output.write_file(path, b"one", force=False)
+    files.write_file(path, b"one", force=False)
     assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()  # not mkstemp's 0600
     with pytest.raises(mlx_teacache_fast.TeaCacheValueError) as error:
-        output.write_file(path, b"two", force=False)
+        files.write_file(path, b"two", force=False)
     assert str(error.value) == f"{path} exists; --force overwrites it"
     assert path.read_bytes() == b"one"
-    output.write_file(path, b"three", force=True)
+    files.write_file(path, b"three", force=True)
     assert path.read_bytes() == b"three"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -431,8 +431,8 @@ def test_a_write_that_stops_midway_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(output.OutputError) as error:
-            output.write_file(path, b"x" * 5000, force=False)
+        with pytest.raises(files.OutputError) as error:
+            files.write_file(path, b"x" * 5000, force=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(error.value) == f"cannot write {path}: File too large; nothing was left half-written"
@@ -449,9 +449,9 @@ def test_a_full_disk_or_an_interrupt_keeps_the_old_file(tmp_path, monkeypatch, f
         seen.extend(sorted(p.stat().st_size for p in tmp_path.iterdir()))
         raise failure
 
-    monkeypatch.setattr(output.os, "fsync", fail)
-    with pytest.raises((output.OutputError, KeyboardInterrupt)) as error:
-        output.write_file(path, b"x" * 5000, force=True)
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises((files.OutputError, KeyboardInterrupt)) as error:
+        files.write_file(path, b"x" * 5000, force=True)
     if isinstance(failure, OSError):
         message = f"cannot write {path}: No space left on device; nothing was left half-written"
         assert str(error.value) == message

@@ -339,7 +339,7 @@ def image(flux: Any, **kwargs: Any) -> np.ndarray:
 def test_computed_steps_are_bit_equal(threshold: float, dtype: mx.Dtype, guidance: float) -> None:
     flux = pipeline(dtype)
     plain = image(flux, guidance=guidance)
-    with tc.apply(flux, rel_l1_thresh=threshold) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=threshold) as handle:
         assert np.array_equal(image(flux, guidance=guidance), plain)
     assert handle.stats.skipped_count == 0
     assert np.array_equal(image(flux, guidance=guidance), plain)
@@ -351,7 +351,7 @@ def test_a_gated_generation_is_the_cpus(guidance: float) -> None:
     results = {}
     for device in (GPU, CPU):
         mx.set_default_device(device)
-        with tc.apply(flux, rel_l1_thresh=0.3) as handle:
+        with tc.apply_teacache(flux, rel_l1_thresh=0.3) as handle:
             ops.reset_counters()
             pixels = image(flux, guidance=guidance, num_inference_steps=25)
             reads = ops.counters()["reads"]
@@ -370,7 +370,7 @@ def test_the_uncompiled_step_of_some_macs(monkeypatch: pytest.MonkeyPatch) -> No
     for eager in (False, True):
         monkeypatch.setattr(AppleSiliconUtil, "is_m1_or_m2", lambda eager=eager: eager)
         plain = image(flux, guidance=4.0)
-        with tc.apply(flux, rel_l1_thresh=1e-9):
+        with tc.apply_teacache(flux, rel_l1_thresh=1e-9):
             ops.reset_counters()
             gated = image(flux, guidance=4.0)
         # The body is compiled in either case, and a fused kernel may contract multiply and add.

@@ -29,7 +29,7 @@ def pixels(image: Any) -> np.ndarray:
     ids=["defaults", "max_skips", "own coefficients", "plan", "max_consecutive_skips"],
 )
 def test_a_picture_repeats(flux: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
-    with tc.apply(flux, **settings) as handle:
+    with tc.apply_teacache(flux, **settings) as handle:
         first = flux.generate_image(**RUN)
     assert handle.stats.skipped_count > 0
     first.save(tmp_path / "a.png", export_json_metadata=True)
@@ -47,13 +47,13 @@ def test_a_picture_repeats(flux: Any, tmp_path: Path, settings: dict[str, Any]) 
     assert rows["prompt"] == "red apple"
 
     for again in (said.settings, dict(steps=said.steps)):
-        with tc.apply(flux, **again) as handle:
+        with tc.apply_teacache(flux, **again) as handle:
             second = flux.generate_image(**RUN)
         np.testing.assert_array_equal(pixels(first), pixels(second))
 
 
 def test_each_picture_says_its_own_steps(flux: Any, tmp_path: Path) -> None:
-    with tc.apply(flux, rel_l1_thresh=0.5) as handle:
+    with tc.apply_teacache(flux, rel_l1_thresh=0.5) as handle:
         images = [flux.generate_image(**RUN | dict(num_inference_steps=n)) for n in (6, 12)]
     for i, image in enumerate(images):  # saved after both, and after restore()
         image.save(tmp_path / f"{i}.png")
@@ -71,7 +71,7 @@ def test_a_cut_picture_says_it_too(flux: Any, tmp_path: Path) -> None:
 
 
 def gated(flux: Any, **settings: Any) -> Any:
-    with tc.apply(flux, **settings):
+    with tc.apply_teacache(flux, **settings):
         return flux.generate_image(**RUN)
 
 
@@ -98,7 +98,7 @@ def test_without(flux: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 def test_other_formats_and_languages(flux: Any, tmp_path: Path, suffix: str) -> None:
     prompt = "red apple, pomme, リンゴ\nред"
-    with tc.apply(flux):
+    with tc.apply_teacache(flux):
         flux.generate_image(**RUN | dict(prompt=prompt)).save(tmp_path / f"a{suffix}")
     said = tc.read_metadata(tmp_path / f"a{suffix}")
     assert said.mflux["prompt"] == prompt
@@ -111,7 +111,7 @@ def test_a_picture_of_another_kind_is_not_lost(flux: Any, image: Any) -> None:
     own = flux.generate_image
     flux.generate_image = lambda **arguments: own(**arguments) and image
     try:
-        with tc.apply(flux) as handle:
+        with tc.apply_teacache(flux) as handle:
             assert flux.generate_image(**RUN) is image
         assert handle.stats.generations == 1
     finally:
@@ -125,7 +125,7 @@ def test_a_picture_is_not_lost_to_bookkeeping(
         raise OSError("no")
 
     monkeypatch.setattr(tc.metadata, "add_to", fail)
-    with tc.apply(flux) as handle:
+    with tc.apply_teacache(flux) as handle:
         with pytest.warns(tc.TeaCacheWarning) as warned:
             assert flux.generate_image(**RUN) is not None
         assert str(warned[-1].message) == "this generation is not counted: OSError('no')"
@@ -138,7 +138,7 @@ def test_a_picture_is_not_lost_to_bookkeeping(
 
 
 def test_no_step_at_all(flux: Any, photo: Path, tmp_path: Path) -> None:
-    with tc.apply(flux):
+    with tc.apply_teacache(flux):
         image = flux.generate_image(**RUN, image_path=photo, image_strength=1.0)
     image.save(tmp_path / "a.png")
     assert tc.read_metadata(tmp_path / "a.png").steps == ""

@@ -11,7 +11,7 @@ from typing import Any, cast
 from .errors import InvalidStepWindowError, TeaCacheValueError
 from .files import from_json
 from .forecast import CACHES, MAX_ORDER, Cache
-from .variants import MODES, Calibration, Coefficients, Mode, Variant
+from .variants import MODES, Calibration, Coefficients, Mode
 
 FLOAT32_MAX = 3.4028234663852886e38
 _INT32_MAX = 2**31 - 1
@@ -51,11 +51,7 @@ def coefficients(value: object) -> Coefficients:
 
 
 def calibration(value: object) -> Calibration:
-    """Five numbers; a file that ``calibrate`` wrote; a ``Calibration``, also as a mapping; or a ``Variant``."""
-    if isinstance(value, Variant):
-        value = Calibration(
-            value.coefficients, value.calibrated_range, value.rel_l1_thresh, value.fit.dataset, value.fit.r2
-        )
+    """Five numbers; a file that ``calibrate`` wrote; or a ``Calibration``, also as a mapping."""
     if isinstance(value, Calibration):
         value = asdict(value)
     if isinstance(value, str | Path):

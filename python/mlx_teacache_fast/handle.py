@@ -1,5 +1,6 @@
 """``apply``: its arguments, and the handle that says what happened and undoes it."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -185,7 +186,7 @@ def apply(
     *,
     mode: Mode | None = None,
     rel_l1_thresh: float | None = None,
-    coefficients: Sequence[float] | str | Path | Calibration | Variant | Mapping[str, Any] | None = None,
+    coefficients: Sequence[float] | str | Path | Calibration | Mapping[str, Any] | None = None,
     skip_first_n_steps: int = 1,
     skip_last_n_steps: int = 1,
     max_consecutive_skips: int = DEFAULT_MAX_CONSECUTIVE_SKIPS,
@@ -213,7 +214,7 @@ def apply(
             mflux. The model's own is 0.17 for the base models, 0.20 with your ``coefficients`` unless they say.
         coefficients: In place of the model's polynomial of the relative L1 distance: five numbers, fourth degree first,
             used without a calibrated range; or what ``mlx-teacache-fast calibrate`` wrote, its file's path or the
-            ``Calibration``; or another model's, of ``VARIANTS``.
+            ``Calibration``.
         skip_first_n_steps: So many first steps always compute.
         skip_last_n_steps: So many last steps always compute.
         max_consecutive_skips: A step computes after so many skipped ones; 0 skips nothing.
@@ -244,6 +245,46 @@ def apply(
         AlreadyPatchedError: ``flux`` is gated already; call ``restore()`` on its handle first.
         OSError: The file of ``plan`` or ``coefficients`` cannot be read.
     """
+    return _apply(**locals(), by_name=False)
+
+
+def apply_teacache(flux: Any, **settings: Any) -> Handle:
+    """``apply`` as mlx-teacache does it: steps that are skipped, and pictures, are those of its 0.14.1.
+
+    A skipped step reuses the last residual (``forecast=0, cache="residual"``). The demonstration model is taken for
+    base-4B, whose name it has; ``apply`` has coefficients of its own for it.
+
+    Args:
+        flux: As for ``apply``.
+        **settings: ``apply``'s other arguments.
+
+    Returns:
+        Handle: As of ``apply``, whose errors this has too.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(apply).parameters.items() if name != "flux"}
+    if unknown := set(settings) - set(defaults):
+        raise TypeError(f"apply_teacache() got unexpected arguments: {', '.join(sorted(unknown))}")
+    return _apply(flux, by_name=True, **defaults | {"forecast": 0, "cache": "residual"} | settings)
+
+
+def _apply(
+    flux: Any,
+    *,
+    by_name: bool,
+    mode: Any,
+    rel_l1_thresh: Any,
+    coefficients: Any,
+    skip_first_n_steps: Any,
+    skip_last_n_steps: Any,
+    max_consecutive_skips: Any,
+    max_skips: Any,
+    steps: Any,
+    budget: Any,
+    plan: Any,
+    forecast: Any,
+    cache: Any,
+    save_metadata: Any,
+) -> Handle:
     first = arguments.step_count("skip_first_n_steps", skip_first_n_steps)
     last = arguments.step_count("skip_last_n_steps", skip_last_n_steps)
     own = None if coefficients is None else arguments.calibration(coefficients)
@@ -286,7 +327,7 @@ def apply(
     require_mflux()
     from .mflux import patch
 
-    variant = patch.match(flux)
+    variant = patch.match(flux, by_name)
     if (existing := patch.live_handle(flux)) is not None:
         raise AlreadyPatchedError(
             f"this {type(flux).__name__} is gated already ({existing!r}): call restore() on that handle first "
@@ -335,26 +376,3 @@ def apply(
     patch.warn_if_untested()
     patch.Patch(flux, handle)
     return handle
-
-
-def apply_teacache(flux: Any, **settings: Any) -> Handle:
-    """``apply`` as mlx-teacache does it: steps that are skipped, and pictures, are those of its 0.14.1.
-
-    A skipped step reuses the last residual (``forecast=0, cache="residual"``), and the coefficients go by the model
-    configuration's name. The demonstration model has base-4B's name, and its own coefficients only with ``apply``.
-
-    Args:
-        flux: As for ``apply``.
-        **settings: ``apply``'s other arguments.
-
-    Returns:
-        Handle: As of ``apply``, whose errors this has too.
-    """
-    require_mflux()
-    from .mflux import patch
-
-    settings = dict[str, Any](forecast=0, cache="residual") | settings
-    by_name, _ = patch.match_config(getattr(flux, "model_config", None), type(flux), by_name=True)
-    if all(settings.get(name) is None for name in ("coefficients", "steps", "budget", "plan")):
-        settings |= {} if patch.match(flux) is by_name else {"coefficients": by_name}
-    return apply(flux, **settings)

@@ -6,6 +6,7 @@ codec for the VAE, so there is no tokenizer, no hub and no network. train.py mak
 """
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any, Self
 
@@ -132,8 +133,6 @@ class LinearCodec(Module):
 class TinyKlein(Flux2Klein):  # type: ignore[misc]  # mflux is untyped
     """A demonstration and test bed with FLUX.2 Klein's architecture; its pictures and timings are not FLUX's."""
 
-    teacache_variant = TINY_KLEIN
-
     @classmethod
     def load(cls, path: str | Path = WEIGHTS, dtype: mx.Dtype = mx.float32) -> Self:
         """Build the pipeline from one safetensors file, without mflux's initialiser (which fetches weights).
@@ -149,7 +148,8 @@ class TinyKlein(Flux2Klein):  # type: ignore[misc]  # mflux is untyped
         Module.__init__(model)  # type: ignore[no-untyped-call]
         # What mflux's Flux2Initializer sets.
         model.prompt_cache = {}
-        model.model_config = ModelConfig.flux2_klein_base_4b()
+        model.model_config = copy(ModelConfig.flux2_klein_base_4b())  # which mflux keeps and shares
+        model.model_config.aliases = [TINY_KLEIN.variant_id, *model.model_config.aliases]
         model.callbacks = CallbackRegistry()
         model.tiling_config = None
         model.tokenizers = {}

@@ -26,7 +26,7 @@ from ..errors import (
     warn_caller,
 )
 from ..handle import Handle
-from ..variants import VARIANTS, Variant
+from ..variants import TINY_KLEIN, VARIANTS, Variant
 from . import flux1, flux2
 from .generation import Generation
 
@@ -39,9 +39,9 @@ _ABSENT = object()
 FAMILIES: tuple[Any, ...] = (flux1, flux2)
 
 
-def match(flux: Any) -> Variant:
-    """The variant of a pipeline, by its class and the aliases of its model configuration."""
-    variant, _ = match_config(getattr(flux, "model_config", None), type(flux))
+def match(flux: Any, by_name: bool = False) -> Variant:
+    """The variant of a pipeline, by its class and the aliases of its model configuration (see ``match_config``)."""
+    variant, _ = match_config(getattr(flux, "model_config", None), type(flux), by_name)
     if flux.transformer is None:
         raise IncompatibleModelError(
             f"this {type(flux).__name__} has no transformer any more (mflux's low-memory mode drops it after a "
@@ -58,7 +58,7 @@ def is_calibrated(flux: Any) -> bool:
 def match_config(model_config: Any, pipeline_class: type, by_name: bool = False) -> tuple[Variant, bool]:
     """``match`` and ``is_calibrated`` of a pipeline that is not loaded yet.
 
-    A class may have a variant of its own, unless ``by_name`` asks for that of the model configuration's name.
+    ``by_name`` takes the demonstration model for the one whose architecture it has, as mlx-teacache does.
     """
     name = pipeline_class.__name__
     if reason := next((f.REFUSED[pipeline_class] for f in FAMILIES if pipeline_class in f.REFUSED), None):
@@ -67,9 +67,9 @@ def match_config(model_config: Any, pipeline_class: type, by_name: bool = False)
     if family is None:
         gated = ", ".join(c.__name__ for f in FAMILIES for c in f.PIPELINES)
         raise IncompatibleModelError(f"apply gates mflux's {gated}, got {name}")
-    if not by_name and (own := getattr(pipeline_class, "teacache_variant", None)) is not None:
-        return own, True
     aliases = getattr(model_config, "aliases", None) or ()
+    if TINY_KLEIN.variant_id in aliases and not by_name:
+        return TINY_KLEIN, True
     for alias in aliases:
         if alias in family.VARIANTS:
             variant_id, fitted = family.VARIANTS[alias]
