@@ -35,7 +35,6 @@ def test_the_names_of_mlx_teacache() -> None:
 
 
 def test_aliases_are_the_same_things() -> None:
-    assert tc.apply_teacache is tc.apply
     assert tc.TeaCacheHandle is tc.Handle
     assert tc.TeaCacheStats is tc.Stats
     assert tc.StepDecision is tc.StepRecord
