@@ -421,7 +421,7 @@ def test_two_pipelines_share_a_transformer(flux1: Any, photo: Path) -> None:
     kontext = build.pipeline(Flux1Kontext, flux1.transformer)
     with uncompiled():
         plain = generate(flux1), generate(kontext, image_path=photo)
-        with tc.apply_teacache(flux1, **NEVER) as one, tc.apply(kontext, **NEVER) as two:
+        with tc.apply_teacache(flux1, **NEVER) as one, tc.apply_teacache(kontext, **NEVER) as two:
             for _ in range(2):
                 assert same(generate(flux1), plain[0])
                 assert same(generate(kontext, image_path=photo), plain[1])

@@ -893,7 +893,7 @@ def test_quantised_and_with_lora(change: int | str) -> None:
     with tc.apply_teacache(flux, rel_l1_thresh=1e-9):
         assert np.array_equal(image(flux), before)
         assert np.array_equal(image(changed(flux)), expected)
-    with tc.apply_teacache(flux, steps="110101"), tc.apply(plain, steps="110101"):
+    with tc.apply_teacache(flux, steps="110101"), tc.apply_teacache(plain, steps="110101"):
         assert np.array_equal(image(flux), image(plain))
 
 

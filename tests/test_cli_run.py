@@ -28,7 +28,8 @@ from PIL import Image
 from test_cli import COMMAND, LISTEN, Result, run
 
 import mlx_teacache_fast
-from mlx_teacache_fast import VARIANTS, Trace, cli, demo, variants
+from mlx_teacache_fast import VARIANTS, Calibration, Plan, Trace, cli, demo, variants
+from mlx_teacache_fast.calibration import Fitted
 from mlx_teacache_fast.mflux import commands, patch
 
 GENERATE = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt", "red apple"]
@@ -92,7 +93,7 @@ def test_several_seeds(tmp_path, weights):
     skipped = sum(g.skipped for g in written.generations)
     assert skipped > 0
     lines = result.out.splitlines()
-    summary = lines[lines.index("flux2-klein-base-4b, rel_l1_thresh 0.4") :]
+    summary = lines[lines.index("flux2-klein-base-4b, rel_l1_thresh 0.4, forecast 1 of the output") :]
     assert summary[1].split() == ["generations", "2"]
     assert summary[2].split()[:2] == ["steps", "24:"]
     assert f" {skipped} skipped" in summary[2]
@@ -101,7 +102,7 @@ def test_several_seeds(tmp_path, weights):
 
     flux = demo.pipeline()  # the pictures are those of apply()
     for seed in (3, 4):
-        with mlx_teacache_fast.apply(flux, rel_l1_thresh=0.4):
+        with mlx_teacache_fast.apply_teacache(flux, rel_l1_thresh=0.4, forecast=1, cache="output"):
             image = flux.generate_image(seed, "red apple", 12, 64, 64, guidance=1.0)
         picture = np.asarray(Image.open(tmp_path / f"apple_seed_{seed}.png"))
         np.testing.assert_array_equal(picture, np.asarray(image.image))
@@ -124,6 +125,29 @@ def test_options_reach_apply(tmp_path, weights):
     assert kinds.count("skipped") == 1
 
 
+def test_plans_calibrations_and_modes_reach_apply(tmp_path, weights):
+    plan, mine, trace = tmp_path / "plan.json", tmp_path / "mine.json", tmp_path / "trace.json"
+    Plan("1010100101", 2, "residual", {}).to_json(plan)
+    calibration = Calibration((0.0, 0.0, 0.0, 1.0, 0.0), (0.02, 0.2), 0.11, "mine", 0.5)
+    Fitted(calibration, np.ones((1, 2)), np.ones((1, 2)), 0.5, ()).to_json(mine)
+    command = ["--", *GENERATE, *SMALL, "--output", tmp_path / "x.png", "--steps"]
+    for options in (["--plan", plan], ["--calibration", mine], ["--calibration", mine, "--mode", "fast"]):
+        result = run("run", *options, "--trace", trace, "--force", *command, 10)
+        assert result.code == 0, result.err
+        written = Trace.from_json(trace)
+        if options[0] == "--plan":
+            assert (written.steps, written.forecast, written.cache) == ("1010100101", 2, "residual")
+        else:
+            assert (written.coefficients, written.calibrated_range) == ((0.0, 0.0, 0.0, 1.0, 0.0), (0.02, 0.2))
+            assert written.rel_l1_thresh == pytest.approx(0.22 if "--mode" in options else 0.11)
+    result = run("run", "--plan", plan, *command, 12)
+    assert (result.code, len(weights)) == (2, 3)  # before weights are loaded
+    assert "steps plans 10 steps and the schedule has 12 active" in result.err
+    both = run("run", "--calibration", mine, "--coefficients", *"00001", *command, 10)
+    assert both.err.endswith("--calibration and --coefficients are two polynomials: leave out either\n")
+    assert "must be a 1 or 0 for each active step" in run("run", "--plan", tmp_path / "no.json", *command, 10).err
+
+
 def test_low_ram(tmp_path, weights):
     """mflux frees the transformer after each picture but the last seed's; the same pictures come out."""
     command = [*GENERATE, *SMALL, "--steps", 8, "--seed", 3, "--output"]
@@ -143,7 +167,7 @@ def test_plan(tmp_path, weights):
     assert result.code == 0, result.err
     kinds = [step.kind for step in Trace.from_json(trace).generations[0].steps]
     assert kinds == ["computed", "skipped", "computed", "computed", "skipped"]
-    assert "flux2-klein-base-4b, steps as planned\n" in result.out
+    assert "flux2-klein-base-4b, steps as planned, forecast 1 of the output\n" in result.out
 
 
 def test_budget_and_forecast(tmp_path, weights):
@@ -273,7 +297,7 @@ def test_flux1(tmp_path, monkeypatch):
     command = ["mflux-generate", "--model", "dev", "--prompt", flux1_pipelines.PROMPT, *SMALL, "--steps", 5]
     result = run("run", "--plan", "11010", "--", *command, "--output", tmp_path / "x.png")
     assert result.code == 0, result.err
-    assert "flux1-dev, steps as planned\ngenerations     1\n" in result.out
+    assert "flux1-dev, steps as planned, forecast 1 of the output\ngenerations     1\n" in result.out
     assert Image.open(tmp_path / "x.png").size == (64, 64)
 
 
@@ -536,7 +560,7 @@ def test_finished_pictures_are_summed_up_after_an_error(tmp_path, weights, monke
     output = tmp_path / "x.png"
     result = run("run", "--", *command, "--steps", 4, "--seed", 1, 2, "--output", output)
     assert result.code == 0  # mflux prints this error, and no more
-    assert "flux2-klein-base-4b, rel_l1_thresh 0.17\ngenerations     1\n" in result.out
+    assert "flux2-klein-base-4b, rel_l1_thresh 0.17, forecast 1 of the output\ngenerations     1\n" in result.out
     assert (tmp_path / "x_seed_1.png").exists()
     assert not (tmp_path / "x_seed_2.png").exists()
 
@@ -588,7 +612,10 @@ def test_ctrl_c_in_a_step(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "Stopping image generation at step 4/6\n" in result.stdout
-    assert "flux2-klein-base-4b, rel_l1_thresh 0.17\ngenerations     1\nsteps           6: " in result.stdout
+    assert (
+        "flux2-klein-base-4b, rel_l1_thresh 0.17, forecast 1 of the output\ngenerations     1\nsteps           6: "
+        in result.stdout
+    )
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["x_seed_1.png"]
 

@@ -77,11 +77,12 @@ def check_writable(path: Path, *, force: bool, in_folder: bool = True) -> None:
     """Before the work whose result ``path`` will hold.
 
     Raises:
-        TeaCacheValueError: ``path`` exists and ``force`` is not set, or its folder does not exist (``in_folder``).
+        TeaCacheValueError: ``path`` exists and ``force`` is not set, or is a folder; with ``in_folder`` also if its own
+            folder does not exist.
         OutputError: It cannot be written.
     """
     if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder")
+        raise TeaCacheValueError(f"cannot write {path}: it is a folder")
     if not force:
         _refuse_existing(path)
     if in_folder and not path.parent.is_dir():
