@@ -17,7 +17,8 @@ On a CPU MLX gives the memory of large arrays back to the system, which then map
 than the gate, and how long changes from run to run. So with glibc the processes here keep freed memory, for every
 rival, as MLX itself does on a GPU. A second table has the default.
 
-More branches and residuals than one are measured with the last dtype and the first width only.
+More branches and residuals than one, and none (only the decision, apply's default), are measured with the last dtype
+and the first width only.
 
 A ratio is of two times of the same turn.
 
@@ -119,7 +120,7 @@ class Inputs:
         numbers = iter(range(4, 99))
         self.residuals = [[normal(size, next(numbers)) for _ in range(shape.terms)] for _ in range(shape.branches)]
         weights = mx.array([float(k == 0) or -0.5 for k in range(shape.terms)])
-        self.weights = mx.broadcast_to(weights, (shape.branches, shape.terms)) + 0
+        self.weights = mx.broadcast_to(weights, (shape.branches, shape.terms)) + 0 if shape.terms else mx.zeros((0, 0))
         self.force = mx.array(0, mx.int32)
         mx.eval(self.xs, self.shift, self.scale, self.residuals, self.weights, self.force)
 
@@ -324,7 +325,7 @@ def measure_cpu(shape: Shape, rounds: int) -> dict[str, list[float]]:
     fewest = shape.nbytes * shape.traffic // 2
     with ThreadPoolExecutor(THREADS[-1]) as pool:
         rivals: dict[str, Callable[[], None]] = {"gate": GateStep(inputs, ops.gate, compiled=False)}
-        if shape.terms == 1 and PEER:
+        if shape.terms <= 1 and PEER:
             rivals["eager"] = EagerStep(inputs)
         rivals["compiled"] = GateStep(inputs, plain_gate, compiled=True)
         rivals |= {f"copy_{n}": Copy(fewest, n, pool) for n in THREADS}
@@ -470,7 +471,8 @@ def parse() -> argparse.Namespace:
         parser.error("--branches must be 1 or 2, --terms 1 to 4")
     # One residual in every dtype and width; more, and two branches, where most pictures are made.
     kinds = [(t, d, 1, 1) for t in args.dtypes for d in args.channels]
-    more = [(2, 1), (1, 3)] if args.quick else itertools.product(args.branches, args.terms)
+    more = [(2, 1), (1, 3)] if args.quick else list(itertools.product(args.branches, args.terms))
+    more = [(0, 0), *more]  # 0: only the decision, as where the output is kept, apply's default
     kinds += [kind for b, k in more if (kind := (args.dtypes[-1], args.channels[0], b, k)) not in kinds]
     args.shapes = [Shape(s, d, t, b, k) for t, d, b, k in kinds for s in args.tokens]
     if args.quick:

@@ -372,7 +372,7 @@ def plot(data: Record, path: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = panels(data)
-    figure = Figure(figsize=(1 + 3.6 * len(columns), 7), dpi=100, layout="constrained")
+    figure = Figure(figsize=(max(9.0, 1 + 3.6 * len(columns)), 7), dpi=100, layout="constrained")
     figure.suptitle(f"{data['model'] or 'TinyKlein'}: pictures against plain mflux's with all steps (higher is closer)")
     grid = figure.subplots(2, len(columns), squeeze=False, sharex="col", sharey="row")
     for (top, bottom), (panel, rows) in zip(grid.T, columns, strict=True):
