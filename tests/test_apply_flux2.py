@@ -1,8 +1,10 @@
 """``apply`` on mflux's real FLUX.2 pipeline, run by mflux's own ``generate_image`` on the embedded model."""
 
+import functools
 import gc
 import inspect
 import itertools
+import json
 import subprocess
 import sys
 import textwrap
@@ -195,18 +197,18 @@ def test_one_host_read_a_step(flux: Any, generate: Generate, guidance: float) ->
 
 
 MEMORY = """
-    import os, sys, warnings
+    import json, os, sys, warnings
     import mlx.core as mx
     import mlx_teacache_fast as tc
     from mlx_teacache_fast import demo
 
     warnings.simplefilter("ignore")
     mx.set_default_device(mx.cpu)
-    gated, guidance, size = sys.argv[1] == "gated", float(sys.argv[2]), int(sys.argv[3])
+    settings, guidance, size = json.loads(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     mx.set_cache_limit(0)
     flux = demo.pipeline()
-    if gated:
-        handle = tc.apply_teacache(flux, rel_l1_thresh=0.9)
+    if settings:
+        handle = tc.apply_teacache(flux, rel_l1_thresh=0.9, **settings)
 
     class Reset:
         def call_before_loop(self, **_):
@@ -221,18 +223,29 @@ MEMORY = """
 """
 
 
-@pytest.mark.parametrize(("guidance", "limit"), [(1.0, 2), (4.0, 3)])
-def test_peak_memory(guidance: float, limit: int, record_property: Callable[[str, object], None]) -> None:
-    """Above plain mflux: the anchor and ``x``, and with guidance one residual more, of [S, D] each."""
+@functools.cache
+def peak_memory(guidance: float, **settings: Any) -> float:
+    """Of a generation gated with these settings, or of plain mflux, in arrays of [S, D]."""
     size = 192
-    activation = (size // 16) ** 2 * 256 * 4
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY), json.dumps(settings), str(guidance), str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return int(done.stdout) / ((size // 16) ** 2 * 256 * 4)
 
-    def peak(kind: str) -> int:
-        command = [sys.executable, "-c", textwrap.dedent(MEMORY), kind, str(guidance), str(size)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
-    extra = (peak("gated") - peak("plain")) / activation
-    record_property("extra_activations", extra)
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("cache", "guidance", "limit"), [("residual", 1.0, 2), ("residual", 4.0, 3), ("output", 1.0, 2), ("output", 4.0, 2)]
+)
+def test_peak_memory(
+    cache: str, guidance: float, limit: float, order: int, record_property: Callable[[str, object], None]
+) -> None:
+    """Above plain mflux, in arrays of [S, D]: anchor and ``x``, and with guidance a residual more; then a term each.
+
+    A term is a residual for each branch of the guidance, or a noise prediction, here of [S, D / 2].
+    """
+    limit += order * (0.5 if cache == "output" else 2 if guidance > 1 else 1)
+    extra = peak_memory(guidance, cache=cache, forecast=order) - peak_memory(guidance)
+    record_property(f"extra_activations_{cache}_{order}_guidance_{guidance:g}", extra)
     assert extra <= limit + 0.1  # states and scalars
 
 
