@@ -1,0 +1,80 @@
+# Each target does all of its own set-up: an environment in .venv, dependencies, the build.
+# Needs Python 3.11 to 3.14 with venv and headers (Debian: python3-venv python3-dev), a C++20 compiler, make.
+# `make help` lists the targets.
+
+PYTHON ?= python3
+UV := $(shell command -v uv || echo .tools/bin/uv)
+SYNC = $(UV) sync --quiet --python $(PYTHON) --no-editable
+RUN = $(UV) run --no-sync
+BENCHES = gate branch step generation forecast memory
+
+.PHONY: help headers demo test test-full test-mflux test-peer check-mac bench bench-full lint clean
+
+help:
+	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/ (overwritten)"
+	@echo "make test        the tests"
+	@echo "make test-full   the tests, with every combination of what make test covers in part (about 20 minutes)"
+	@echo "make test-mflux  the tests of mflux's pipelines with mflux 0.20 to 0.23; one of them with MFLUX=0.20.0"
+	@echo "make test-peer   mlx-teacache's own unit tests, run against this package: passed, differs and why"
+	@echo "make check-mac   on any system: compile and link the extension for macOS, with each MLX of cmake/versions.cmake"
+	@echo "make bench       gate, branch, step, pictures and memory against rivals and limits (about 10 minutes)"
+	@echo "make bench-full  all of it, into results/ and docs/benchmarks.md (hours on a CPU, one with a faster BLAS preloaded)"
+	@echo "make lint        ruff, mypy --strict, clang-format"
+	@echo "make clean       remove the environment and the build"
+
+demo: $(UV) headers
+	$(SYNC) --extra demo
+	$(RUN) mlx-teacache-fast demo --force
+
+# Two workers: MLX runs its CPU kernels on one thread.
+test: $(UV) headers
+	$(SYNC) --extra demo --group test
+	$(RUN) pytest -n 2 -m "not slow"
+
+test-full: $(UV) headers
+	$(SYNC) --extra demo --group test
+	$(RUN) pytest -n 2
+
+# The newest mflux is in `make test`.
+test-mflux: $(UV) headers
+	UV=$(UV) $(PYTHON) tests/mflux_versions.py $(MFLUX)
+
+test-peer: $(UV) headers
+	$(SYNC) --extra demo --group test
+	$(RUN) python tests/peer_suite/run.py
+
+check-mac: $(UV) headers
+	$(UV) run --quiet --script --python $(PYTHON) --no-python-downloads tests/mac_link/check.py
+
+bench: $(UV) headers
+	$(SYNC) --extra demo --group test
+	for b in $(BENCHES); do $(RUN) python bench/bench_$$b.py --quick --json build/bench/bench_$$b.json --force || exit 1; done
+
+bench-full: $(UV) headers
+	$(SYNC) --extra demo --group test
+	for b in $(BENCHES); do $(RUN) python bench/bench_$$b.py --json build/results/bench_$$b.json --force || exit 1; done
+	mkdir -p results
+	mv build/results/bench_*.json results
+	$(RUN) python bench/report.py
+
+lint: $(UV) headers
+	$(SYNC) --extra demo --group test --group lint
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) clang-format --dry-run -Werror csrc/*.cpp csrc/*.h metal/* tests/metal_host/*.cpp tests/metal_host/*.h
+	cp .venv/lib/python3*/site-packages/mlx_teacache_fast/_ext.pyi python/mlx_teacache_fast/
+	$(RUN) mypy
+
+clean:
+	rm -rf .venv .tools build uv.lock
+
+headers:
+	@$(PYTHON) -c "import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path('include') + '/Python.h'))" \
+	  || { echo "Python's C headers are needed (Debian: apt install python3-dev)"; exit 1; }
+
+# uv resolves with the overrides of pyproject.toml, which pip has no way to say.
+.tools/bin/uv:
+	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))" \
+	  || { echo "Python 3.11 to 3.14 is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .tools || { echo "The venv module is needed (Debian: apt install python3-venv)"; exit 1; }
+	.tools/bin/pip install --quiet --disable-pip-version-check "uv>=0.8"

@@ -29,8 +29,9 @@ from mlx.utils import tree_flatten
 
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
 KINDS = common.KINDS | {"no blocks": "mflux's prelude and tail", "planned": "ours, skipped by a plan"}
+SKIPPED = ("skipped", "forecast", "planned", "peer skipped")
 RIVALS = {"off": "peer off", "computed": "peer computed", "skipped": "peer skipped"}  # of ours
-LIMITS = {kind: "no blocks" if kind in ("skipped", "planned", "peer skipped") else "mflux" for kind in KINDS}
+LIMITS = {kind: "no blocks" if kind in SKIPPED else "mflux" for kind in KINDS}
 LIMITS["no blocks"] = "mflux"
 
 # Heads of 64 channels, joint and single blocks; random weights, but for the demo model's own.
@@ -162,7 +163,7 @@ def measure(
 
     contexts = common.contexts(flux) | {
         "no blocks": lambda: without_blocks(flux),
-        "planned": lambda: tc.apply(flux, steps=plan),
+        "planned": lambda: tc.apply_teacache(flux, steps=plan),
     }
     measured = []
     of_step = parts(flux, size, 2 if guidance > 1 else 1, dtype)
@@ -170,7 +171,7 @@ def measure(
         seconds = {}
         for kind in common.orders(list(contexts), turn + 2 * turns * process):  # a drift falls on each kind in turn
             times, step_kinds = image(contexts[kind]())
-            skipped = kind in ("skipped", "planned", "peer skipped")
+            skipped = kind in SKIPPED
             of_kind = [t for t, k in zip(times, step_kinds, strict=True) if (k == "skipped") == skipped]
             seconds[kind] = statistics.median(of_kind[1:] if kind == "planned" else of_kind)  # its first one compiles
         seconds |= {f"part {name}": median_seconds(run) for name, run in of_step.items()}

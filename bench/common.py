@@ -63,6 +63,7 @@ KINDS = {
     "off": "ours, threshold 0",
     "computed": "ours, gated and computed",
     "skipped": "ours, skipped",
+    "forecast": "ours, skipped with a forecast",
     "peer off": "mlx-teacache, threshold 0",
     "peer computed": "mlx-teacache, gated and computed",
     "peer skipped": "mlx-teacache, skipped",
@@ -79,9 +80,10 @@ def contexts(flux: Any) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     always: dict[str, Any] = {"rel_l1_thresh": 1.0, "coefficients": ALWAYS_SKIP}
     return {
         "mflux": nullcontext,
-        "off": lambda: tc.apply(flux, rel_l1_thresh=0.0),
-        "computed": lambda: tc.apply(flux, rel_l1_thresh=1e-9),
-        "skipped": lambda: tc.apply(flux, **always),
+        "off": lambda: tc.apply_teacache(flux, rel_l1_thresh=0.0),
+        "computed": lambda: tc.apply_teacache(flux, rel_l1_thresh=1e-9),
+        "skipped": lambda: tc.apply_teacache(flux, **always),
+        "forecast": lambda: tc.apply(flux, **always),  # of the output, as by default
         "peer off": lambda: apply_teacache(flux, rel_l1_thresh=0.0),
         "peer computed": lambda: apply_teacache(flux, rel_l1_thresh=1e-9),
         "peer skipped": lambda: apply_teacache(flux, **always),
