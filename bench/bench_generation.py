@@ -126,7 +126,8 @@ def cases(args: argparse.Namespace, steps: int) -> list[tuple[str, Any]]:
     counts = sorted({max(2, math.floor(b * steps + 1e-9)) for b in args.budgets}, reverse=True)
     settings = dict.fromkeys((PEER, REUSE, SAME_STEPS), args.thresholds) | {OURS: list(MODES)}
     settings |= dict.fromkeys((BUDGET, ORDER_2, RESIDUAL, REUSED), args.budgets) | {FEWER: counts}
-    return [(PLAIN, None), *((name, value) for name, values in settings.items() for value in values)]
+    only = args.only or list(settings)
+    return [(PLAIN, None), *((name, value) for name, values in settings.items() if name in only for value in values)]
 
 
 def turn(flux: Any, args: argparse.Namespace, place: Any, index: int, out: Any) -> list[Record]:
@@ -269,25 +270,30 @@ def quality_claims(data: Record) -> list[list[str]]:
             for r in rows
             if r["condition"] == {SAME_STEPS: REUSE, BUDGET: REUSED}[condition]
         ]
+        pairs = [(a, b) for a, b in pairs if b["computed"] <= a["computed"]]
         gains = [
             b["psnr"] - a["psnr"] for a, b in pairs if a["skipped"] >= 0.4 * a["steps"] and a["psnr"] and b["psnr"]
         ]
         if gains:
             text = f"{panel}: forecast above reuse, the same steps, 40 % or more skipped"
             lines.append([text, "at least 5 dB", f"{min(gains):.1f} to {max(gains):.1f} dB", _holds(min(gains) >= 5)])
-        theirs, mine = (_steps_at(curve(rows, *names), 45.0) for names in ((PEER,), (BUDGET, OURS)))
-        if theirs and mine:
+        theirs = _steps_at(curve(rows, PEER), 45.0)
+        mine = [_steps_at(curve(rows, name), 45.0) for name in (BUDGET, OURS)]
+        if theirs and not theirs[1]:
             text = f"{panel}: computed steps for 45 dB, mlx-teacache / ours"
-            lines.append(
-                [text, "at least 1.5", f"{theirs:.1f} / {mine:.1f} = {theirs / mine:.2f}", _holds(theirs / mine >= 1.5)]
+            best = min((m for m in mine if m), default=None)
+            cell = (
+                "ours does not reach it" if best is None else f"{theirs[0]:.1f} / {best[0]:.1f}{' or fewer' * best[1]}"
             )
+            cell += "" if best is None else f" = {theirs[0] / best[0]:.2f}"
+            lines.append([text, "at least 1.5", cell, _holds(best is not None and theirs[0] / best[0] >= 1.5)])
         peer = of.get((PEER, min(data["thresholds"])))
         if peer and (ours := of[OURS, "balanced"])["psnr"] and peer["psnr"]:
             cell = (
                 f"{ours['computed']:.1f} and {peer['computed']:.1f} steps, {ours['psnr']:.1f} and {peer['psnr']:.1f} dB"
             )
             better = ours["computed"] <= peer["computed"] and ours["psnr"] >= peer["psnr"]
-            text = f"{panel}: ours by default and mlx-teacache at {peer['setting']:g}"
+            text = f"{panel}: ours by default, the model's own polynomial, and mlx-teacache at {peer['setting']:g}"
             lines.append([text, "closer, no more steps", cell, _holds(better)])
     return lines
 
@@ -296,27 +302,34 @@ def _holds(is_so: bool) -> str:
     return "holds" if is_so else "does not hold"
 
 
-def _steps_at(points: list[tuple[float, float]], psnr: float) -> float | None:
-    """Where a curve reaches a PSNR; its first point if that is above."""
-    if not points or points[-1][1] < psnr:
-        return None
-    return float(np.interp(psnr, [y for _, y in points], [x for x, _ in points]))
+def _steps_at(points: list[tuple[float, float]], psnr: float) -> tuple[float, bool] | None:
+    """The fewest steps with which a curve reaches a PSNR, and whether it may need fewer than were measured."""
+    for i, (x, y) in enumerate(points):
+        if y >= psnr:
+            if i == 0:
+                return x, True
+            before, low = points[i - 1]
+            return before + (x - before) * (psnr - low) / (y - low), False
+    return None
 
 
 def verdict(data: Record) -> list[str]:
     """Where fewer steps are as good, pictures of the default that are not better, and whether processes agree."""
-    worse = []
+    worse, apart = [], []
     for panel, rows in panels(data):
         fewer = curve(rows, FEWER)
         for r in rows:
             if r["condition"] in (PLAIN, FEWER) or r["psnr"] is None or not fewer:
                 continue
             if not fewer[0][0] <= r["computed"] <= fewer[-1][0]:
+                apart.append(f"{panel}, {r['condition']} {_setting(r)}")
                 continue
             gap = r["psnr"] - float(np.interp(r["computed"], [x for x, _ in fewer], [y for _, y in fewer]))
             if gap <= 0:
                 worse.append(f"{panel}, {r['condition']} {_setting(r)} ({gap:.1f} dB)")
     lines = ["Fewer steps are as close to all steps as: " + ("; ".join(worse) or "nothing") + "."]
+    if apart:
+        lines.append("Not compared with them, for another number of computed steps: " + "; ".join(apart) + ".")
     of = {(p["condition"], p["setting"], p["steps"], p["guidance"], p["turn"]): p for p in data["pictures"]}
     threshold = min(data["thresholds"])
     pairs = [(p, of[OURS, "balanced", *key[2:]]) for key, p in of.items() if key[:2] == (PEER, threshold)]
@@ -407,6 +420,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--budgets", type=float, nargs="+", help="default 0.5 0.4 0.3 0.2")
     p.add_argument("--steps", type=int, nargs="+", help="of a whole picture (default 50 25; with --model 50)")
     p.add_argument("--size", type=int, help="side in pixels, a multiple of 16 (default 128; with --model 512)")
+    p.add_argument("--only", nargs="+", choices=[*CONDITIONS[1:], *PLANNED], help="measure these, and plain mflux")
+    p.add_argument("--add", type=Path, metavar="FILE", help="of --json, from before: its pictures count too")
     p.add_argument("--repetitions", type=int, metavar="N", help="processes (default 5; with --model 2)")
     p.add_argument("--plot", type=Path, metavar="FILE", help="write PSNR against computed steps to FILE, a PNG")
     p.add_argument("--from", dest="source", type=Path, metavar="FILE", help="table and plot of FILE; measure nothing")
@@ -466,7 +481,11 @@ def main() -> None:
                 return
             names = ("model", "quantize", "size", "steps", "guidance", "thresholds", "budgets", "repetitions")
             data = common.collect(args, {name: getattr(args, name) for name in names}, *DISTRIBUTIONS)
-            data |= {"prompts": args.texts, "pictures": in_processes(args)}
+            before = json.loads(args.add.read_text()) if args.add else {"pictures": []}
+            data |= {name: before[name] for name in ("thresholds", "budgets") if args.add}  # of the claims
+            first = 1 + max((p["process"] for p in before["pictures"]), default=-1)
+            pictures = [p | {"process": first + p["process"]} for p in in_processes(args)]
+            data |= {"prompts": args.texts, "pictures": [*before["pictures"], *pictures]}
             data["rows"] = table_rows(data)
         common.finish(args, data, report)
         if args.plot:

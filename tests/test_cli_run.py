@@ -143,9 +143,19 @@ def test_plans_calibrations_and_modes_reach_apply(tmp_path, weights):
     result = run("run", "--plan", plan, *command, 12)
     assert (result.code, len(weights)) == (2, 3)  # before weights are loaded
     assert "steps plans 10 steps and the schedule has 12 active" in result.err
+    for bad, message in {
+        ("--calibration", tmp_path / "none.json"): "No such file or directory",
+        ("--plan", tmp_path / "none.json"): "No such file or directory",
+        ("--calibration", plan): f"{plan} is not a calibration",
+        ("--mode", "fast", "--threshold", "0.3"): "mode and rel_l1_thresh both set the threshold",
+    }.items():
+        result = run("run", *bad, *command, 10)
+        assert (result.code in (1, 2), len(weights)) == (True, 3)
+        assert message in result.err
+        assert result.err.count("\n") == 1
     both = run("run", "--calibration", mine, "--coefficients", *"00001", *command, 10)
     assert both.err.endswith("--calibration and --coefficients are two polynomials: leave out either\n")
-    assert "must be a 1 or 0 for each active step" in run("run", "--plan", tmp_path / "no.json", *command, 10).err
+    assert "must be a 1 or 0 for each active step" in run("run", "--plan", "1x0", *command, 10).err
 
 
 def test_low_ram(tmp_path, weights):

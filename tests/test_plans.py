@@ -14,6 +14,7 @@ import pytest
 from conftest import Generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mflux.models.common.config.model_config import ModelConfig
 from test_apply_flux2 import kinds
 from test_cli import run
 from test_forecast import noises
@@ -48,9 +49,13 @@ def test_the_default_forecasts_the_output(flux: Any) -> None:
     with tc.apply_teacache(flux) as handle:
         assert (handle.forecast, handle.cache, handle.rel_l1_thresh) == (0, "residual", 0.17)
         assert (handle.variant_id, handle.calibrated) == ("flux2-klein-base-4b", True)
+    for same in (dict(forecast=0, cache="residual"), handle.settings):  # by name
+        with tc.apply(flux, **same) as again:
+            assert again.settings == handle.settings
+            assert (again.variant_id, again.coefficients) == (handle.variant_id, handle.coefficients)
     with tc.apply_teacache(flux, forecast=2, cache="output") as handle:
         assert (handle.forecast, handle.cache) == (2, "output")
-    with pytest.raises(TypeError, match=r"unexpected arguments: threshold$"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'threshold'"):
         tc.apply_teacache(flux, threshold=0.2)
 
 
@@ -80,6 +85,7 @@ def test_modes_are_thresholds(flux: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (dict(mode=["fast"]), "mode must be 'quality', 'balanced', 'fast', got ['fast']"),
         (dict(mode="best"), "mode must be 'quality', 'balanced', 'fast', got 'best'"),
         (dict(mode="fast", rel_l1_thresh=0.3), "mode and rel_l1_thresh both set the threshold: leave out either"),
         (dict(mode="fast", budget=0.3), "budget plans every step, and mode cannot count: leave out either"),
@@ -102,8 +108,11 @@ def test_a_plan_from_a_file(flux: Any, generate: Generate, tmp_path: Path) -> No
         generate(**SMALL)
     assert [kind != "skipped" for kind in kinds(handle)] == [c == "1" for c in "1010100101"]
     assert handle.settings == {"steps": "1010100101", "forecast": 2, "cache": "residual"}
-    with tc.apply(flux, plan=str(path), forecast=0, cache="output") as handle:
-        assert (handle.forecast, handle.cache) == (0, "output")
+    for plan in (str(path), Plan.from_json(path)):
+        with tc.apply(flux, plan=plan, forecast=0, cache="output") as handle:
+            assert (handle.forecast, handle.cache) == (0, "output")
+    with tc.apply_teacache(flux, plan=path) as handle:
+        assert (handle.forecast, handle.cache) == (2, "residual")
     with tc.apply(flux, plan=path), pytest.raises(tc.InvalidStepWindowError, match="plans 10 steps and the schedule"):
         generate(**SMALL | dict(num_inference_steps=12))
     with pytest.raises(tc.TeaCacheValueError, match="plan plans every step, and budget cannot count"):
@@ -153,6 +162,10 @@ def test_a_calibration_from_a_file(flux: Any, tmp_path: Path) -> None:
             assert handle.provenance == tc.Provenance("user", "two prompts", "held-out R^2", 0.5, None, 0.11)
     with tc.apply(flux, coefficients=path, rel_l1_thresh=0.3) as handle:
         assert handle.rel_l1_thresh == 0.3
+    with tc.apply(flux, coefficients=dataclasses.replace(MINE, rel_l1_thresh=None)) as handle:
+        assert handle.rel_l1_thresh == 0.2
+    with pytest.warns(tc.DisabledWarning), tc.apply(flux, coefficients=dataclasses.replace(MINE, rel_l1_thresh=0.0)):
+        pass
 
 
 def test_a_calibrated_picture_repeats(flux: Any, tmp_path: Path) -> None:
@@ -169,17 +182,20 @@ def test_a_calibrated_picture_repeats(flux: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value",
+    ("value", "message"),
     [
-        {"coefficients": [1, 2, 3, 4]},
-        {"coefficients": [1, 2, 3, 4, 5], "range": [0, 1]},
-        {"calibrated_range": [0, 1]},
-        {"coefficients": [1, 2, 3, 4, 5], "calibrated_range": [1, 0]},
-        {"coefficients": [1, 2, 3, 4, 5], "rel_l1_thresh": 2},
+        ({"coefficients": [1, 2, 3, 4]}, "coefficients must be five finite numbers"),
+        (
+            {"coefficients": [1, 2, 3, 4, 5], "range": [0, 1]},
+            "coefficients must be five numbers, a file or a Calibration",
+        ),
+        ({"calibrated_range": [0, 1]}, "coefficients must be five numbers, a file or a Calibration"),
+        ({"coefficients": [1, 2, 3, 4, 5], "calibrated_range": [1, 0]}, "calibrated_range must be two finite numbers"),
+        ({"coefficients": [1, 2, 3, 4, 5], "rel_l1_thresh": 2}, "rel_l1_thresh must be a number from 0.0 to 1.0"),
     ],
 )
-def test_bad_calibrations(flux: Any, value: Any) -> None:
-    with pytest.raises(tc.TeaCacheValueError):
+def test_bad_calibrations(flux: Any, value: Any, message: str) -> None:
+    with pytest.raises(tc.TeaCacheValueError, match=message):
         tc.apply(flux, coefficients=value)
 
 
@@ -284,15 +300,43 @@ def test_a_search_goes_on_where_it_was(flux: Any, tmp_path: Path) -> None:
     before = Plan.from_json(path).about["measured"]
     assert len(before) == 1
 
-    with pytest.raises(tc.TeaCacheValueError, match="exists; --force overwrites it"):
+    with pytest.raises(tc.TeaCacheValueError, match="exists; force=True overwrites it"):
         tc.search(flux, PROMPTS, path=path, **SEARCH)
-    with pytest.raises(tc.TeaCacheValueError, match="of a search with other prompts: resume takes the same ones"):
-        tc.search(flux, PROMPTS[:1], path=path, resume=True, **SEARCH)
+    others: dict[str, dict[str, Any]] = {"prompts": {"prompts": PROMPTS[:1]}, "options": {"guidance": 2.0}}
+    others |= {"seeds": {"seeds": (2,)}, "budget": {"budget": 0.4}}
+    for name, other in others.items():
+        with pytest.raises(tc.TeaCacheValueError, match=f"a search with other {name}: resume takes the same ones"):
+            tc.search(flux, **{"prompts": PROMPTS} | SEARCH | other, path=path, resume=True)
+    config = flux.model_config
+    flux.model_config = ModelConfig.flux2_klein_base_9b()
+    try:
+        with pytest.raises(tc.TeaCacheValueError, match="a search with other variant_id, model: resume"):
+            tc.search(flux, PROMPTS, path=path, resume=True, **SEARCH)
+    finally:
+        flux.model_config = config
     with pytest.raises(tc.TeaCacheValueError, match="resume needs the path"):
         tc.search(flux, PROMPTS, resume=True, **SEARCH)
     plan = tc.search(flux, PROMPTS, path=path, resume=True, **SEARCH)
     assert len(plan.about["measured"]) == 5
     assert before.items() <= plan.about["measured"].items()
+
+
+def test_a_search_ends_when_there_are_no_more_plans(flux: Any) -> None:
+    few = dict(num_inference_steps=5, height=32, width=32, guidance=1.0)
+    plan = tc.search(flux, PROMPTS[:1], budget=0.6, evaluations=40, **few)
+    assert sorted(plan.about["measured"]) == ["10011", "10101", "10110", "11001", "11010", "11100"]
+    assert plan.about["held_out_psnr"] == {"rule": None, "plan": None}
+
+
+def test_options_of_every_kind_are_written(flux: Any, photo: Path, tmp_path: Path) -> None:
+    """And image-to-image: the plan is for the active steps."""
+    path = tmp_path / "plan.json"
+    options = SEARCH | dict(held_out=[], evaluations=2, image_path=photo, image_strength=0.3)
+    for resume in (False, True):
+        plan = tc.search(flux, PROMPTS[:1], seeds=[np.int64(1)], path=path, resume=resume, **options)
+    assert len(plan.steps) == 7
+    with pytest.raises(tc.TeaCacheValueError, match="the generation has no steps"):
+        tc.search(flux, PROMPTS[:1], **options | dict(image_strength=1.0))
 
 
 @pytest.mark.parametrize(
@@ -357,21 +401,27 @@ def test_a_calibration(flux: Any, tmp_path: Path) -> None:
 
 
 def test_the_suggested_threshold_skips_a_third(flux: Any) -> None:
-    fitted = tc.calibrate(flux, PROMPTS, held_out=["pizza"], **SMALL | {"num_inference_steps": 20})
-    calibration = fitted.calibration
-    assert calibration.rel_l1_thresh is not None
-    shares = dict(fitted.shares)
-    assert shares[calibration.rel_l1_thresh] >= 1 / 3
-    assert list(shares.values()) == sorted(shares.values())
+    """With it a third of the steps or more would have been skipped, with the next lower one of two digits fewer."""
+    options = SMALL | {"num_inference_steps": 20}
+    fitted = tc.calibrate(flux, PROMPTS, held_out=["pizza"], **options)
+    found = fitted.calibration
+    assert found.rel_l1_thresh is not None
+    assert found.rel_l1_thresh in dict(fitted.shares)
     with tc.apply(flux, rel_l1_thresh=1e-9) as handle:
-        flux.generate_image(prompt="red apple", seed=1, **SMALL | {"num_inference_steps": 20})
-    again = replay(
-        handle.trace,
-        rel_l1_thresh=calibration.rel_l1_thresh,
-        coefficients=calibration.coefficients,
-        calibrated_range=calibration.calibrated_range,
-    )
-    assert again.generations[0].skipped > 0
+        for prompt in (*PROMPTS, "pizza"):
+            flux.generate_image(prompt=prompt, seed=1, **options)
+    lower = found.rel_l1_thresh - 10.0 ** math.floor(math.log10(found.rel_l1_thresh) - 1)
+    for threshold, is_enough in ((found.rel_l1_thresh, True), (lower, False)):
+        how = {"coefficients": found.coefficients, "calibrated_range": found.calibrated_range}
+        again = replay(handle.trace, rel_l1_thresh=threshold, **how)  # type: ignore[arg-type]
+        assert (statistics.mean(g.skipped / g.num_steps for g in again.generations) >= 1 / 3) == is_enough
+
+
+def test_so_few_steps_that_no_threshold_skips_a_third(flux: Any) -> None:
+    prompts = [*PROMPTS, "owl", "rocket", "candy", "blue heart"]
+    fitted = tc.calibrate(flux, prompts, held_out=["pizza"], **SMALL | {"num_inference_steps": 4})
+    assert fitted.calibration.rel_l1_thresh is None
+    assert len(dict(fitted.shares)) == len(fitted.shares)
 
 
 @pytest.mark.parametrize(
@@ -380,6 +430,7 @@ def test_the_suggested_threshold_skips_a_third(flux: Any) -> None:
         ([], {}, "calibrate needs lists"),
         ("red apple", {}, "calibrate needs lists"),
         (PROMPTS, {"held_out": []}, "calibrate needs lists"),
+        (PROMPTS, {"held_out": PROMPTS[:1]}, "a prompt is fitted or held out, not both: red apple"),
         (PROMPTS[:1], {"num_inference_steps": 5}, "pairs of steps are too few to fit"),
     ],
 )
@@ -413,8 +464,8 @@ def test_search_on_the_command_line(tmp_path: Path, prompt_file: Path) -> None:
     assert lines[7] == f"plan  {plan.steps}"
     unseen = plan.about["held_out_psnr"]
     assert ("does not beat the rule" in result.out) == (unseen["plan"] <= unseen["rule"])
-    assert "step 64/64" not in result.err  # one bar: 2 x (1 + 3) + 3 pictures of 8 steps
-    assert "step 88/88" in result.err
+    n = 80 if plan.steps == plan.about["rule"] else 88  # one bar: 2 x (1 + 3) + 3 pictures of 8 steps; two if equal
+    assert f"step {n}/{n}" in result.err
     assert run(*command, "--output", path).err == (
         f"mlx-teacache-fast search: error: {path} exists; --force overwrites it\n"
     )
@@ -433,6 +484,8 @@ def test_calibrate_on_the_command_line(tmp_path: Path, prompt_file: Path) -> Non
     assert "  <- the file's threshold" in result.out
     assert run(*command, "--output", path).code == 2
     assert run(*command, "--output", tmp_path / "other.json", "--plot", path).code == 2
+    for same in (["--output", tmp_path / "x.png"], ["--output", path, "--plot", path]):
+        assert "cannot hold both the polynomial and its plot" in run(*command, *same, "--force").err
 
 
 @pytest.mark.parametrize("command", ["search", "calibrate"])
@@ -442,13 +495,15 @@ def test_calibrate_on_the_command_line(tmp_path: Path, prompt_file: Path) -> Non
         (["flux2-klien-base-4b"], "did you mean flux2-klein-base-4b or "),
         (["demo", "--quantize", "8"], "the demonstration model takes no --quantize"),
         (["demo", "--held-out", "12"], "12 prompts, and --held-out 12 leaves none of them"),
-        (["demo", "--prompts", "missing.txt"], "missing.txt"),
+        (["dev", "--held-out", "8"], "8 prompts, and --held-out 8 leaves none of them"),
+        (["dev-fill"], "dev-fill is not for text-to-image"),
+        (["flux2-klein-base-4b", "--prompts", "missing.txt"], "missing.txt"),
     ],
 )
 def test_bad_options(tmp_path: Path, command: str, arguments: list[str], message: str) -> None:
     budget = ["--budget", 0.5] if command == "search" else []
     result = run(command, *arguments, *budget, "--output", tmp_path / "x.json")
-    assert result.code in (1, 2)
+    assert result.code == (1 if "missing.txt" in arguments else 2)
     assert message in result.err
     assert result.err.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -33,6 +33,7 @@ from .errors import (
     InternalStateError,
     InvalidStepWindowError,
     NoBenefitWarning,
+    OutputError,
     PatchLostError,
     TeaCacheError,
     TeaCacheValueError,
@@ -49,8 +50,8 @@ from .trace import Trace, replay
 from .variants import MODES, VARIANTS, Calibration, Provenance, Variant
 
 if TYPE_CHECKING:
-    from .calibration import calibrate
-    from .plan_search import search
+    from .calibration import calibrate as calibrate
+    from .plan_search import search as search
 
 # mlx-teacache's names for the same things; docs/mlx-teacache.md compares the two.
 MissingGenerationContextError = PatchLostError
@@ -78,6 +79,7 @@ __all__ = [
     "Metadata",
     "MissingGenerationContextError",
     "NoBenefitWarning",
+    "OutputError",
     "PatchLostError",
     "Pipeline",
     "Pipelines",
@@ -103,25 +105,23 @@ __all__ = [
     "__version__",
     "apply",
     "apply_teacache",
-    "calibrate",
     "check_step_window",
     "match_variant",
     "ops",
     "read_metadata",
     "replay",
-    "search",
     "supported",
 ]
 
 
 def __getattr__(name: str) -> object:
-    """``search`` and ``calibrate`` need numpy and tqdm, which the rest does without."""
-    if name == "search":
-        from .plan_search import search
-
-        return search
-    if name == "calibrate":
+    """``search`` and ``calibrate`` need packages that the rest does without."""
+    if name not in ("search", "calibrate"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
         from .calibration import calibrate
-
-        return calibrate
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .plan_search import search
+    except ModuleNotFoundError as error:
+        message = f'{name} needs {error.name}, which is not installed: pip install "mlx-teacache-fast[demo]"'
+        raise ImportError(message, name=error.name) from error
+    return search if name == "search" else calibrate

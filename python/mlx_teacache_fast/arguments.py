@@ -71,7 +71,7 @@ def calibration(value: object) -> Calibration:
 
 
 def mode(value: object) -> Mode:
-    if value not in MODES:
+    if value not in tuple(MODES):
         raise TeaCacheValueError(f"mode must be {', '.join(map(repr, MODES))}, got {value!r}")
     return value
 
@@ -142,7 +142,7 @@ BEFORE_FORECASTS: dict[str, Any] = {"forecast": 0, "cache": "residual"}
 # What ``apply`` takes, by name, from a file: each check returns the value in one form.
 SETTINGS: dict[str, Callable[[Any], Any]] = {
     "rel_l1_thresh": threshold,
-    "coefficients": lambda value: _calibration_setting(value),
+    "coefficients": _calibration_setting,
     "skip_first_n_steps": lambda value: step_count("skip_first_n_steps", value),
     "skip_last_n_steps": lambda value: step_count("skip_last_n_steps", value),
     "max_consecutive_skips": consecutive_skips,

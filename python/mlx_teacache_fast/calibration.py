@@ -1,5 +1,6 @@
 """Fitting the gate's polynomial to a model: how much its prediction changes, from how much its input does."""
 
+import bisect
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -10,12 +11,12 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from .errors import DisabledWarning, TeaCacheValueError
+from .errors import DisabledWarning, InternalStateError, TeaCacheValueError
 from .files import to_json
 from .generating import generate, predictions, progress_bar
 from .handle import apply
 from .trace import Trace, replay
-from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, Calibration, Coefficients
+from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_THRESHOLD, Calibration, Coefficients
 
 DEGREE = 4
 SKIPPED = 1 / 3  # share of the steps that the suggested threshold skips
@@ -95,17 +96,19 @@ def calibrate(
         seeds: Of the starting noise.
         guidances: Several values for ``generate_image``'s ``guidance``; default: what ``options`` say.
         progress: Show a bar on stderr.
-        **options: ``generate_image``'s: ``num_inference_steps``, ``guidance``, ``height``, ``width``, ...
+        **options: ``generate_image``'s: ``num_inference_steps`` (default here: 50), ``guidance``, ``height``, ...
 
     Returns:
-        Fitted: The polynomial with its range, and the threshold that skips a third of these steps.
+        Fitted: The polynomial with its range, and the threshold that skips a third of these steps, if any does.
 
     Raises:
         TeaCacheValueError: Too few prompts or steps, or a pipeline whose inputs do not change.
-        AlreadyPatchedError: ``flux`` is gated.
+        IncompatibleModelError, AlreadyPatchedError: As for ``apply``.
     """
     if isinstance(prompts, str) or isinstance(held_out, str) or not (prompts and held_out and seeds):
         raise TeaCacheValueError("calibrate needs lists: one or more prompts, held_out ones, and seeds")
+    if both := set(prompts) & set(held_out):
+        raise TeaCacheValueError(f"a prompt is fitted or held out, not both: {', '.join(sorted(both))}")
     settings = [options | {"guidance": g} for g in guidances] or [options]
     cases = [(p, seed, o) for p in (*prompts, *held_out) for seed in seeds for o in settings]
     num_steps = options.get("num_inference_steps", 50)
@@ -115,11 +118,12 @@ def calibrate(
         warnings.simplefilter("ignore", DisabledWarning)  # nothing is to be skipped
         handle = apply(flux, forecast=0, cache="output", max_consecutive_skips=0, rel_l1_thresh=1.0)
     with handle, predictions(flux) as recorder, progress_bar(flux, num_steps * len(cases), disable=not progress) as bar:
-        for prompt, seed, option in cases:
+        for done, (prompt, seed, option) in enumerate(cases, start=1):
             bar.set_description_str(prompt)
             generate(flux, prompt, seed, option)
             generation = handle.stats.last_generation
-            assert generation is not None
+            if generation is None or handle.stats.generations != done:
+                raise InternalStateError("a generation did not go through the gate, and its steps are not known")
             values = recorder.values
             for step in generation.steps:
                 if step.rel_l1 is not None:
@@ -135,7 +139,8 @@ def calibrate(
         cast(Coefficients, tuple(map(float, fit))), (float(pairs[:, 0].min()), float(pairs[:, 0].max()))
     )
     threshold = _threshold(trace, calibration)
-    around = [min(1.0, threshold * factor) for factor in (0.5, 0.75, 1, 1.5, 2, 3)]
+    middle = threshold or DEFAULT_THRESHOLD
+    around = sorted({min(1.0, middle * factor) for factor in (0.5, 0.75, 1, 1.5, 2, 3)})
     some = {k: options[k] for k in ("height", "width") if k in options}
     what = [f"{len(prompts)} prompts x {len(seeds)} seed{'s' * (len(seeds) > 1)}", f"{num_steps} steps"]
     what += [f"{some['width']}x{some['height']}"] * (len(some) == 2)
@@ -172,10 +177,8 @@ def _share(trace: Trace, calibration: Calibration, threshold: float) -> float:
     return statistics.mean(g.skipped / g.num_steps for g in again.generations)
 
 
-def _threshold(trace: Trace, calibration: Calibration) -> float:
-    """The lowest, to 2 digits or so, at which ``SKIPPED`` of the steps are skipped."""
-    low, high = 0.0, 1.0
-    for _ in range(8):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _share(trace, calibration, middle) >= SKIPPED else (middle, high)
-    return float(f"{high:.2g}")
+def _threshold(trace: Trace, calibration: Calibration) -> float | None:
+    """The lowest of two digits at which ``SKIPPED`` of the steps are skipped; None if none is."""
+    candidates = [digits * 10.0**exponent for exponent in (-4, -3, -2) for digits in range(10, 100)] + [1.0]
+    found = bisect.bisect_left(candidates, SKIPPED, key=lambda t: _share(trace, calibration, t))
+    return round(candidates[found], 6) if found < len(candidates) else None

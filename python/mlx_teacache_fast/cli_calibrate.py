@@ -7,6 +7,7 @@ from typing import Any
 
 from . import cli_model
 from .cli_common import PROG, quiet_logging, require_mflux, warnings_in_one_line
+from .errors import TeaCacheValueError
 from .files import check_writable, write_file
 
 DESCRIPTION = """\
@@ -19,7 +20,7 @@ EPILOG = """\
 the files:
   FILE      JSON with the five coefficients, the distances that they were fitted on, and a threshold that skips about a
             third of the steps: for apply(flux, coefficients="FILE") and run --calibration FILE
-  FILE.png  the pairs of steps and the polynomial
+  its .png  the pairs of steps and the polynomial
 
 the numbers:
   R^2       share of the changes' variance that the polynomial explains, on held-out prompts. A low one is usual
@@ -48,8 +49,7 @@ def add_parser(commands: Any) -> None:
         metavar="G",
         type=cli_model.guidance,
         nargs="+",
-        default=[4.0],
-        help="as for mflux; with several the polynomial is for all of them (default: 4)",
+        help="as for mflux; with several the polynomial is for all of them (default: 4, and 1 for distilled models)",
     )
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the polynomial, as JSON")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="default: the output's name, with .png")
@@ -59,6 +59,10 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     plot = arguments.plot or arguments.output.with_suffix(".png")
+    if plot.resolve() == arguments.output.resolve():
+        raise TeaCacheValueError(
+            f"{plot} cannot hold both the polynomial and its plot: give another --output or --plot"
+        )
     for path in (arguments.output, plot):
         check_writable(path, force=arguments.force)
     with quiet_logging():
@@ -78,15 +82,15 @@ def run(arguments: argparse.Namespace) -> int:
             prompts,
             held_out=held_out,
             seeds=(arguments.seed,),
-            guidances=arguments.guidance,
+            guidances=arguments.guidance or [cli_model.default_guidance(flux)],
             progress=True,
             **cli_model.options(arguments),
         )
     calibration = fitted.calibration
     low, high = calibration.calibrated_range or (0.0, 0.0)
+    fitted.to_json(arguments.output, force=arguments.force)
     drawn = io.BytesIO()
     fitted.plot().savefig(drawn, format="png")
-    fitted.to_json(arguments.output, force=arguments.force)
     write_file(plot, drawn.getvalue(), force=arguments.force)
     print(f"{calibration.dataset}\n")
     print(f"coefficients  {' '.join(f'{c:.6g}' for c in calibration.coefficients)}")
@@ -98,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     for i, (threshold, share) in enumerate(fitted.shares):
         here = "  <- the file's threshold" if threshold == calibration.rel_l1_thresh else ""
         print(f"{'skipped' if i == 0 else '':14}{share:4.0%} at threshold {threshold:.3g}{here}")
+    if calibration.rel_l1_thresh is None:
+        print(f"{'':14}so few steps: no threshold skips a third of them, and the file has none")
     print(
         f"\nwrote {arguments.output} and {plot}: {PROG} run --calibration {arguments.output}, or "
         "apply(flux, coefficients=...)"

@@ -104,7 +104,7 @@ def _about(model: "Model", steps: int | None) -> str:
         ("variant", f"{variant.variant_id} ({variant.display_name})"),
         ("calibrated", "yes" if model.calibrated else f"no: with the coefficients of {variant.variant_id}"),
         ("threshold", f"{variant.rel_l1_thresh:g}"),
-        ("coefficients", str(fit.url)),
+        ("coefficients", fit.url or "this package"),
     ]
     if fit.dataset is not None:
         rows.append(("", f"fitted on {fit.dataset}; R^2 {fit.r2:.3f}"))

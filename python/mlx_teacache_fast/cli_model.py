@@ -3,13 +3,10 @@
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .cli_common import integer, number
 from .errors import TeaCacheValueError
-
-if TYPE_CHECKING:
-    from .mflux.models import Model
 
 DEMO = "demo"
 
@@ -67,16 +64,18 @@ def guidance(text: str) -> float:
     return number("a finite number of at least 1", lambda g: 1 <= g < math.inf)(text)
 
 
-def check(arguments: argparse.Namespace) -> "Model | None":
-    """What can be said before weights are loaded; None for the demonstration model."""
+def check(arguments: argparse.Namespace) -> None:
+    """What can be said before weights are loaded."""
     from .mflux import models
 
-    if arguments.model == DEMO:
-        given = ("base_model", "quantize", "lora_paths", "lora_scales")
-        if wrong := [name for name in given if getattr(arguments, name) is not None]:
-            raise TeaCacheValueError(f"the demonstration model takes no --{wrong[0].replace('_', '-')}")
-        return None
-    return models.find(arguments.model, arguments.base_model)
+    if arguments.prompts is not None or arguments.model != DEMO:
+        split(arguments, _given(arguments))
+    if arguments.model != DEMO:
+        models.find_text_to_image(arguments.model, arguments.base_model)
+        return
+    given = ("base_model", "quantize", "lora_paths", "lora_scales")
+    if wrong := [name for name in given if getattr(arguments, name) is not None]:
+        raise TeaCacheValueError(f"the demonstration model takes no --{wrong[0].replace('_', '-')}")
 
 
 def load(arguments: argparse.Namespace) -> Any:
@@ -93,20 +92,39 @@ def load(arguments: argparse.Namespace) -> Any:
 
 def prompts(arguments: argparse.Namespace, flux: Any) -> tuple[list[str], list[str]]:
     """Those to learn from, and those held out."""
-    found = list(PROMPTS)
-    if arguments.prompts is not None:
-        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-        found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if arguments.model == DEMO:
-        from .demo.compare import check_prompts
+    if arguments.model != DEMO:
+        return split(arguments, _given(arguments))
+    from .demo.compare import check_prompts
 
-        if arguments.prompts is None:
-            captions = [caption for group in flux.captions.values() for caption in group]
-            found = captions[:: len(captions) // N_DEMO_PROMPTS][:N_DEMO_PROMPTS]  # of all groups
-        check_prompts(flux, found)
+    captions = [caption for group in flux.captions.values() for caption in group]
+    found = captions[:: len(captions) // N_DEMO_PROMPTS][:N_DEMO_PROMPTS]  # of all groups
+    if arguments.prompts is not None:
+        found = _given(arguments)
+    check_prompts(flux, found)
+    return split(arguments, found)
+
+
+def _given(arguments: argparse.Namespace) -> list[str]:
+    """Of the file, or ours."""
+    if arguments.prompts is None:
+        return list(PROMPTS)
+    try:
+        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise TeaCacheValueError(f"{arguments.prompts} is no text in UTF-8: {error}") from error
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def split(arguments: argparse.Namespace, found: list[str]) -> tuple[list[str], list[str]]:
     if len(found) <= arguments.held_out:
         raise TeaCacheValueError(f"{len(found)} prompts, and --held-out {arguments.held_out} leaves none of them")
     return found[: -arguments.held_out], found[-arguments.held_out :]
+
+
+def default_guidance(flux: Any) -> float:
+    from .mflux import patch
+
+    return 1.0 if patch.match(flux).distilled else 4.0
 
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .cli_common import (
 from .errors import TeaCacheError, TeaCacheValueError
 from .files import check_writable
 from .forecast import CACHES, DEFAULT_CACHE, DEFAULT_FORECAST, MAX_ORDER
-from .handle import Handle
+from .handle import Handle, check_settings
 from .metadata import KEY, read_metadata
 from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_MODE, DEFAULT_THRESHOLD, MODES
 
@@ -91,8 +91,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--mode",
         choices=MODES,
-        help="the threshold by name: quality 0.85 times the model's own, balanced the same, fast twice (default: "
-        f"{DEFAULT_MODE})",
+        help="the threshold by name, in parts of the model's own: "
+        f"{', '.join(f'{name} {factor:g}' for name, factor in MODES.items())} (default: {DEFAULT_MODE})",
     )
     parser.add_argument(
         "--calibration",
@@ -222,6 +222,7 @@ def run(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     options["save_metadata"] = not arguments.no_metadata
+    check_settings(**options)  # before weights are loaded
     handles: list[Handle] = []
     try:
         with (
@@ -258,7 +259,7 @@ def _report(handles: Sequence[Handle], trace: Path | None, *, force: bool) -> No
 
 
 def _plan(text: str) -> str | Path:
-    if set(text) - {"0", "1"} and Path(text).exists():
+    if set(text) - {"0", "1"} and (Path(text).exists() or Path(text).suffix == ".json"):
         return Path(text)
     try:
         checks.plan(text)

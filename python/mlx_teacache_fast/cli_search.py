@@ -9,6 +9,7 @@ from .cli_common import PROG, integer, number, quiet_logging, require_mflux, war
 from .errors import TeaCacheValueError
 from .files import check_writable
 from .forecast import CACHES, DEFAULT_CACHE, DEFAULT_FORECAST, MAX_ORDER
+from .plans import Plan
 
 DESCRIPTION = """\
 Search which steps to compute under a budget, for a model, number of steps and guidance of yours:
@@ -46,7 +47,7 @@ def add_parser(commands: Any) -> None:
     )
     cli_model.add_arguments(parser, held_out=2)
     parser.add_argument(
-        "--guidance", metavar="G", type=cli_model.guidance, default=4.0, help="as for mflux (default: %(default)g)"
+        "--guidance", metavar="G", type=cli_model.guidance, help="as for mflux (default: 4, and 1 for distilled models)"
     )
     parser.add_argument(
         "--budget",
@@ -80,8 +81,9 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.resume and arguments.force:
         raise TeaCacheValueError("--resume goes on with FILE and --force begins anew: leave out either")
-    if not arguments.resume:
-        check_writable(arguments.output, force=arguments.force)
+    check_writable(arguments.output, force=arguments.force or arguments.resume)
+    if arguments.resume:
+        Plan.from_json(arguments.output)
     with quiet_logging():
         require_mflux()
         cli_model.check(arguments)
@@ -103,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             resume=arguments.resume,
             progress=True,
-            **cli_model.options(arguments) | {"guidance": arguments.guidance},
+            **cli_model.options(arguments) | {"guidance": arguments.guidance or cli_model.default_guidance(flux)},
         )
     about = plan.about
     print(f"{sum(map(int, plan.steps))} of {len(plan.steps)} steps computed; PSNR against the full pictures, mean:\n")

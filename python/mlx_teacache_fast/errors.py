@@ -46,6 +46,10 @@ class InternalStateError(TeaCacheError):
     """A step did not run mflux's forward pass as it was traced: something between wraps or replaces it, or a bug."""
 
 
+class OutputError(TeaCacheError):
+    """A file or folder cannot be written; the message names it and the reason."""
+
+
 class TeaCacheWarning(UserWarning):
     """Base class of this package's warnings."""
 
@@ -69,6 +73,6 @@ class UntestedVersionWarning(TeaCacheWarning):
 def warn_caller(message: str, category: type[Warning]) -> None:
     """Warn of a call of this package: at the line of it, outside of the package."""
     frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(__package__):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category=category, stacklevel=level + 1)

@@ -7,11 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import TeaCacheError, TeaCacheValueError
-
-
-class OutputError(TeaCacheError):
-    """A file or folder cannot be written; the message names it and the reason."""
+from .errors import OutputError, TeaCacheValueError
 
 
 def prepare_folder(folder: Path, names: Iterable[str], *, force: bool) -> list[Path]:
@@ -20,8 +16,8 @@ def prepare_folder(folder: Path, names: Iterable[str], *, force: bool) -> list[P
     Returns:
         list[Path]: The files' paths, in the order of ``names``.
     Raises:
-        TeaCacheValueError: One of them exists and ``force`` is not set.
-        OutputError: The folder cannot be made or written, or one of the paths is itself a folder.
+        TeaCacheValueError: One of them exists and ``force`` is not set, or is a folder.
+        OutputError: The folder cannot be made or written.
     """
     paths = [folder / name for name in names]
     for path in paths:
@@ -51,6 +47,7 @@ def write_file(path: Path, data: bytes, *, force: bool, how: str = "--force") ->
     """
     if not force:
         _refuse_existing(path, how)
+    path = path.resolve()  # what a link leads to
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         try:
@@ -73,21 +70,24 @@ def _refuse_existing(path: Path, how: str = "--force") -> None:
         raise TeaCacheValueError(f"{path} exists; {how} overwrites it")
 
 
-def check_writable(path: Path, *, force: bool, in_folder: bool = True) -> None:
+def check_writable(path: Path, *, force: bool, how: str = "--force", in_folder: bool = True) -> None:
     """Before the work whose result ``path`` will hold.
 
     Raises:
-        TeaCacheValueError: ``path`` exists and ``force`` is not set, or is a folder; with ``in_folder`` also if its own
+        TeaCacheValueError: ``path`` exists and ``force`` is not set, or is no file; with ``in_folder`` also if its own
             folder does not exist.
         OutputError: It cannot be written.
     """
     if path.is_dir():
         raise TeaCacheValueError(f"cannot write {path}: it is a folder")
     if not force:
-        _refuse_existing(path)
-    if in_folder and not path.parent.is_dir():
+        _refuse_existing(path, how)
+    if path.exists() and not path.is_file():
+        raise TeaCacheValueError(f"cannot write {path}: it is no file")
+    folder = path.resolve().parent  # where write_file makes the new one
+    if in_folder and not folder.is_dir():
         raise TeaCacheValueError(f"cannot write {path}: there is no folder {path.parent}")
-    if in_folder and not os.access(path if path.exists() else path.parent, os.W_OK):
+    if in_folder and not os.access(folder, os.W_OK):
         raise OutputError(f"cannot write {path}: permission denied")
 
 

@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from .errors import TeaCacheValueError
+
 Image = npt.NDArray[np.uint8]
 
 
@@ -43,6 +45,8 @@ class Predictions:
 
     @property
     def values(self) -> npt.NDArray[np.float32]:
+        if not self._made:
+            raise TeaCacheValueError("the generation has no steps")
         return np.stack(self._made)
 
     def call_before_loop(self, *, config: Any, **_: Any) -> None:

@@ -1,10 +1,10 @@
 """``apply``: its arguments, and the handle that says what happened and undoes it."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from . import arguments, summary
 from .errors import (
@@ -193,7 +193,7 @@ def apply(
     max_skips: int | None = None,
     steps: str | Sequence[int] | None = None,
     budget: float | None = None,
-    plan: str | Path | None = None,
+    plan: str | Path | Plan | None = None,
     forecast: int | None = None,
     cache: Cache | None = None,
     save_metadata: bool = True,
@@ -223,16 +223,16 @@ def apply(
             is measured and no decision is read. Thresholds, limits and forced steps have no place beside it.
         budget: At most this share of the active steps computes, above 0.0 and up to 1.0, instead of measuring: the
             first and the last in any case, and others in between, the denser the more sigma changes. (Of an edit with a
-            key-value cache the second one too.) It stands alone, as ``steps`` does.
-        plan: A file that ``mlx-teacache-fast search`` wrote: ``steps``, with the ``forecast`` and ``cache`` that they
-            were found with.
+            key-value cache the second one too, with ``cache="residual"``.) It stands alone, as ``steps`` does.
+        plan: What ``mlx-teacache-fast search`` found, its file's path or the ``Plan``: ``steps``, with the ``forecast``
+            and ``cache`` that they were found with.
         forecast: What a skipped step gets: 0 reuses what the last computed step made, 1 (the default) and 2 extrapolate
-            the last two or three over sigma, by a polynomial of this order; a lower one where there are fewer, and less
-            far where the gap is so wide that the extrapolation would amplify their errors.
+            the last two or three over sigma, by a polynomial of this order, guarded: never further than the gap between
+            the last two, and by a lower order where there are fewer values or much would be amplified.
         cache: What is reused or extrapolated: ``"output"`` (the default), the noise prediction, guidance included
             (each of the ``forecast + 1`` kept is S x 64 numbers for FLUX.1, S x 128 for FLUX.2), or ``"residual"``,
             what the transformer's blocks added to the image tokens (S x D for each branch of the guidance).
-            ``forecast=0, cache="residual"`` is TeaCache as published, see ``apply_teacache``.
+            ``forecast=0, cache="residual"`` is TeaCache as published, and as of mlx-teacache.
         save_metadata: Pictures that mflux saves as PNG, JPEG or WebP say in their metadata how they were gated, for
             ``read_metadata``.
 
@@ -245,14 +245,14 @@ def apply(
         AlreadyPatchedError: ``flux`` is gated already; call ``restore()`` on its handle first.
         OSError: The file of ``plan`` or ``coefficients`` cannot be read.
     """
-    return _apply(**locals(), by_name=False)
+    given = {name: value for name, value in locals().items() if name != "flux"}
+    return _apply(flux, check_settings(**given))
 
 
 def apply_teacache(flux: Any, **settings: Any) -> Handle:
     """``apply`` as mlx-teacache does it: steps that are skipped, and pictures, are those of its 0.14.1.
 
-    A skipped step reuses the last residual (``forecast=0, cache="residual"``). The demonstration model is taken for
-    base-4B, whose name it has; ``apply`` has coefficients of its own for it.
+    A skipped step reuses the last residual: ``forecast=0, cache="residual"``, unless a ``plan`` says otherwise.
 
     Args:
         flux: As for ``apply``.
@@ -261,72 +261,94 @@ def apply_teacache(flux: Any, **settings: Any) -> Handle:
     Returns:
         Handle: As of ``apply``, whose errors this has too.
     """
-    defaults = {name: p.default for name, p in inspect.signature(apply).parameters.items() if name != "flux"}
-    if unknown := set(settings) - set(defaults):
-        raise TypeError(f"apply_teacache() got unexpected arguments: {', '.join(sorted(unknown))}")
-    return _apply(flux, by_name=True, **defaults | {"forecast": 0, "cache": "residual"} | settings)
+    reuse = {} if settings.get("plan") is not None else {"forecast": 0, "cache": "residual"}
+    return _apply(flux, check_settings(**reuse | settings))
 
 
-def _apply(
-    flux: Any,
-    *,
-    by_name: bool,
-    mode: Any,
-    rel_l1_thresh: Any,
-    coefficients: Any,
-    skip_first_n_steps: Any,
-    skip_last_n_steps: Any,
-    max_consecutive_skips: Any,
-    max_skips: Any,
-    steps: Any,
-    budget: Any,
-    plan: Any,
-    forecast: Any,
-    cache: Any,
-    save_metadata: Any,
-) -> Handle:
-    first = arguments.step_count("skip_first_n_steps", skip_first_n_steps)
-    last = arguments.step_count("skip_last_n_steps", skip_last_n_steps)
-    own = None if coefficients is None else arguments.calibration(coefficients)
-    named = None if mode is None else arguments.mode(mode)
-    threshold = None if rel_l1_thresh is None else arguments.threshold(rel_l1_thresh)
-    consecutive = arguments.consecutive_skips(max_consecutive_skips)
-    most = None if max_skips is None else arguments.step_count("max_skips", max_skips)
-    found = None if plan is None else Plan.from_json(plan)
-    planned = None if steps is None else arguments.plan(steps)
-    share = None if budget is None else arguments.budget(budget)
-    order = None if forecast is None else arguments.forecast(forecast)
-    kept = None if cache is None else arguments.cache(cache)
-    if not isinstance(save_metadata, bool):
-        raise TeaCacheValueError(f"save_metadata must be True or False, got {save_metadata!r}")
-    if named is not None and threshold is not None:
+class Settings(NamedTuple):
+    """``apply``'s arguments, checked, with those that a file has."""
+
+    mode: Mode | None
+    rel_l1_thresh: float | None
+    calibration: Calibration | None
+    skip_first_n_steps: int
+    skip_last_n_steps: int
+    max_consecutive_skips: int
+    max_skips: int | None
+    plan: tuple[bool, ...] | None
+    budget: float | None
+    forecast: int
+    cache: Cache
+    save_metadata: bool
+
+    @property
+    def is_planned(self) -> bool:
+        return self.plan is not None or self.budget is not None
+
+
+def check_settings(**settings: Any) -> Settings:
+    """What ``apply`` can say of its arguments before a pipeline is loaded: the errors are its."""
+    given = inspect.signature(apply).bind(None, **settings)
+    given.apply_defaults()
+    value = given.arguments
+    first = arguments.step_count("skip_first_n_steps", value["skip_first_n_steps"])
+    last = arguments.step_count("skip_last_n_steps", value["skip_last_n_steps"])
+    consecutive = arguments.consecutive_skips(value["max_consecutive_skips"])
+
+    def checked(name: str, check: Callable[[Any], Any]) -> Any:
+        return None if value[name] is None else check(value[name])
+
+    own = checked("coefficients", arguments.calibration)
+    mode = checked("mode", arguments.mode)
+    threshold = checked("rel_l1_thresh", arguments.threshold)
+    most = checked("max_skips", lambda number: arguments.step_count("max_skips", number))
+    found = checked("plan", lambda plan: plan if isinstance(plan, Plan) else Plan.from_json(plan))
+    planned = checked("steps", arguments.plan)
+    budget = checked("budget", arguments.budget)
+    order, kept = checked("forecast", arguments.forecast), checked("cache", arguments.cache)
+    if not isinstance(value["save_metadata"], bool):
+        raise TeaCacheValueError(f"save_metadata must be True or False, got {value['save_metadata']!r}")
+    if mode is not None and threshold is not None:
         raise TeaCacheValueError("mode and rel_l1_thresh both set the threshold: leave out either")
-    planned_by = [name for name, value in (("plan", found), ("steps", planned), ("budget", share)) if value is not None]
+    planned_by = [name for name in ("plan", "steps", "budget") if value[name] is not None]
     if planned_by:
         limits = (
             *((name, True) for name in planned_by[1:]),
-            ("mode", mode is not None),
-            ("rel_l1_thresh", rel_l1_thresh is not None),
-            ("coefficients", coefficients is not None),
-            ("max_skips", max_skips is not None),
+            *((name, value[name] is not None) for name in ("mode", "rel_l1_thresh", "coefficients", "max_skips")),
             ("max_consecutive_skips", consecutive != DEFAULT_MAX_CONSECUTIVE_SKIPS),
             ("skip_first_n_steps", first != 1),
             ("skip_last_n_steps", last != 1),
         )
-        if given := [name for name, is_given in limits if is_given]:
+        if wrong := [name for name, is_given in limits if is_given]:
             raise TeaCacheValueError(
-                f"{planned_by[0]} plans every step, and {', '.join(given)} cannot count: leave out either"
+                f"{planned_by[0]} plans every step, and {', '.join(wrong)} cannot count: leave out either"
             )
     if found is not None:
         planned = arguments.plan(found.steps)
         order = found.forecast if order is None else order
         kept = found.cache if kept is None else kept
-    order = DEFAULT_FORECAST if order is None else order
-    kept = DEFAULT_CACHE if kept is None else kept
+    return Settings(
+        mode=mode,
+        rel_l1_thresh=threshold,
+        calibration=own,
+        skip_first_n_steps=first,
+        skip_last_n_steps=last,
+        max_consecutive_skips=consecutive,
+        max_skips=most,
+        plan=planned,
+        budget=budget,
+        forecast=DEFAULT_FORECAST if order is None else order,
+        cache=DEFAULT_CACHE if kept is None else kept,
+        save_metadata=value["save_metadata"],
+    )
 
+
+def _apply(flux: Any, settings: Settings) -> Handle:
     require_mflux()
     from .mflux import patch
 
+    # TeaCache as published takes the demonstration model for the one whose name it has, as mlx-teacache does.
+    by_name = (settings.forecast, settings.cache) == (0, "residual")
     variant = patch.match(flux, by_name)
     if (existing := patch.live_handle(flux)) is not None:
         raise AlreadyPatchedError(
@@ -334,20 +356,23 @@ def _apply(
             "(this error has it as its attribute `handle`)",
             existing,
         )
+    own, threshold = settings.calibration, settings.rel_l1_thresh
     if threshold is None:
-        default = variant.rel_l1_thresh if own is None else own.rel_l1_thresh or DEFAULT_THRESHOLD
-        threshold = min(1.0, default * MODES[named or DEFAULT_MODE])
+        default = variant.rel_l1_thresh
+        if own is not None:
+            default = DEFAULT_THRESHOLD if own.rel_l1_thresh is None else own.rel_l1_thresh
+        threshold = min(1.0, default * MODES[settings.mode or DEFAULT_MODE])
     calibrated = own is None and patch.is_calibrated(flux)
     disabled = (
-        ("rel_l1_thresh=0.0 turns gating off", not planned_by and threshold == 0.0),
-        ("max_skips=0 skips nothing", most == 0),
-        ("max_consecutive_skips=0 skips nothing", consecutive == 0),
-        ("the planned steps have no 0", planned is not None and all(planned)),
-        ("budget=1.0 computes all", share == 1.0),
+        ("rel_l1_thresh=0.0 turns gating off", not settings.is_planned and threshold == 0.0),
+        ("max_skips=0 skips nothing", settings.max_skips == 0),
+        ("max_consecutive_skips=0 skips nothing", settings.max_consecutive_skips == 0),
+        ("the planned steps have no 0", settings.plan is not None and all(settings.plan)),
+        ("budget=1.0 computes all", settings.budget == 1.0),
     )
     if reason := next((text for text, is_so in disabled if is_so), None):
         warn_caller(f"{reason}: every step computes", DisabledWarning)
-    elif not planned_by and own is None:
+    elif not settings.is_planned and own is None:
         if variant.distilled:
             warn_caller(
                 f"{variant.variant_id} is distilled to a few steps that differ too much for any to be skipped: "
@@ -363,15 +388,15 @@ def _apply(
         coefficients=variant.coefficients if own is None else own.coefficients,
         calibrated_range=variant.calibrated_range if own is None else own.calibrated_range,
         provenance=variant.provenance if own is None else own.provenance,
-        skip_first_n_steps=first,
-        skip_last_n_steps=last,
-        max_consecutive_skips=consecutive,
-        max_skips=most,
-        plan=planned,
-        budget=share,
-        forecast=order,
-        cache=kept,
-        save_metadata=save_metadata,
+        skip_first_n_steps=settings.skip_first_n_steps,
+        skip_last_n_steps=settings.skip_last_n_steps,
+        max_consecutive_skips=settings.max_consecutive_skips,
+        max_skips=settings.max_skips,
+        plan=settings.plan,
+        budget=settings.budget,
+        forecast=settings.forecast,
+        cache=settings.cache,
+        save_metadata=settings.save_metadata,
     )
     patch.warn_if_untested()
     patch.Patch(flux, handle)

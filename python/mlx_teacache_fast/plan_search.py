@@ -7,6 +7,8 @@ model answers to latents that have gone astray. Hence the second stage: the plan
 the best one, are run, and simulated annealing goes on with the pictures that they really give.
 """
 
+import functools
+import json
 import math
 import random
 import statistics
@@ -15,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
@@ -122,9 +123,9 @@ def search(
         evaluations: So many plans are run, each for all prompts and seeds.
         path: A file that is written after each of them, for ``apply(plan=path)``; Ctrl-C loses nothing.
         force: Overwrite ``path``.
-        resume: Go on with ``path``, which was written with the same arguments.
+        resume: Go on with ``path``, which was written with the same arguments, of the same model.
         progress: Show a bar on stderr.
-        **options: ``generate_image``'s: ``num_inference_steps``, ``guidance``, ``height``, ``width``, ...
+        **options: ``generate_image``'s: ``num_inference_steps`` (default here: 50), ``guidance``, ``height``, ...
 
     Returns:
         Plan: The best one. ``about`` has what was measured: ``psnr`` and ``held_out_psnr`` of ``rule`` and ``plan``, in
@@ -133,27 +134,33 @@ def search(
     Raises:
         TeaCacheValueError: Bad arguments; ``path`` exists, or cannot be gone on with; the budget leaves nothing to
             choose.
-        OutputError: ``path`` cannot be written.
+        IncompatibleModelError, AlreadyPatchedError: As for ``apply``.
+        OutputError: ``path`` cannot be written; OSError: not read.
     """
     share, order, kept = arguments.budget(budget), arguments.forecast(forecast), arguments.cache(cache)
     evaluations = arguments.step_count("evaluations", evaluations)
     if not prompts or isinstance(prompts, str) or not seeds or evaluations < 1:
         raise TeaCacheValueError("search needs a list of prompts, one or more seeds, and one or more evaluations")
-    setup: dict[str, Any] = {"budget": share, "forecast": order, "cache": kept, "options": _texts(options)}
-    setup |= {"prompts": list(prompts), "seeds": list(seeds), "held_out": list(held_out)}
-    measured: dict[str, list[float]] = {}
-    if resume:
-        if path is None:
-            raise TeaCacheValueError("resume needs the path of the search to go on with")
-        measured = _measured_before(Path(path), setup)
-    elif path is not None:
-        check_writable(Path(path), force=force)
+    options = {"num_inference_steps": 50} | options
+    num_steps = options["num_inference_steps"]
+    _check_choice(budgeted([float(-i) for i in range(num_steps)], share), share)
     with apply(flux, budget=share, forecast=order, cache=kept) as handle:  # before anything slow
-        setup["variant_id"] = handle.variant_id
+        variant_id = handle.variant_id
+    if kept == "residual" and "flux2-klein-9b-kv" in flux.model_config.aliases:
+        raise TeaCacheValueError('search takes cache="output" only with a key-value cache, which has no first residual')
+    setup: dict[str, Any] = {"budget": share, "forecast": order, "cache": kept, "options": options}
+    setup |= {"prompts": list(prompts), "seeds": list(seeds), "held_out": list(held_out)}
+    setup |= {"variant_id": variant_id, "pipeline": type(flux).__name__, "model": flux.model_config.model_name}
+    setup |= {name: getattr(flux, name, None) for name in ("bits", "lora_paths", "lora_scales")}
+    setup = json.loads(json.dumps(setup, default=str))  # as the file will have it
+    measured: dict[str, list[float]] = {}
+    if resume and path is None:
+        raise TeaCacheValueError("resume needs the path of the search to go on with")
+    if path is not None:
+        check_writable(Path(path), force=force or resume, how="force=True")
+        measured = _measured_before(Path(path), setup) if resume else {}
     cases = [(prompt, seed) for prompt in prompts for seed in seeds]
     unseen = [(prompt, seed) for prompt in held_out for seed in seeds]
-    num_steps = options.get("num_inference_steps", 50)
-    options = options | {"num_inference_steps": num_steps}
     left = max(0, evaluations - len(measured))
     total = num_steps * (len(cases) * (1 + left) + 3 * len(unseen))
 
@@ -161,8 +168,8 @@ def search(
         bar.set_description_str("plain mflux")
         references, recorded = _references(flux, cases, options)
         rule = budgeted(recorded.sigmas[:-1], share)
-        if all(rule) or sum(rule) < 3:
-            raise TeaCacheValueError(f"budget={share:g} of {len(rule)} steps leaves no step to choose")
+        _check_choice(rule, share)
+        evaluations = min(evaluations, math.comb(len(rule) - 1, sum(rule) - 1))  # there are no more plans
         psnr_of = {tuple(c == "1" for c in text): values for text, values in measured.items()}
 
         def run(steps: Steps, cases: Sequence[tuple[str, int]], references: Sequence[Image]) -> list[float]:
@@ -181,7 +188,7 @@ def search(
             if steps not in psnr_of:
                 psnr_of[steps] = run(steps, cases, references)
                 if path is not None:
-                    result().to_json(path, force=True)
+                    result().to_json(path, force=force or resume or len(psnr_of) > 1)
                 best = max(map(statistics.mean, psnr_of.values()))
                 gain = best - statistics.mean(psnr_of[rule])
                 bar.set_description_str(f"plan {len(psnr_of)} of {evaluations}: {best:.1f} dB, {gain:+.1f} to the rule")
@@ -189,16 +196,19 @@ def search(
 
         unseen_psnr: dict[str, float | None] = {"rule": None, "plan": None}
         rng = random.Random(len(psnr_of))
-        judge = _remembered(lambda steps: recorded.estimate(steps, order))
-        for start in (rule, *(annealed(rule, judge, ROUNDS, rng) for _ in range(STARTS))):
-            if start in psnr_of or len(psnr_of) < evaluations:
+        judge = functools.cache(lambda steps: recorded.estimate(steps, order))
+        evaluate(rule)
+        for start in (annealed(rule, judge, ROUNDS, rng) for _ in range(STARTS)):
+            if len(psnr_of) < evaluations:
                 evaluate(start)
         current = max(psnr_of, key=lambda steps: statistics.mean(psnr_of[steps]))
         while len(psnr_of) < evaluations:
-            value = evaluate(current)
             near = {neighbour(current, rng) for _ in range(NEIGHBOURS)} - set(psnr_of)
-            near = near or {neighbour(neighbour(current, rng), rng)}
+            if not near:  # all that are around have been run
+                current = neighbour(current, rng)
+                continue
             proposal = max(near, key=judge)
+            value = evaluate(current) if current in psnr_of else -math.inf
             gain = evaluate(proposal) - value
             temperature = TEMPERATURE * (1 - len(psnr_of) / evaluations) + 1e-3
             if gain > 0 or rng.random() < math.exp(gain / temperature):
@@ -207,7 +217,12 @@ def search(
         if unseen:
             bar.set_description_str("prompts that it did not see")
             plain = [generate(flux, prompt, seed, options) for prompt, seed in unseen]
-            unseen_psnr = {"rule": _mean(run(rule, unseen, plain)), "plan": _mean(run(best, unseen, plain))}
+            unseen_psnr["rule"] = _mean(run(rule, unseen, plain))
+            unseen_psnr["plan"] = unseen_psnr["rule"]
+            if best == rule:
+                bar.total -= num_steps * len(unseen)
+            else:
+                unseen_psnr["plan"] = _mean(run(best, unseen, plain))
     if path is not None:
         result().to_json(path, force=True)
     return result()
@@ -222,8 +237,12 @@ def _references(flux: Any, cases: Sequence[tuple[str, int]], options: dict[str, 
             values = recorder.values.astype(np.float64)
             products.append(values @ values.T / values.shape[1])
             sigmas = [*recorder.sigmas, 0.0][: len(values) + 1]
-    mx.clear_cache()
     return pictures, Recorded(sigmas, products)
+
+
+def _check_choice(rule: Steps, share: float) -> None:
+    if all(rule) or sum(rule) < 3:
+        raise TeaCacheValueError(f"budget={share:g} of {len(rule)} steps leaves no step to choose")
 
 
 def _measured_before(path: Path, setup: dict[str, Any]) -> dict[str, list[float]]:
@@ -234,21 +253,5 @@ def _measured_before(path: Path, setup: dict[str, Any]) -> dict[str, list[float]
     return {str(steps): [float(v) for v in values] for steps, values in about["measured"].items()}
 
 
-def _remembered(judge: Callable[[Steps], float]) -> Callable[[Steps], float]:
-    known: dict[Steps, float] = {}
-
-    def remembered(steps: Steps) -> float:
-        if steps not in known:
-            known[steps] = judge(steps)
-        return known[steps]
-
-    return remembered
-
-
 def _mean(values: Sequence[float] | None) -> float | None:
     return None if values is None else statistics.mean(values)
-
-
-def _texts(options: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}

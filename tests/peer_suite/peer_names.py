@@ -47,7 +47,7 @@ class Gated:
         if on_instance:
             flux.generate_image = lambda: flux.loop()
         with warnings.catch_warnings(action="ignore"):
-            self.handle = ours.apply(
+            self.handle = ours.apply_teacache(
                 flux,
                 rel_l1_thresh=threshold,
                 skip_first_n_steps=first,
@@ -310,9 +310,9 @@ class AlreadyPatchedError(ours.AlreadyPatchedError):
     def __new__(cls, *, variant_id: str, rel_l1_thresh: float) -> Any:
         flux = pipeline(Flux2Klein, variant_id)
         with warnings.catch_warnings(action="ignore"):
-            ours.apply(flux, rel_l1_thresh=rel_l1_thresh)
+            ours.apply_teacache(flux, rel_l1_thresh=rel_l1_thresh)
             try:
-                ours.apply(flux)
+                ours.apply_teacache(flux)
             except ours.AlreadyPatchedError as error:
                 return error
 

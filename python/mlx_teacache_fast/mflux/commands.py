@@ -19,9 +19,8 @@ from mflux.models.common.config.config import Config
 
 from .. import arguments
 from ..errors import TeaCacheValueError, TeaCacheWarning
-from ..handle import Handle, apply
+from ..handle import Handle, apply, check_settings
 from ..metadata import Metadata
-from ..plans import Plan
 from . import patch
 
 # Those that can be gated.
@@ -175,11 +174,9 @@ def gating(options: Mapping[str, Any], handles: list[Handle], only: str | None =
 
 def _checked(parse_args: Any, options: Mapping[str, Any]) -> Callable[..., Any]:
     settings = {name: options[name] for name in _OF_A_SCHEDULE if name in options}
-    if options.get("steps") is not None:
-        settings["plan"] = arguments.plan(options["steps"])
-    if options.get("plan") is not None:
-        settings["plan"] = arguments.plan(Plan.from_json(options["plan"]).steps)
-    if options.get("budget") is not None:  # any schedule will do
+    checked_settings = check_settings(**options)
+    settings["plan"] = checked_settings.plan
+    if checked_settings.budget is not None:  # any schedule will do
         settings["rel_l1_thresh"] = 0.0
 
     @functools.wraps(parse_args)

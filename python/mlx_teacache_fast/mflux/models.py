@@ -2,7 +2,6 @@
 
 import difflib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mflux.cli.defaults.defaults import model_choices, model_inference_steps
@@ -63,13 +62,21 @@ def find(name: str, base_model: str | None = None) -> Model:
     )
 
 
+def find_text_to_image(name: str, base_model: str | None = None) -> Any:
+    """``find``, for models that the family's text-to-image pipeline runs: that class, and mflux's configuration."""
+    model = find(name, base_model)
+    config = ModelConfig.from_name(name, base_model)
+    special = ("fill", "depth", "redux", "kontext", "controlnet")
+    if any(word in alias for alias in config.aliases for word in special):
+        raise TeaCacheValueError(f"{name} is not for text-to-image: load it in Python, in the pipeline that it is for")
+    pipelines = {p.__name__: p for family in patch.FAMILIES for p in family.PIPELINES}
+    return pipelines[model.pipeline], config
+
+
 def load(name: str, base_model: str | None = None, **options: Any) -> Any:
     """The family's text-to-image pipeline with this model; ``options`` are of its class, such as ``quantize``."""
-    find(name, base_model)
-    config = ModelConfig.from_name(name, base_model)
-    family = next(f for f in patch.FAMILIES if set(config.aliases) & set(f.VARIANTS))
-    path = name if Path(name).expanduser().exists() else None
-    return family.PIPELINES[0](model_config=config, model_path=path, **options)
+    pipeline, config = find_text_to_image(name, base_model)
+    return pipeline(model_config=config, **options)
 
 
 def gated_names() -> list[str]:
