@@ -23,6 +23,7 @@ import mlx_teacache_fast
 from mlx_teacache_fast import cli, cli_demo, demo, files, ops
 from mlx_teacache_fast.demo import compare as compare_module
 from mlx_teacache_fast.demo import report
+from mlx_teacache_fast.variants import TINY_KLEIN
 
 COMMAND = [sys.executable, "-m", "mlx_teacache_fast"]
 
@@ -316,8 +317,7 @@ def test_demo_help():
     for default in defaults:
         assert f"(default: {default}" in text
     assert f"(default here: {'gpu' if ops.gpu_supported() else 'cpu'})" in text
-    threshold = mlx_teacache_fast.VARIANTS["flux2-klein-base-4b"].rel_l1_thresh
-    assert f"(default: {threshold}, the model's own)" in text
+    assert f"(default: {TINY_KLEIN.rel_l1_thresh}, the model's own)" in text
     for word in ("images.png", "plot.png", "speedup", "bound", "PSNR", "SSIM", "not those of FLUX", "untimed"):
         assert word in text
     assert max(map(len, result.out.splitlines())) <= 120

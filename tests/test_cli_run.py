@@ -101,8 +101,10 @@ def test_several_seeds(tmp_path, weights):
     assert len(weights) == 1
 
     flux = demo.pipeline()  # the pictures are those of apply()
+    variant = VARIANTS["flux2-klein-base-4b"]
+    base = Calibration(variant.coefficients, variant.calibrated_range)
     for seed in (3, 4):
-        with mlx_teacache_fast.apply_teacache(flux, rel_l1_thresh=0.4, forecast=1, cache="output"):
+        with mlx_teacache_fast.apply(flux, rel_l1_thresh=0.4, coefficients=base):
             image = flux.generate_image(seed, "red apple", 12, 64, 64, guidance=1.0)
         picture = np.asarray(Image.open(tmp_path / f"apple_seed_{seed}.png"))
         np.testing.assert_array_equal(picture, np.asarray(image.image))

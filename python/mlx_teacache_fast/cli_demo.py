@@ -13,6 +13,7 @@ from . import ops
 from .cli_common import PROG, integer, number, quiet_logging, warnings_in_one_line
 from .errors import TeaCacheValueError
 from .files import prepare_folder, write_file
+from .variants import TINY_KLEIN
 
 DEFAULT_PROMPTS = ("red apple", "panda face")
 OUTPUT_NAMES = ("images.png", "plot.png")
@@ -35,7 +36,7 @@ the files, in the output folder:
               because the distance is beyond the polynomial's calibrated range or too many were skipped in a row)
 
 the numbers:
-  skipped  steps whose transformer blocks did not run: the residual of the last computed step stood in for them
+  skipped  steps whose transformer blocks did not run: a forecast from the last computed ones stood in for them
   speedup  seconds of plain mflux / seconds gated, of generate_image as a whole
   bound    steps / (steps - skipped): the most that skipping these steps can give
   PSNR     of the gated picture against the plain one, in dB; higher is closer, above about 40 hard to see
@@ -96,7 +97,7 @@ def add_parser(commands: Any) -> None:
         metavar="T",
         type=number("a number from 0 to 1", lambda t: 0 <= t <= 1),
         help="accumulated distance at which a step is computed again: more skips with a higher one, none with 0 "
-        "(default: 0.17, the model's own)",
+        f"(default: {TINY_KLEIN.rel_l1_thresh:g}, the model's own)",
     )
     demo.add_argument(
         "--size",
