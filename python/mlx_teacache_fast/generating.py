@@ -58,7 +58,7 @@ class Predictions:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             self._made.append(np.array(kwargs["noise"].astype(mx.float32)).ravel())
             if len(self._made) == 1:  # mflux sets the schedule up at the first use of config.time_steps
-                self.sigmas = [float(s) for s in scheduler.sigmas][config.init_time_step :]
+                self.sigmas = [float(s) for s in getattr(scheduler, "sigmas", ())][config.init_time_step :]
             return step(*args, **kwargs)
 
         scheduler.step = recorded

@@ -237,6 +237,8 @@ def _references(flux: Any, cases: Sequence[tuple[str, int]], options: dict[str, 
             values = recorder.values.astype(np.float64)
             products.append(values @ values.T / values.shape[1])
             sigmas = [*recorder.sigmas, 0.0][: len(values) + 1]
+            if len(sigmas) <= len(values):
+                raise TeaCacheValueError("search needs a scheduler that has sigmas, one for each step")
     return pictures, Recorded(sigmas, products)
 
 

@@ -13,7 +13,7 @@ from .files import from_json, to_json
 from .forecast import Cache
 
 # How much denser the computed steps are where sigma changes faster: 0 spaces them evenly by step, 1 by sigma. Of these,
-# 0.3 to 0.5 gave the best pictures of the demonstration model with 25 and 50 steps.
+# 0.2 to 0.4 gave the best pictures of the demonstration model with 25 and 50 steps (docs/forecasting.md).
 SIGMA_EXPONENT = 0.4
 
 
