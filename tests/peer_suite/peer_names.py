@@ -153,7 +153,7 @@ def gate_step(
 ) -> SimpleNamespace:
     generation = Generation(Gated(ours.Stats(), skip_first, skip_last).handle, num_steps, None)
     for _ in range(step_idx):
-        generation.record("computed")
+        generation.record_kind("computed")
     after = gate(
         mod_in,
         state.previous_mod_input,
@@ -212,7 +212,7 @@ class TeaCacheStats(ours.Stats):
     def play(self, generation: Generation) -> None:
         steps, self.waiting = self.waiting, []
         for step in steps:
-            generation.record(step.kind)
+            generation.record_kind(step.kind)
 
 
 # ---- lifecycle
