@@ -60,7 +60,6 @@ BUDGET, ORDER_2, RESIDUAL, REUSED, FEWER = PLANNED = [
     "fewer steps",
 ]
 HOW: dict[str, dict[str, Any]] = {  # what a skipped step gets
-    SAME_STEPS: {"forecast": 1, "cache": "output"},
     ORDER_2: {"forecast": 2},
     RESIDUAL: {"cache": "residual"},
     REUSED: {"forecast": 0, "cache": "residual"},
@@ -143,8 +142,12 @@ def turn(flux: Any, args: argparse.Namespace, place: Any, index: int, out: Any) 
         context: AbstractContextManager[Any] = nullcontext()
         if condition == PEER:
             context = apply_teacache(flux, rel_l1_thresh=setting)
-        elif condition in (REUSE, SAME_STEPS):
-            context = tc.apply_teacache(flux, rel_l1_thresh=setting, **HOW.get(condition, {}))
+        elif condition == REUSE:
+            context = tc.apply_teacache(flux, rel_l1_thresh=setting)
+        elif condition == SAME_STEPS:
+            with tc.apply_teacache(flux) as theirs:  # whose polynomial is not apply's on the demonstration model
+                polynomial = tc.Calibration(theirs.coefficients, theirs.calibrated_range)
+            context = tc.apply(flux, rel_l1_thresh=setting, coefficients=polynomial)
         elif condition == OURS:
             context = tc.apply(flux, mode=setting)
         elif condition in PLANNED and condition != FEWER:
@@ -158,10 +161,10 @@ def turn(flux: Any, args: argparse.Namespace, place: Any, index: int, out: Any) 
         n -= 0 if handle is None else handle.stats.skipped_count
         if out:
             print(seconds, file=out, flush=True)
-        numbers = {"seconds": seconds, "computed": n, "skipped": steps - n}
+        numbers = {"seconds": round(seconds, 4), "computed": n}
         made.append(({"condition": condition, "setting": setting} | numbers, picture))
     plain = next(picture for record, picture in made if record["condition"] == PLAIN)
-    what = {"prompt": prompt, "seed": seed, "guidance": guidance, "steps": steps, "turn": index}
+    what = {"guidance": guidance, "steps": steps, "turn": index}  # of places(): prompt and seed
     return [what | record | quality(plain, picture) for record, picture in made]
 
 
@@ -171,8 +174,8 @@ def quality(plain: Any, picture: Any) -> Record:
     from mlx_teacache_fast.stats import GenerationStats
 
     pair = Comparison("", plain, picture, 0, 0, 0, GenerationStats(()))
-    psnr = pair.psnr if math.isfinite(pair.psnr) else None
-    return {"psnr": psnr, "ssim": pair.ssim, "crc32": zlib.crc32(np.ascontiguousarray(picture))}
+    psnr = round(pair.psnr, 4) if math.isfinite(pair.psnr) else None
+    return {"psnr": psnr, "ssim": round(pair.ssim, 6), "crc32": zlib.crc32(np.ascontiguousarray(picture))}
 
 
 def in_processes(args: argparse.Namespace) -> list[Record]:
@@ -215,18 +218,30 @@ def ratio(pictures: list[Record], references: list[Record]) -> Record:
     return common.summary(list(ratios.values()))
 
 
+def as_table(pictures: list[Record]) -> Record:
+    """Their names once, for a file that is a quarter as large."""
+    columns = list(pictures[0])
+    return {"columns": columns, "rows": [[p[name] for name in columns] for p in pictures]}
+
+
+def pictures_of(data: Record) -> list[Record]:
+    table = data["pictures"]
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+
+
 def table_rows(data: Record) -> list[Record]:
     """Steps and quality are means over different pictures; times are over all."""
     rows = []
     of: dict[tuple[Any, ...], list[Record]] = {}
-    for p in data["pictures"]:
+    for p in pictures_of(data):
         of.setdefault((p["steps"], p["guidance"], p["condition"], p["setting"]), []).append(p)
     for (steps, guidance, condition, setting), pictures in of.items():
         different = list({p["turn"]: p for p in pictures}.values())
         psnr = [p["psnr"] for p in different if p["psnr"] is not None]
         row = {"steps": steps, "guidance": guidance, "condition": condition, "setting": setting}
         row |= {"pictures": len(different), "identical": len(different) - len(psnr)}
-        row |= {name: statistics.mean(p[name] for p in different) for name in ("computed", "skipped", "ssim")}
+        row |= {name: statistics.mean(p[name] for p in different) for name in ("computed", "ssim")}
+        row["skipped"] = steps - row["computed"]
         row |= {"psnr": statistics.mean(psnr) if psnr else None, "worst": min(psnr) if psnr else None}
         row |= {"bound": steps / row["computed"], "seconds": statistics.median(p["seconds"] for p in pictures)}
         row["to_mflux"] = ratio(pictures, of[steps, guidance, PLAIN, None])
@@ -330,7 +345,8 @@ def verdict(data: Record) -> list[str]:
     lines = ["Fewer steps are as close to all steps as: " + ("; ".join(worse) or "nothing") + "."]
     if apart:
         lines.append("Not compared with them, for another number of computed steps: " + "; ".join(apart) + ".")
-    of = {(p["condition"], p["setting"], p["steps"], p["guidance"], p["turn"]): p for p in data["pictures"]}
+    pictures = pictures_of(data)
+    of = {(p["condition"], p["setting"], p["steps"], p["guidance"], p["turn"]): p for p in pictures}
     threshold = min(data["thresholds"])
     pairs = [(p, of[OURS, "balanced", *key[2:]]) for key, p in of.items() if key[:2] == (PEER, threshold)]
     good = sum(
@@ -342,10 +358,10 @@ def verdict(data: Record) -> list[str]:
         f"{len(pairs)} pictures."
     )
     seen: dict[tuple[Any, ...], set[int]] = {}
-    for p in data["pictures"]:
+    for p in pictures:
         seen.setdefault((p["condition"], p["setting"], p["steps"], p["guidance"], p["turn"]), set()).add(p["crc32"])
     different = [f"Not the same picture in each process: {name}" for name, sums in seen.items() if len(sums) > 1]
-    n = len({p["process"] for p in data["pictures"]})
+    n = len({p["process"] for p in pictures})
     return lines + (different or [f"No picture differs between processes ({n})."] * (n > 1))
 
 
@@ -481,11 +497,12 @@ def main() -> None:
                 return
             names = ("model", "quantize", "size", "steps", "guidance", "thresholds", "budgets", "repetitions")
             data = common.collect(args, {name: getattr(args, name) for name in names}, *DISTRIBUTIONS)
-            before = json.loads(args.add.read_text()) if args.add else {"pictures": []}
-            data |= {name: before[name] for name in ("thresholds", "budgets") if args.add}  # of the claims
-            first = 1 + max((p["process"] for p in before["pictures"]), default=-1)
-            pictures = [p | {"process": first + p["process"]} for p in in_processes(args)]
-            data |= {"prompts": args.texts, "pictures": [*before["pictures"], *pictures]}
+            before = json.loads(args.add.read_text()) if args.add else {}
+            data |= {name: before[name] for name in ("thresholds", "budgets") if before}  # of the claims
+            old = pictures_of(before) if before else []
+            first = 1 + max((p["process"] for p in old), default=-1)
+            new = [p | {"process": first + p["process"]} for p in in_processes(args)]
+            data |= {"prompts": args.texts, "pictures": as_table([*old, *new])}
             data["rows"] = table_rows(data)
         common.finish(args, data, report)
         if args.plot:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -234,7 +235,8 @@ def finish(args: argparse.Namespace, data: dict[str, Any], report: Callable[[dic
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         part = args.json.with_name(f"{args.json.name}.part")
-        part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(data, indent=1, allow_nan=False)
+        part.write_text(re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), text) + "\n")  # a list is a line
         part.replace(args.json)
     report(data)
 

@@ -47,6 +47,9 @@ def number(rule: str, accepts: Callable[[float], bool]) -> Callable[[str], float
     return convert
 
 
+seed = integer("a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)
+
+
 @contextmanager
 def quiet_logging() -> Iterator[None]:
     """No log messages below errors: transformers, which mflux imports, misses PyTorch. Nothing here does."""

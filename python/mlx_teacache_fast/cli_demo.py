@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import ops
-from .cli_common import PROG, integer, number, quiet_logging, warnings_in_one_line
+from .cli_common import PROG, integer, number, quiet_logging, seed, warnings_in_one_line
 from .errors import TeaCacheValueError
 from .files import prepare_folder, write_file
 from .variants import TINY_KLEIN
@@ -80,7 +80,7 @@ def add_parser(commands: Any) -> None:
     demo.add_argument(
         "--seed",
         metavar="N",
-        type=integer("a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64),
+        type=seed,
         default=1,
         help="seed of the starting noise, the same for every picture (default: %(default)s)",
     )

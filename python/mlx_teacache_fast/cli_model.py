@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .cli_common import integer, number
+from .cli_common import integer, number, seed
 from .errors import TeaCacheValueError
 
 DEMO = "demo"
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, held_out: int) -> None:
     parser.add_argument(
         "--seed",
         metavar="N",
-        type=integer("a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64),
+        type=seed,
         default=1,
         help="of the starting noise (default: %(default)s)",
     )
