@@ -61,7 +61,7 @@ lint: $(UV) headers
 	$(SYNC) --extra demo --group test --group lint
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) clang-format --dry-run -Werror csrc/*.cpp csrc/*.h metal/* tests/metal_host/*.cpp tests/metal_host/*.h
+	$(RUN) clang-format --dry-run -Werror csrc/*.cpp csrc/*.h metal/* tests/kernel_host/*.cpp tests/kernel_host/*.h
 	cp .venv/lib/python3*/site-packages/mlx_teacache_fast/_ext.pyi python/mlx_teacache_fast/
 	$(RUN) mypy
 

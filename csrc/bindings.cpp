@@ -76,7 +76,7 @@ NB_MODULE(_ext, m) {
                 polynomial, and a step above ``hi`` computes.
             max_consecutive_skips (int): A step computes after so many skips.
             eps (float): Of the layer norm.
-            stream (Stream or Device, optional): Where it runs: the CPU, or a Mac's GPU.
+            stream (Stream or Device, optional): Where it runs: the CPU, a Mac's GPU or NVIDIA's.
 
         Returns:
             tuple: ``modulated`` (``x``'s shape, dtype of ``layer_norm(x) * scale``), ``reused`` (one array for each
@@ -84,7 +84,7 @@ NB_MODULE(_ext, m) {
 
         Raises:
             ValueError: An argument has the wrong shape, dtype or value.
-            RuntimeError: The stream is a GPU's, and there is none or this build has no kernel for it.
+            RuntimeError: The stream is a GPU's, and there is none.
       )pbdoc");
 
   nb::class_<CapturedGraph>(m, "CapturedGraph", R"pbdoc(
@@ -174,7 +174,7 @@ NB_MODULE(_ext, m) {
       )pbdoc");
 
   m.def(
-      "gpu_supported", &gpu_supported, nb::sig("def gpu_supported() -> bool"),
+      "gpu_supported", [] { return gpu() != Gpu::none; }, nb::sig("def gpu_supported() -> bool"),
       "Whether ``gate`` and ``branch`` run on the GPU that MLX has here.");
 
   m.def(

@@ -29,6 +29,14 @@ bool is_decision(const mx::array& a) {
   return typeid(primitive) == typeid(Decide);
 }
 
+// `own` of branch.h for work on that stream; without one, for what the calling thread does by default.
+mx::Stream own_stream(std::optional<mx::Stream> work) {
+  if (gpu() == Gpu::cuda) {
+    return work ? *work : mx::default_stream(mx::default_device());
+  }
+  return mx::default_stream(mx::Device::cpu);
+}
+
 Arrays relay(const Arrays& arrays, mx::Stream to) {
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
@@ -37,6 +45,14 @@ Arrays relay(const Arrays& arrays, mx::Stream to) {
     dtypes.push_back(a.dtype());
   }
   return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<Relay>(to), arrays);
+}
+
+// The same memory, evaluated, without the array's event and history.
+mx::array view_of(const mx::array& a) {
+  mx::array view(a.shape(), a.dtype(), nullptr, {});
+  view.copy_shared_buffer(a);
+  view.set_status(mx::array::Status::evaluated);
+  return view;
 }
 
 }  // namespace
@@ -79,11 +95,11 @@ Arrays branch(
   }
 
   check_inputs(*body, inputs);
-  const auto own = mx::default_stream(mx::Device::cpu);
-  const auto work = body->output_stream().value_or(own);
+  const auto work = body->output_stream().value_or(own_stream(std::nullopt));
+  const auto own = own_stream(work);
   if (work.device == mx::Device::gpu) {
     require_gpu("branch");
-    if (const char* set = std::getenv("MLX_METAL_FAST_SYNCH"); set && std::atoi(set) != 0) {
+    if (const char* set = std::getenv("MLX_METAL_FAST_SYNCH"); gpu() == Gpu::metal && set && std::atoi(set) != 0) {
       throw std::runtime_error(
           "[branch] MLX_METAL_FAST_SYNCH does not order a branch before its readers on other streams: unset it");
     }
@@ -105,7 +121,14 @@ mx::array decide(const mx::array& skip) {
         "[branch] skip must be a bool scalar or a gate's state (float32 of shape (8)), got ",
         Spec{skip.shape(), skip.dtype()});
   }
-  return mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(mx::default_stream(mx::Device::cpu)), {skip});
+  const auto own = own_stream(skip.has_primitive() ? std::optional(skip.primitive().stream()) : std::nullopt);
+  auto flag = skip;
+  if (own.device == mx::Device::gpu && is_state(skip)) {
+    // CUDA: the host reads a bool of its own at once; 8 floats it would move to managed memory.
+    const auto first = mx::reshape(mx::slice(skip, {0}, {1}, own), mx::Shape{}, own);
+    flag = mx::not_equal(first, mx::array(0.0f), own);
+  }
+  return mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(own), {flag});
 }
 
 void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
@@ -118,8 +141,8 @@ void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   branch_counters().reads++;
 }
 
-void Decide::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error(message("decisions are read on a CPU stream"));
+void Decide::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  eval_cpu(inputs, outputs);  // CUDA: synchronize launches what the stream has been given, then waits
 }
 
 std::vector<mx::Shape> Decide::output_shapes(const Arrays&) {
@@ -173,22 +196,25 @@ void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   const bool all_here = body_->runs_on(stream());
   Arrays body_inputs;
   for (size_t i = 1 + n_outputs; i < inputs.size(); i++) {
-    mx::array view(inputs[i].shape(), inputs[i].dtype(), nullptr, {});
-    view.copy_shared_buffer(inputs[i]);
-    view.set_status(mx::array::Status::evaluated);
-    body_inputs.push_back(all_here ? std::move(view) : relay({view}, stream())[0]);
+    body_inputs.push_back(all_here ? view_of(inputs[i]) : relay({view_of(inputs[i])}, stream())[0]);
   }
 
   // While the body runs, which is most of a step, nothing here may keep activations alive that only a skip needs, or
   // that the body is done with. The stream holds what it does not hand over until it gets here: what writes those
   // buffers may still be queued.
-  std::vector<std::shared_ptr<mx::array::Data>> until_here;
+  Arrays until_here{view_of(inputs[0])};
   for (size_t i = 1; i < inputs.size(); i++) {
     if (i <= n_outputs || !body_->reads_input(int(i - 1 - n_outputs))) {
-      until_here.push_back(inputs[i].data_shared_ptr());
+      until_here.push_back(view_of(inputs[i]));
     }
   }
-  mx::cpu::get_command_encoder(stream()).dispatch([until_here = std::move(until_here)] {});
+  if (stream().device == mx::Device::cpu) {
+    mx::cpu::get_command_encoder(stream()).dispatch([until_here = std::move(until_here)] {});
+  } else {
+    // MLX keeps the siblings of what is evaluated, here the decision.
+    mx::async_eval({relay(until_here, stream())[0]});
+    until_here.clear();
+  }
   mx::array nothing(mx::Shape{}, mx::bool_, nullptr, {});
   nothing.set_status(mx::array::Status::available);
   for (auto& out : outputs) {
@@ -212,8 +238,8 @@ void Branch::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   }
 }
 
-void Branch::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error(message("a branch stands on a CPU stream"));
+void Branch::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  eval_cpu(inputs, outputs);
 }
 
 bool Branch::is_equivalent(const mx::Primitive& other) const {

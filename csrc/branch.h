@@ -28,9 +28,11 @@ Arrays branch(
 // skip, read on the host when it is evaluated: all branches on the result share that read.
 mx::array decide(const mx::array& skip);
 
-// The primitives of a branch stand on the calling thread's default CPU stream, `own`, also where the work is a GPU's:
-// evaluating one there may send off, wait for and extend the GPU's work, which within an eval_gpu is not possible.
-// docs/metal.md goes through MLX's evaluation step by step.
+// The stream that a branch and its decision stand on, `own`. On Metal it is the calling thread's default CPU stream,
+// also where the work is the GPU's: evaluating one there may send off, wait for and extend the GPU's work, which within
+// an eval_gpu is not possible. docs/metal.md goes through MLX's evaluation step by step. On CUDA it is the work's
+// stream: that may all be done in an eval_gpu, and what goes from a GPU's stream to the CPU's is moved to managed
+// memory. docs/cuda.md does the same for it.
 
 // Reads the decision on the calling thread. A branch on it needs no wait of its own: without this the second branch of
 // a step would wait for the whole body of the first.

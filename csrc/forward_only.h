@@ -20,22 +20,21 @@ template <typename... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// Whether this build has kernels for the GPU that MLX uses here; false where there is none.
-bool gpu_supported();
+// The GPU that MLX uses here and this build has kernels for.
+enum class Gpu { none, metal, cuda };
+Gpu gpu();
 
 // Has each GPU stream of the calling thread run what it has been given. Not to be called within an eval_gpu.
 void commit_gpu_streams();
 
 // Throws std::runtime_error if this build does not support the GPU.
 inline void require_gpu(const char* op_name) {
-  if (gpu_supported()) {
+  if (gpu() != Gpu::none) {
     return;
   }
-  const bool available = mx::is_available(mx::Device::gpu);
   throw std::runtime_error(
-      std::string("[") + op_name + "] " +
-      (available ? "this build has no kernel for MLX's GPU" : "MLX has no GPU here") +
-      ": run on the CPU, with mx.set_default_device(mx.cpu) or stream=mx.cpu");
+      std::string("[") + op_name + "] MLX has no GPU here: run on the CPU, with mx.set_default_device(mx.cpu) or " +
+      "stream=mx.cpu (an NVIDIA GPU needs its driver and pip install \"mlx-teacache-fast[cuda]\")");
 }
 
 class ForwardOnly : public mx::Primitive {

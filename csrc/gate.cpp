@@ -1,5 +1,4 @@
-// GATE: argument checks, promotion and the graph node. Backends are in gate_cpu.cpp, gate_metal.cpp and
-// gate_no_gpu.cpp.
+// GATE: argument checks, promotion and the graph node. Backends are in gate_cpu.cpp, gate_metal.cpp and gate_cuda.cpp.
 #include "gate.h"
 
 #include <algorithm>
@@ -159,26 +158,24 @@ GateOutputs gate(
       inputs.push_back(packed(term));
     }
   }
-  std::vector<mx::Shape> shapes{x.shape(), state.shape()};
+  auto primitive = std::make_shared<Gate>(s, rules, eps, n_branches, n_terms);
+  auto shapes = primitive->output_shapes(inputs);
   std::vector<mx::Dtype> dtypes{modulated_dtype, mx::float32};
   for (auto& branch : residuals) {
-    shapes.push_back(x.shape());
     dtypes.push_back(mx::result_type(x, branch[0]));
   }
-  auto outputs = mx::array::make_arrays(
-      std::move(shapes), dtypes, std::make_shared<Gate>(s, rules, eps, n_branches, n_terms), inputs);
-  return {
-      outputs[Gate::kModulated],
-      {outputs.begin() + Gate::kReused, outputs.end()},
-      outputs[Gate::kNewState],
-  };
+  dtypes.resize(shapes.size(), mx::float32);
+  auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs);
+  const auto reused = outputs.begin() + Gate::kReused;
+  return {outputs[Gate::kModulated], {reused, reused + n_branches}, outputs[Gate::kNewState]};
 }
 
 bool Gate::is_equivalent(const mx::Primitive& other_) const {
   auto& other = static_cast<const Gate&>(other_);
   const auto& a = rules_;
   const auto& b = other.rules_;
-  return std::equal(std::begin(a.coefficients), std::end(a.coefficients), std::begin(b.coefficients)) &&
+  return on_gpu_ == other.on_gpu_ &&
+         std::equal(std::begin(a.coefficients), std::end(a.coefficients), std::begin(b.coefficients)) &&
          a.has_range == b.has_range && a.range_lo == b.range_lo && a.range_hi == b.range_hi &&
          a.threshold == b.threshold && a.max_consecutive_skips == b.max_consecutive_skips && eps_ == other.eps_ &&
          n_branches_ == other.n_branches_ && n_terms_ == other.n_terms_;
@@ -210,6 +207,9 @@ void Gate::allocate_outputs(
 std::vector<mx::Shape> Gate::output_shapes(const std::vector<mx::array>& inputs) {
   std::vector<mx::Shape> shapes(kReused + n_branches_, inputs[kX].shape());
   shapes[kNewState] = inputs[kState].shape();
+  if (auto scratch = on_gpu_ ? gate_scratch(inputs[kX].shape()) : std::nullopt) {
+    shapes.push_back(*scratch);
+  }
   return shapes;
 }
 

@@ -37,14 +37,22 @@ GateOutputs gate(
     float eps,
     mx::StreamOrDevice s);
 
+// What a gate on this build's GPU needs besides its results, if it is to be a last output, of float32.
+std::optional<mx::Shape> gate_scratch(const mx::Shape& x);
+
 class Gate : public ForwardOnly {
  public:
-  // Positions of the inputs; residuals follow, branch by branch. And of the outputs; reused follow.
+  // Positions of the inputs; residuals follow, branch by branch. And of the outputs; reused follow, and scratch.
   enum Input { kX, kShift, kScale, kAnchor, kWeights, kState, kForce, kResiduals };
   enum Output { kModulated, kNewState, kReused };
 
   Gate(mx::Stream stream, GateRules rules, float eps, int n_branches, int n_terms)
-      : ForwardOnly(stream), rules_(rules), eps_(eps), n_branches_(n_branches), n_terms_(n_terms) {}
+      : ForwardOnly(stream),
+        on_gpu_(stream.device == mx::Device::gpu),
+        rules_(rules),
+        eps_(eps),
+        n_branches_(n_branches),
+        n_terms_(n_terms) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
@@ -64,6 +72,7 @@ class Gate : public ForwardOnly {
   void allocate_outputs(
       const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, void (*allocate)(mx::array&)) const;
 
+  bool on_gpu_;
   GateRules rules_;
   float eps_;
   int n_branches_;

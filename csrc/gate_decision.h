@@ -7,13 +7,12 @@
 #include <metal_stdlib>
 #define GATE_FN inline
 #define GATE_FMA(a, b, c) metal::fma(a, b, c)
+#elif defined(__CUDACC__)
+#define GATE_FN __host__ __device__ inline
+#define GATE_FMA(a, b, c) fmaf(a, b, c)
 #else
 #include <cmath>
-#ifdef __CUDACC__
-#define GATE_FN __host__ __device__ inline
-#else
 #define GATE_FN inline
-#endif
 #define GATE_FMA(a, b, c) std::fma(a, b, c)
 #endif
 

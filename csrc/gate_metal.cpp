@@ -5,7 +5,7 @@
 
 #include "gate.h"
 #include "gate_params.h"
-#include "gate_source.h"  // the kernel's text, made by cmake/embed_metal.py
+#include "gate_source.h"  // the kernel's text, made by cmake/embed_kernel.py
 #include "mlx/backend/metal/device.h"
 
 namespace teacache {
@@ -40,8 +40,12 @@ MTL::Library* library_of(mx::metal::Device& device, const std::string& kernel, c
 
 }  // namespace
 
-bool gpu_supported() {
-  return mx::is_available(mx::Device::gpu);
+Gpu gpu() {
+  return mx::is_available(mx::Device::gpu) ? Gpu::metal : Gpu::none;
+}
+
+std::optional<mx::Shape> gate_scratch(const mx::Shape&) {
+  return std::nullopt;
 }
 
 // What MLX's own gpu::finalize does, which libmlx does not export, for every stream: which ones an evaluation has used
@@ -94,11 +98,12 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
     return device.get_kernel(name, library);
   };
   // A pipeline that needs many registers admits fewer threads: then each takes more of a row.
-  auto grid = gate_grid(rows, channels, kGateMaxThreads);
+  auto tuning = gate_metal_tuning();
+  auto grid = gate_grid(rows, channels, tuning);
   auto* kernel = kernel_with(grid.packs);
   while (kernel->maxTotalThreadsPerThreadgroup() < grid.threads) {
-    const unsigned int fewer = kernel->maxTotalThreadsPerThreadgroup() / kGateSimdWidth * kGateSimdWidth;
-    grid = gate_grid(rows, channels, fewer);
+    tuning.threads = kernel->maxTotalThreadsPerThreadgroup() / kGateSimdWidth * kGateSimdWidth;
+    grid = gate_grid(rows, channels, tuning);
     kernel = kernel_with(grid.packs);
   }
   const bool in_place = outputs[kModulated].data_shared_ptr() == inputs[kAnchor].data_shared_ptr();

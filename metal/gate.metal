@@ -293,7 +293,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
     const float rstd = 1.0f / precise::sqrt(variance + p.eps);
 
     // Modulation, rounded to the result's dtype after each operation as the unfused ops do, and both sums.
-    const size_t mod = size_t(row / p.tokens) * p.mod_batch_stride + size_t(row % p.tokens) * p.mod_token_stride;
+    const size_t mod = size_t((row / p.tokens) * p.mod_batch_rows + (row % p.tokens) * p.mod_token_rows) * channels;
 #pragma unroll
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;

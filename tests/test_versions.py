@@ -92,6 +92,25 @@ def test_another_mlx_is_refused_at_import() -> None:
 
 
 @pytest.mark.parametrize(
+    ("library", "said"),
+    [
+        ("libcuda.so.1", "Fix: install the driver, 580 or newer; or, to run on the CPU: pip uninstall mlx-cuda-13"),
+        ("libmlx.so", 'Fix: pip install "mlx-teacache-fast[cuda]" for an NVIDIA GPU, or "mlx-teacache-fast[cpu]"'),
+        ("libc.so.7", "ImportError: libc.so.7: cannot open"),
+    ],
+)
+def test_a_library_that_is_missing(library: str, said: str, tmp_path: Path) -> None:
+    """What MLX's import says on Linux with its CUDA build and no driver, and with neither of its builds."""
+    (tmp_path / "mlx").mkdir()
+    message = f"{library}: cannot open shared object file: No such file or directory"
+    (tmp_path / "mlx" / "core.py").write_text(f"raise ImportError({message!r})")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mlx_teacache_fast"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert said in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "py.typed",

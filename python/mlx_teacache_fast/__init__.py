@@ -12,7 +12,21 @@ small trained model to try both on.
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
-import mlx.core as _mx
+try:
+    import mlx.core as _mx
+except ImportError as _error:
+    if "libcuda.so" in str(_error):
+        raise ImportError(
+            "MLX's CUDA build is installed, but NVIDIA's driver is not (libcuda.so.1 is its library). "
+            "Fix: install the driver, 580 or newer; or, to run on the CPU: "
+            'pip uninstall mlx-cuda-13 && pip install --force-reinstall "mlx-teacache-fast[cpu]"'
+        ) from _error
+    if "libmlx.so" in str(_error):
+        raise ImportError(
+            "MLX is installed without the library for this machine (libmlx.so). "
+            'Fix: pip install "mlx-teacache-fast[cuda]" for an NVIDIA GPU, or "mlx-teacache-fast[cpu]"'
+        ) from _error
+    raise
 
 from ._build import MLX_VERSION as _BUILT_FOR
 

@@ -115,7 +115,7 @@ def warn_if_untested() -> None:
 
 
 def require_kernels() -> None:
-    """Raises TeaCacheError where MLX uses a GPU that this build cannot."""
+    """Raises TeaCacheError where MLX uses a GPU that this build has no kernels for: neither Apple's nor NVIDIA's."""
     if mx.default_device() == mx.gpu and not ops.gpu_supported():
         raise TeaCacheError(
             "this build has no kernels for MLX's GPU: run on the CPU with mx.set_default_device(mx.cpu)"

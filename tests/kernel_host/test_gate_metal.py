@@ -24,9 +24,9 @@ from gate_cases import (
     to_numpy,
 )
 
-from metal_host import KernelError, why_unavailable
-from metal_host.gate_kernel import INCLUDES, GateKernel, Header, Result, Variant, kernel_text, result_types, variant_of
-from metal_host.host import lint, why_no_lint
+from kernel_host import KernelError, why_unavailable
+from kernel_host.gate_kernel import INCLUDES, GateKernel, Header, Result, Variant, kernel_text, result_types, variant_of
+from kernel_host.host import lint, why_no_lint
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
 
@@ -107,7 +107,7 @@ def header(folder: Path) -> Header:
 def variant(header: Header, name: str, one_dispatch: bool = True) -> Variant:
     make, options = CASES[name]
     case = make()
-    grid = header.grid(case.x.shape[0] * case.x.shape[1], case.x.shape[2], options.get("max_threads", 1024))
+    grid = header.grid(case.x.shape[0] * case.x.shape[1], case.x.shape[2], options.get("max_threads", 0))
     return variant_of(case, grid.packs, one_dispatch=one_dispatch, offset=options.get("offset", 0))
 
 

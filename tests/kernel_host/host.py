@@ -1,4 +1,4 @@
-"""Builds the text of a .metal kernel as C++ and runs it, one fibre for each GPU thread (runtime.cpp).
+"""Builds the text of a .metal or .cu kernel as C++ and runs it, one fibre for each GPU thread (runtime.cpp).
 
 ``mode="check"`` reports what Metal leaves undefined or forbids, and counts bytes; ``mode="fast"`` only computes.
 With g++; clang 15 or newer does too, but says nothing of a misaligned access to a whole vector or struct.
@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 HERE = Path(__file__).resolve().parent
 MAX_BUFFERS = 31  # of a Metal kernel
-SOURCES = [HERE / name for name in ("runtime.cpp", "runtime.h", "fibre.h", "memory_model.h", "include/metal_stdlib")]
+SOURCES = [HERE / name for name in ("runtime.cpp", "runtime.h", "fibre.h", "memory_model.h")]
+SOURCES += [HERE / "include" / name for name in ("metal_stdlib", "cuda_host.h")]
 
 Array = npt.NDArray[Any]
 Size = int | tuple[int, ...]
@@ -112,20 +113,21 @@ def _flags(mode: str) -> list[str]:
 
 
 _VARIABLE = re.compile(
-    r"^(?P<indent>[ \t]*)threadgroup\s+(?P<type>(?:alignas\([^()]*\)\s*)?[A-Za-z_][\w:]*(?:\s*<[^<>;]*>)?)\s+"
+    r"^(?P<indent>[ \t]*)(?:threadgroup|__shared__)\s+"
+    r"(?P<type>(?:alignas\([^()]*\)\s*)?[A-Za-z_][\w:]*(?:\s*<[^<>;]*>)?)\s+"
     r"(?P<name>\w+)\s*(?P<dimensions>(?:\[[^\]]*\]\s*)*);",
     re.MULTILINE,
 )
-_UNREAD_VARIABLE = re.compile(r"^[ \t]*threadgroup\s+[^*(&)]*;", re.MULTILINE)
+_UNREAD_VARIABLE = re.compile(r"^[ \t]*(?:threadgroup|__shared__)\s+[^*(&)]*;", re.MULTILINE)
 _KERNEL = re.compile(r"(template\s*<[^{};]*>\s*)?(?:\[\[kernel\]\]|\bkernel)\s+void\s+(\w+)\s*\(")
 
 
 def _as_cpp(text: str, path: str) -> str:
-    """The one change of the text: declarations of threadgroup variables. Line numbers stay."""
+    """The one change of the text: declarations of threadgroup or shared variables. Line numbers stay."""
 
     def declaration(m: re.Match[str]) -> str:
         dimensions = m["dimensions"].strip()
-        return f"{m['indent']}METAL_HOST_THREADGROUP_VARIABLE({m['name']}, {dimensions}, {m['type']});"
+        return f"{m['indent']}KERNEL_HOST_THREADGROUP_VARIABLE({m['name']}, {dimensions}, {m['type']});"
 
     text = _VARIABLE.sub(declaration, text)
     if unread := _UNREAD_VARIABLE.search(text):
@@ -298,7 +300,7 @@ class Library:
             preempt=preempt,
         )
         text = ctypes.create_string_buffer(16384)
-        code = self._library.metal_host_run(
+        code = self._library.kernel_host_run(
             kernel.encode(), c_buffers, ctypes.byref(options), text, ctypes.c_size_t(len(text))
         )
         if code == 2:
@@ -353,7 +355,7 @@ def why_unavailable() -> str | None:
 _PROBE = """
 import tempfile
 import numpy as np
-from metal_host import In, Out, build
+from kernel_host import In, Out, build
 text = '''
 #include <metal_stdlib>
 using namespace metal;
@@ -396,7 +398,7 @@ def lint(
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(_as_cpp(text, str(path)))
     flags = ["-std=c++20", "-fsyntax-only", "-w", "-ferror-limit=0", "-ftemplate-backtrace-limit=1"]
-    flags += ["-DMETAL_HOST_LINT", f"-D__METAL_VERSION__={metal_version}", *_include_flags(include_dirs)]
+    flags += ["-DKERNEL_HOST_LINT", f"-D__METAL_VERSION__={metal_version}", *_include_flags(include_dirs)]
     done = subprocess.run(["clang++", *flags, str(source)], capture_output=True, text=True, check=False)
     found = []
     for diagnosis in re.split(r"\n(?=\S+:\d+:\d+: error: )", done.stderr):

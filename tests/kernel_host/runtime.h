@@ -4,16 +4,16 @@
 #include <stdint.h>
 
 // Code of the shim that is no access of the kernel's.
-#define METAL_HOST_UNCHECKED __attribute__((no_sanitize_thread))
+#define KERNEL_HOST_UNCHECKED __attribute__((no_sanitize_thread))
 
-namespace metal_host {
+namespace kernel_host {
 
 struct Location {
   const char* file = "";
   unsigned line = 0;
 };
 // As a default argument: where the call is.
-#define METAL_HOST_CALLER {__builtin_FILE(), __builtin_LINE()}
+#define KERNEL_HOST_CALLER {__builtin_FILE(), __builtin_LINE()}
 
 enum Builtin {
   kThreadInGrid,
@@ -54,4 +54,4 @@ void atomic_store(void* p, uint32_t value, int order);
 uint32_t atomic_modify_begin(void* p, int order);
 void atomic_modify_end(void* p, uint32_t value);
 
-}  // namespace metal_host
+}  // namespace kernel_host

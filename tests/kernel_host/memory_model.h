@@ -13,7 +13,7 @@
 #include <unordered_map>
 #include <vector>
 
-namespace metal_host {
+namespace kernel_host {
 
 using u32 = uint32_t;
 
@@ -107,4 +107,4 @@ struct Window {
   uint64_t read = 0, written = 0;  // bytes
 };
 
-}  // namespace metal_host
+}  // namespace kernel_host

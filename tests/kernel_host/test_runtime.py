@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metal_host import In, InOut, KernelError, Library, Out, build, lint, why_no_lint, why_unavailable
-from metal_host.host import is_clang
+from kernel_host import In, InOut, KernelError, Library, Out, build, lint, why_no_lint, why_unavailable
+from kernel_host.host import is_clang
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
@@ -77,7 +77,7 @@ def instantiations() -> str:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("metal_host")
+    return tmp_path_factory.mktemp("kernel_host")
 
 
 @pytest.fixture(scope="session")

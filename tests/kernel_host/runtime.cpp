@@ -23,7 +23,7 @@
 #include "fibre.h"
 #include "memory_model.h"
 
-namespace metal_host {
+namespace kernel_host {
 
 // ---- Interface with host.py
 
@@ -827,7 +827,7 @@ size_t up_to_page(size_t n) {
 
 int anonymous_file(size_t bytes) {
 #ifdef __linux__
-  const int fd = memfd_create("metal_host", 0);
+  const int fd = memfd_create("kernel_host", 0);
 #else
   FILE* file = tmpfile();
   const int fd = file ? dup(fileno(file)) : -1;
@@ -933,14 +933,14 @@ void run_with_buffers(Buffer* buffers) {
 }
 
 }  // namespace
-}  // namespace metal_host
+}  // namespace kernel_host
 
-using namespace metal_host;
+using namespace kernel_host;
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 // Returns 0: fine, 1: the text says what is wrong, 2: no such kernel, the text lists those there are.
-EXPORTED int metal_host_run(const char* kernel, Buffer* buffers, const Options* options, char* text, size_t capacity) {
+EXPORTED int kernel_host_run(const char* kernel, Buffer* buffers, const Options* options, char* text, size_t capacity) {
   std::string all;
   auto found = kernels().find(kernel);
   if (found == kernels().end()) {

@@ -1,12 +1,17 @@
-// What metal/gate_params.h says, for the tests: they bind and launch the kernel by the numbers that its host code uses.
+// What metal/gate_params.h and gate_cuda.h say, for the tests: they bind and launch the kernels by the numbers that the
+// host code uses.
 #include <cstring>
+#include <string>
 
-#include "gate_params.h"
+#include "gate_cuda.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void gate_host_grid(unsigned rows, unsigned channels, unsigned max_threads, unsigned* out) {
-  const GateGrid grid = gate_grid(rows, channels, max_threads);
+// max_threads: 0 for what the GPU admits.
+EXPORT void gate_host_grid(bool cuda, unsigned rows, unsigned channels, unsigned max_threads, unsigned* out) {
+  GateTuning tuning = cuda ? gate_cuda_tuning() : gate_metal_tuning();
+  tuning.threads = max_threads > 0 ? max_threads : tuning.threads;
+  const GateGrid grid = gate_grid(rows, channels, tuning);
   out[0] = grid.threads;
   out[1] = grid.rows_per_group;
   out[2] = grid.groups;
@@ -66,6 +71,29 @@ EXPORT int gate_host_buffer(const char* name) {
 
 EXPORT int gate_host_max_residuals() {
   return kGateMaxResiduals;
+}
+
+// A CUDA kernel's body, its inputs' or its outputs' names with spaces between.
+EXPORT const char* gate_host_cuda(bool decides, int what) {
+  static std::string text;
+  const auto joined = [&](const auto& names) {
+    text.clear();
+    for (const char* name : names) {
+      text += text.empty() ? name : std::string(" ") + name;
+    }
+    return text.c_str();
+  };
+  if (what == 0) {
+    return decides ? kGateDecideBody : kGateRowsBody;
+  }
+  if (decides) {
+    return what == 1 ? joined(kGateDecideInputs) : joined(kGateDecideOutputs);
+  }
+  return what == 1 ? joined(kGateRowsInputs) : joined(kGateRowsOutputs);
+}
+
+EXPORT int gate_host_cuda_threads() {
+  return kGateCudaThreads;
 }
 
 EXPORT int gate_host_partials() {

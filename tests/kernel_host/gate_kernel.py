@@ -20,16 +20,14 @@ INCLUDES = (ROOT / "metal", ROOT / "csrc")
 METAL_TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
 
 
-def kernel_text() -> str:
-    """What a Mac compiles at run time, but for the instantiations."""
-    spec = importlib.util.spec_from_file_location("embed_metal", ROOT / "cmake" / "embed_metal.py")
+def kernel_text(kernel: str = "gate.metal") -> str:
+    """What MLX compiles at run time, but for the instantiations or signatures."""
+    spec = importlib.util.spec_from_file_location("embed_kernel", ROOT / "cmake" / "embed_kernel.py")
     assert spec
     assert spec.loader
     embed = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(embed)
-    text: str = embed.amalgamate(
-        [ROOT / f for f in ("csrc/gate_decision.h", "metal/gate_params.h", "metal/gate.metal")]
-    )
+    text: str = embed.amalgamate([ROOT / f for f in ("csrc/gate_decision.h", "metal/gate_params.h", f"metal/{kernel}")])
     return text
 
 
@@ -92,16 +90,23 @@ class Header:
         self._library = ctypes.CDLL(str(path))
         self.partials: int = self._library.gate_host_partials()
         self.max_residuals: int = self._library.gate_host_max_residuals()
+        self.cuda_threads: int = self._library.gate_host_cuda_threads()
 
     def buffer(self, name: str) -> int:
         index: int = self._library.gate_host_buffer(name.encode())
         assert index >= 0, name
         return index
 
-    def grid(self, rows: int, channels: int, max_threads: int = 1024) -> Grid:
+    def grid(self, rows: int, channels: int, max_threads: int = 0, *, cuda: bool = False) -> Grid:
         out = (ctypes.c_uint * 4)()
-        self._library.gate_host_grid(rows, channels, max_threads, out)
+        self._library.gate_host_grid(cuda, rows, channels, max_threads, out)
         return Grid(*out)
+
+    def cuda_launch(self, decides: bool) -> tuple[str, list[str], list[str]]:
+        """A CUDA kernel's body, inputs and outputs."""
+        self._library.gate_host_cuda.restype = ctypes.c_char_p
+        body, inputs, outputs = (self._library.gate_host_cuda(decides, i).decode() for i in range(3))
+        return body, inputs.split(), outputs.split()
 
     def params(self, case: Case, grid: Grid, in_place: bool) -> np.ndarray:
         shift = case.shift if case.shift.ndim == 3 else case.shift[:, None]
@@ -120,22 +125,22 @@ class Header:
         return out[:size]
 
 
-def _to_raw(a: mx.array) -> np.ndarray:
+def to_raw(a: mx.array) -> np.ndarray:
     """The array's memory; bfloat16 as its bits."""
     flat = mx.contiguous(a).reshape(-1)
     return np.array(flat.view(mx.uint16) if a.dtype == mx.bfloat16 else flat)
 
 
-def _from_raw(a: np.ndarray, dtype: mx.Dtype, shape: Sequence[int]) -> mx.array:
+def from_raw(a: np.ndarray, dtype: mx.Dtype, shape: Sequence[int]) -> mx.array:
     got = mx.array(a)
     return (got.view(mx.bfloat16) if dtype == mx.bfloat16 else got).reshape(shape)
 
 
-def _raw_type(dtype: mx.Dtype) -> type[np.generic]:
+def raw_type(dtype: mx.Dtype) -> type[np.generic]:
     return {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}[dtype]
 
 
-def _at_offset(raw: np.ndarray, offset: int) -> tuple[np.ndarray, int]:
+def at_offset(raw: np.ndarray, offset: int) -> tuple[np.ndarray, int]:
     """The same elements ``offset`` bytes into a larger array of NaN bits, and that offset."""
     if offset == 0:
         return raw, 0
@@ -167,7 +172,7 @@ class GateKernel:
         case: Case,
         *,
         one_dispatch: bool = True,
-        max_threads: int = 1024,
+        max_threads: int = 0,
         offset: int = 0,
         donate: bool = True,
         counter: int = 0,
@@ -178,7 +183,7 @@ class GateKernel:
         Args:
             case: Its arguments.
             one_dispatch: Whether the last threadgroup decides, or a second dispatch.
-            max_threads: What the pipeline admits.
+            max_threads: What the pipeline admits, if less than usual.
             offset: Bytes before x in its buffer, as where x is a slice.
             donate: Whether ``modulated`` has the anchor's memory.
             counter: Its value before.
@@ -189,10 +194,10 @@ class GateKernel:
         variant = variant_of(case, grid.packs, one_dispatch=one_dispatch, offset=offset)
         mod_type, reused_type = result_types(case)
         size = case.x.size
-        x, x_offset = _at_offset(_to_raw(case.x), offset)
-        anchor = _to_raw(case.anchor)
-        modulated = anchor if donate else np.zeros(size, _raw_type(mod_type))
-        reused = [np.zeros(size, _raw_type(reused_type)) for _ in case.residuals]
+        x, x_offset = at_offset(to_raw(case.x), offset)
+        anchor = to_raw(case.anchor)
+        modulated = anchor if donate else np.zeros(size, raw_type(mod_type))
+        reused = [np.zeros(size, raw_type(reused_type)) for _ in case.residuals]
         new_state = np.zeros(8, np.float32)
         partials = np.zeros(header.partials * grid.groups, np.uint32)
         count = np.full(1, counter, np.uint32)
@@ -202,12 +207,12 @@ class GateKernel:
         b = header.buffer
         bound: dict[int, Any] = {
             b("x"): In(x, x_offset, case.x.nbytes),
-            b("shift"): In(_to_raw(case.shift)),
-            b("scale"): In(_to_raw(case.scale)),
+            b("shift"): In(to_raw(case.shift)),
+            b("scale"): In(to_raw(case.scale)),
             # Metal may reorder accesses by different arguments, so a donated anchor must be read as `modulated`.
             b("anchor"): In(np.frombuffer(b"\xff" * anchor.nbytes, anchor.dtype) if donate else anchor),
-            b("weights"): In(_to_raw(case.weights)),
-            b("state"): In(_to_raw(case.state)),
+            b("weights"): In(to_raw(case.weights)),
+            b("state"): In(to_raw(case.state)),
             b("force"): In(np.full(1, case.force, np.int32)),
             b("modulated"): InOut(modulated) if donate else Out(modulated),
             b("new_state"): Out(new_state),
@@ -217,7 +222,7 @@ class GateKernel:
             b("counter"): InOut(count),
             b("params"): In(params),
         }
-        residuals = [_to_raw(term) for branch in case.residuals for term in branch] or [_to_raw(case.x)]
+        residuals = [to_raw(term) for branch in case.residuals for term in branch] or [to_raw(case.x)]
         for i in range(header.max_residuals):
             bound[b("residual0") + i] = In(residuals[i if i < len(residuals) else 0])
         runs = [self.library.run(variant.name, bound, grid.groups, grid.threads, **options)]
@@ -226,8 +231,8 @@ class GateKernel:
             second[b("partials")] = In(partials)
             runs.append(self.library.run("gate_decide_sums", second, 1, 256, **options))
         return Result(
-            _from_raw(modulated, mod_type, case.x.shape),
-            [_from_raw(r, reused_type, case.x.shape) for r in reused],
+            from_raw(modulated, mod_type, case.x.shape),
+            [from_raw(r, reused_type, case.x.shape) for r in reused],
             mx.array(new_state),
             partials.view(np.float32),
             int(count[0]),

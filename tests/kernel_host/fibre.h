@@ -7,13 +7,13 @@
 #include <stddef.h>
 #include <string.h>
 
-#if defined(__x86_64__) && !defined(METAL_HOST_UCONTEXT)
-#define METAL_HOST_OWN_SWITCH
+#if defined(__x86_64__) && !defined(KERNEL_HOST_UCONTEXT)
+#define KERNEL_HOST_OWN_SWITCH
 #else
 #include <ucontext.h>
 #endif
 
-namespace metal_host {
+namespace kernel_host {
 
 class Fibre {
  public:
@@ -22,14 +22,14 @@ class Fibre {
   static void switch_from_to(Fibre& from, Fibre& to);
 
  private:
-#ifdef METAL_HOST_OWN_SWITCH
+#ifdef KERNEL_HOST_OWN_SWITCH
   void* stack_pointer_ = nullptr;
 #else
   ucontext_t context_;
 #endif
 };
 
-#ifdef METAL_HOST_OWN_SWITCH
+#ifdef KERNEL_HOST_OWN_SWITCH
 
 // Saves the registers that a call preserves, System V ABI.
 __attribute__((naked, noinline)) inline void switch_stacks(void** /*save: rdi*/, void* /*to: rsi*/) {
@@ -70,4 +70,4 @@ inline void Fibre::switch_from_to(Fibre& from, Fibre& to) {
 
 #endif
 
-}  // namespace metal_host
+}  // namespace kernel_host

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from gate_cases import LEADING, Case, digest, random_case
 
-from metal_host import KernelError, why_unavailable
-from metal_host.gate_kernel import GateKernel, Header, Variant, kernel_text, variant_of
-from metal_host.test_gate_metal import assert_right
+from kernel_host import KernelError, why_unavailable
+from kernel_host.gate_kernel import GateKernel, Header, Variant, kernel_text, variant_of
+from kernel_host.test_gate_metal import assert_right
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
 

@@ -1,6 +1,6 @@
-"""One text of the Metal kernel and the headers that it includes: at run time, no header can be found.
+"""One text of a GPU's kernel and the headers that it includes: at run time, no header can be found.
 
-python embed_metal.py OUT.h FILE...    writes the text as a C++ string, `gate_source`
+python embed_kernel.py OUT.h FILE...    writes the text as a C++ string, `gate_source`
 """
 
 import re
@@ -21,8 +21,8 @@ def amalgamate(files: Sequence[Path]) -> str:
 def main() -> None:
     out, *files = map(Path, sys.argv[1:])
     text = amalgamate(files)
-    text.encode("ascii")  # MLX hands it to Metal as such
-    out.write_text(f'#pragma once\n\ninline constexpr const char* gate_source = R"metal({text})metal";\n')
+    text.encode("ascii")  # MLX hands it to the GPU's compiler as such
+    out.write_text(f'#pragma once\n\ninline constexpr const char* gate_source = R"kernel({text})kernel";\n')
 
 
 if __name__ == "__main__":
