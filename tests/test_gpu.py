@@ -182,7 +182,8 @@ def test_many_gates_in_flight() -> None:
         assert [digest(state) for state in states] == expected
 
 
-def test_the_anchor_is_donated() -> None:
+def test_what_a_gate_takes_besides_its_inputs() -> None:
+    """Reuse's memory, and on CUDA the modulated input's: Metal writes that over the anchor."""
     case = random_case((1, 1024, 3072), mx.bfloat16)
     mx.eval(case.arrays)  # what is lazy when it is captured is computed at every call
     step = mx.compile(
@@ -201,8 +202,8 @@ def test_the_anchor_is_donated() -> None:
         anchor, state = step(case.x, anchor, state)
         mx.eval(anchor, state)
         mx.synchronize()
-    # One output for reuse; a second one would be the anchor's.
-    assert mx.get_peak_memory() - before < 1.5 * case.x.nbytes
+    outputs = 1 if mx.metal.is_available() else 2
+    assert mx.get_peak_memory() - before < (outputs + 0.5) * case.x.nbytes
 
 
 # ---- Branch
@@ -245,7 +246,7 @@ def test_two_gpu_streams_and_a_decision_on_one() -> None:
     for _ in range(5):
         skip = mx.greater(mx.max(x, stream=other), mx.array(1e9), stream=other)
         out = ops.branch(skip, [x], body, [mx.add(x + 1.0, 1.0, stream=other)])[0]
-        assert mx.array_equal(out, (x + 2.0) * 2.0).item()
+        assert mx.array_equal(out, ((x + 1.0) + 1.0) * 2.0).item()
 
 
 def test_one_read_for_two_branches() -> None:
@@ -299,7 +300,8 @@ def test_a_failing_body_is_an_error_and_not_a_wait(body: str) -> None:
         import mlx.core as mx
         from mlx_teacache_fast import ops
 
-        kernel = mx.fast.metal_kernel("failing", ["x"], ["y"], "this is no Metal;")
+        new_kernel = mx.fast.metal_kernel if mx.metal.is_available() else mx.fast.cuda_kernel
+        kernel = new_kernel("failing", ["x"], ["y"], "this is no kernel;")
 
         def failing(x):
             return kernel(inputs=[x], grid=(4, 1, 1), threadgroup=(4, 1, 1), output_shapes=[x.shape],
