@@ -4,11 +4,22 @@
 
 PYTHON ?= python3
 UV := $(shell command -v uv || echo .tools/bin/uv)
-SYNC = $(UV) sync --quiet --python $(PYTHON) --no-editable
+SYNC = $(UV) sync --quiet --python $(PYTHON) --no-editable $(1)
 RUN = $(UV) run --no-sync
+RESULTS = results
+REPORT = $(RUN) python bench/report.py
+# BACKEND=cuda: an environment of its own, in which MLX's CUDA library takes the CPU one's place.
+ifeq ($(BACKEND),cuda)
+export UV_PROJECT_ENVIRONMENT = build/venv-cuda
+IN_VENV = --quiet --python build/venv-cuda
+SYNC += && v=$$($(RUN) python -c "import importlib.metadata as m; print(m.version('mlx'))") \
+  && $(UV) pip uninstall $(IN_VENV) mlx-cpu && $(UV) pip install $(IN_VENV) mlx-cuda-13==$$v
+RESULTS = results/cuda
+REPORT =
+endif
 BENCHES = gate branch step generation forecast memory
 
-.PHONY: help headers demo test test-full test-mflux test-peer check-mac bench bench-full lint clean
+.PHONY: help headers demo test test-full test-mflux test-peer check-mac check-cuda bench bench-full lint clean
 
 help:
 	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/ (overwritten)"
@@ -17,22 +28,24 @@ help:
 	@echo "make test-mflux  the tests of mflux's pipelines with mflux 0.20 to 0.23; one of them with MFLUX=0.20.0"
 	@echo "make test-peer   mlx-teacache's own unit tests, run against this package: passed, differs and why"
 	@echo "make check-mac   on any system: compile and link the extension for macOS, with each MLX of cmake/versions.cmake"
+	@echo "make check-cuda  on any Linux: load the extension with MLX's CPU library and with its CUDA library"
 	@echo "make bench       gate, branch, step, pictures and memory against rivals and limits (about 10 minutes)"
 	@echo "make bench-full  all of it, into results/ and docs/benchmarks.md (hours on a CPU, one with a faster BLAS preloaded)"
 	@echo "make lint        ruff, mypy --strict, clang-format"
 	@echo "make clean       remove the environment and the build"
+	@echo "BACKEND=cuda with any of these uses MLX's CUDA build, on Linux with an NVIDIA GPU: make test BACKEND=cuda"
 
 demo: $(UV) headers
-	$(SYNC) --extra demo
+	$(call SYNC,--extra demo)
 	$(RUN) mlx-teacache-fast demo --force
 
 # Two workers: MLX runs its CPU kernels on one thread.
 test: $(UV) headers
-	$(SYNC) --extra demo --group test
+	$(call SYNC,--extra demo --group test)
 	$(RUN) pytest -n 2 -m "not slow"
 
 test-full: $(UV) headers
-	$(SYNC) --extra demo --group test
+	$(call SYNC,--extra demo --group test)
 	$(RUN) pytest -n 2
 
 # The newest mflux is in `make test`.
@@ -40,25 +53,29 @@ test-mflux: $(UV) headers
 	UV=$(UV) $(PYTHON) tests/mflux_versions.py $(MFLUX)
 
 test-peer: $(UV) headers
-	$(SYNC) --extra demo --group test
+	$(call SYNC,--extra demo --group test)
 	$(RUN) python tests/peer_suite/run.py
+
+check-cuda: $(UV) headers
+	$(call SYNC)
+	UV=$(UV) $(RUN) python tests/cuda_link/check.py
 
 check-mac: $(UV) headers
 	$(UV) run --quiet --script --python $(PYTHON) --no-python-downloads tests/mac_link/check.py
 
 bench: $(UV) headers
-	$(SYNC) --extra demo --group test
+	$(call SYNC,--extra demo --group test)
 	for b in $(BENCHES); do $(RUN) python bench/bench_$$b.py --quick --json build/bench/bench_$$b.json --force || exit 1; done
 
 bench-full: $(UV) headers
-	$(SYNC) --extra demo --group test
+	$(call SYNC,--extra demo --group test)
 	for b in $(BENCHES); do $(RUN) python bench/bench_$$b.py --json build/results/bench_$$b.json --force || exit 1; done
-	mkdir -p results
-	mv build/results/bench_*.json results
-	$(RUN) python bench/report.py
+	mkdir -p $(RESULTS)
+	mv build/results/bench_*.json $(RESULTS)
+	$(REPORT)
 
 lint: $(UV) headers
-	$(SYNC) --extra demo --group test --group lint
+	$(call SYNC,--extra demo --group test --group lint)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) clang-format --dry-run -Werror csrc/*.cpp csrc/*.h metal/* tests/kernel_host/*.cpp tests/kernel_host/*.h

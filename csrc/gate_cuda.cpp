@@ -16,41 +16,17 @@ static_assert(kGateMaxResiduals == kMaxBranches * kMaxTerms && kMaxBranches == 2
 
 namespace {
 
-template <size_t n_in, size_t n_out>
-mx::fast::CustomKernelFunction make_kernel(
-    const char* name, const char* const (&inputs)[n_in], const char* const (&outputs)[n_out], const char* body) {
-  return mx::fast::cuda_kernel(
-      name, {std::begin(inputs), std::end(inputs)}, {std::begin(outputs), std::end(outputs)}, body, gate_source,
-      /*ensure_row_contiguous=*/false);
-}
-
-// An array whose launch passes `params` by value: see gate_cuda.h. It shares `any`'s memory, since it needs some.
-mx::array launch_view(const GateParams& params, const mx::array& any) {
+// An array whose launch passes `given` by value: see gate_cuda.h. It shares `any`'s memory, since it needs some.
+mx::array launch_view(const GateLaunch& given, const mx::array& any) {
   mx::Strides words(kGateLaunchWords, 0);
-  std::memcpy(words.data(), &params, sizeof params);
+  std::memcpy(words.data(), &given, sizeof given);
   mx::array view(mx::Shape(kGateLaunchWords, 1), any.dtype(), nullptr, {});
   view.copy_shared_buffer(any, words, any.flags(), any.data_size());
   return view;
 }
 
-// Builds the node and evaluates it here and now into `outputs`, whose memory the evaluation allocates.
-void launch(
-    const mx::fast::CustomKernelFunction& kernel,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>&& outputs,
-    unsigned int groups,
-    unsigned int threads,
-    const std::vector<std::pair<std::string, mx::fast::TemplateArg>>& arguments,
-    mx::Stream s) {
-  std::vector<mx::Shape> shapes;
-  std::vector<mx::Dtype> dtypes;
-  for (auto& out : outputs) {
-    shapes.push_back(out.shape());
-    dtypes.push_back(out.dtype());
-  }
-  auto node = kernel(
-      inputs, shapes, dtypes, {int(groups * threads), 1, 1}, {int(threads), 1, 1}, arguments, std::nullopt, false, s);
-  node[0].primitive().eval_gpu(inputs, outputs);
+mx::array nothing(mx::Dtype dtype) {
+  return mx::array(mx::Shape{0}, dtype, nullptr, {});
 }
 
 }  // namespace
@@ -69,20 +45,27 @@ std::optional<mx::Shape> gate_scratch(const mx::Shape& x) {
 }
 
 void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  static const auto& rows_kernel =
-      *new auto(make_kernel("teacache_gate_rows", kGateRowsInputs, kGateRowsOutputs, kGateRowsBody));
-  static const auto& decide_kernel =
-      *new auto(make_kernel("teacache_gate_decide", kGateDecideInputs, kGateDecideOutputs, kGateDecideBody));
+  static const auto& kernel = *new mx::fast::CustomKernelFunction(
+      mx::fast::cuda_kernel(
+          "teacache_gate", {std::begin(kGateCudaInputs), std::end(kGateCudaInputs)},
+          {std::begin(kGateCudaOutputs), std::end(kGateCudaOutputs)}, kGateCudaBody, gate_source,
+          /*ensure_row_contiguous=*/false));
 
   const auto& x = inputs[kX];
   const auto& mod = inputs[kScale];
   const auto& state = inputs[kState];
-  auto& partials = outputs.back();
+  const auto& partials = outputs.back();
   const auto grid = gate_grid(x.shape(0) * x.shape(1), x.shape(2), gate_cuda_tuning());
-  const auto params = launch_view(
-      gate_params(
-          x.shape(0), x.shape(1), x.shape(2), mod.shape(0), mod.shape(1), eps_, /*in_place=*/false, rules_, grid),
-      state);
+  const auto params = gate_params(
+      x.shape(0), x.shape(1), x.shape(2), mod.shape(0), mod.shape(1), eps_, /*in_place=*/false, rules_, grid);
+
+  // Absent residuals repeat the first, or x; what is absent of the results has no elements.
+  const int n_residuals = n_branches_ * n_terms_;
+  std::vector<mx::array> residuals;
+  for (int i = 0; i < kGateMaxResiduals; i++) {
+    residuals.push_back(n_residuals > 0 ? inputs[kResiduals + (i < n_residuals ? i : 0)] : x);
+  }
+  const auto reused_dtype = mx::result_type(x, residuals[0]);
 
   // Whole 16-byte words, if every array begins at one and a row ends with one.
   bool aligned = x.shape(2) % kGatePack == 0;
@@ -90,33 +73,38 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
     aligned &= (i > kAnchor && i < kResiduals) || inputs[i].offset() % 16 == 0;
   }
 
-  // Absent residuals repeat the first, or x; absent results have no elements. Neither is read or written.
-  const int n_residuals = n_branches_ * n_terms_;
-  std::vector<mx::array> in{x,     inputs[kShift], mod, inputs[kAnchor], n_residuals > 0 ? inputs[kWeights] : state,
-                            params};
-  for (int i = 0; i < kGateMaxResiduals; i++) {
-    in.push_back(n_residuals > 0 ? inputs[kResiduals + (i < n_residuals ? i : 0)] : x);
-  }
-  const auto residual_dtype = in.back().dtype();
-  std::vector<mx::array> out{outputs[kModulated]};
-  for (int b = 0; b < kMaxBranches; b++) {
-    out.push_back(
-        b < n_branches_ ? outputs[kReused + b] : mx::array(mx::Shape{0}, mx::result_type(x, in.back()), nullptr, {}));
-  }
-  out.push_back(partials);
+  // Builds the node and evaluates it here and now into `out`, whose memory that allocates.
+  auto launch = [&](bool decides, const mx::array& sums, std::vector<mx::array>&& out, int groups, int threads) {
+    std::vector<mx::array> in{x, inputs[kShift], mod, inputs[kAnchor], n_residuals > 0 ? inputs[kWeights] : state};
+    in.insert(in.end(), residuals.begin(), residuals.end());
+    in.insert(in.end(), {sums, state, inputs[kForce], launch_view({params, decides}, state)});
+    std::vector<mx::Shape> shapes;
+    std::vector<mx::Dtype> dtypes;
+    for (auto& o : out) {
+      shapes.push_back(o.shape());
+      dtypes.push_back(o.dtype());
+    }
+    auto node = kernel(
+        in, shapes, dtypes, {groups * threads, 1, 1}, {threads, 1, 1},
+        {{"X", x.dtype()},
+         {"M", mod.dtype()},
+         {"R", residuals[0].dtype()},
+         {"BRANCHES", n_branches_},
+         {"TERMS", n_terms_},
+         {"PACKS", grid.packs},
+         {"ALIGNED", aligned}},
+        std::nullopt, false, stream());
+    node[0].primitive().eval_gpu(in, out);
+  };
+  auto reused = [&](int b) { return b < n_branches_ ? outputs[kReused + b] : nothing(reused_dtype); };
   launch(
-      rows_kernel, in, std::move(out), grid.groups, grid.threads,
-      {{"X", x.dtype()},
-       {"M", mod.dtype()},
-       {"R", residual_dtype},
-       {"BRANCHES", n_branches_},
-       {"TERMS", n_terms_},
-       {"PACKS", grid.packs},
-       {"ALIGNED", aligned}},
-      stream());
+      false, state, {outputs[kModulated], reused(0), reused(1), partials, nothing(mx::float32)}, grid.groups,
+      grid.threads);
   launch(
-      decide_kernel, {partials, state, inputs[kForce], params}, {outputs[kNewState]}, 1, kGateCudaThreads, {},
-      stream());
+      true, partials,
+      {nothing(outputs[kModulated].dtype()), nothing(reused_dtype), nothing(reused_dtype), nothing(mx::float32),
+       outputs[kNewState]},
+      1, kGateCudaThreads);
 }
 
 }  // namespace teacache

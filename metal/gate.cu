@@ -1,9 +1,9 @@
 // GATE on CUDA: what csrc/gate_cpu.cpp computes, with each element of device memory touched once.
 // Formula: LayerNorm without affine, adaLN modulation, relative L1 (TeaCache, arXiv 2411.19108, section 3.3).
 //
-// MLX compiles this text with NVRTC at first use, below headers of its own, and writes the kernels' signatures; their
-// bodies, in gate_cuda.h, call gate_rows and gate_decide_sums. Two kernels in one CUDA graph, whose edge between them
-// is the order: a counter of finished blocks would have to be zeroed by a kernel of its own as well.
+// MLX compiles this text with NVRTC at first use, below headers of its own, and writes the kernel's signature; its
+// body, in gate_cuda.h, calls gate_rows in one launch and gate_decide_sums in the next. The edge between the two in
+// MLX's CUDA graph is the order: a counter of finished blocks would have to be zeroed by a launch of its own as well.
 //
 // Rounding is part of the gate's contract, and NVRTC contracts a * b + c: a product that must round is an intrinsic.
 #include <cuda_bf16.h>

@@ -52,6 +52,12 @@ struct GateParams {
   GateRules rules;
 };
 
+// CUDA: one kernel passes over the rows in one launch and decides in another.
+struct GateLaunch {
+  GateParams params;
+  int decides;
+};
+
 struct GateGrid {
   unsigned int threads;  // of a threadgroup
   unsigned int rows_per_group;

@@ -49,22 +49,15 @@ def promoted(a: mx.Dtype, b: mx.Dtype) -> mx.Dtype:
     return a if a == b else mx.float32
 
 
-def kernel_of(header: Header, variant: Variant | None) -> str:
-    """The kernel around the body as MLX's fast::cuda_kernel writes it: the pass over the rows, or the decision."""
-    body, inputs, outputs = header.cuda_launch(variant is None)
+def kernel_of(header: Header, variant: Variant) -> str:
+    """The kernel around the body as MLX's fast::cuda_kernel writes it."""
+    body, inputs, outputs = header.cuda_kernel()
+    x, modulation, residual = variant[:3]
     dtypes = dict.fromkeys([*inputs, *outputs], mx.float32) | {"force": mx.int32}
-    constants = ""
-    if variant:
-        x, modulation, residual = variant[:3]
-        dtypes |= {"x": x, "shift": modulation, "scale": modulation}
-        dtypes |= {"anchor": promoted(x, modulation), "modulated": promoted(x, modulation)}
-        dtypes |= {name: residual for name in inputs if name.startswith("residual")}
-        dtypes |= {name: promoted(x, residual) for name in outputs if name.startswith("reused")}
-        for name, dtype in (("X", x), ("M", modulation), ("R", residual)):
-            constants += f"  using {name} = {CUDA_TYPES[dtype]};\n"
-        for name, number in zip(("BRANCHES", "TERMS", "PACKS"), variant[3:6], strict=True):
-            constants += f"  constexpr int {name} = {number};\n"
-        constants += f"  constexpr bool ALIGNED = {str(variant.aligned).lower()};\n"
+    dtypes |= {"x": x, "shift": modulation, "scale": modulation}
+    dtypes |= {"anchor": promoted(x, modulation), "modulated": promoted(x, modulation)}
+    dtypes |= {name: residual for name in inputs if name.startswith("residual")}
+    dtypes |= {name: promoted(x, residual) for name in outputs if name.startswith("reused")}
     parameters = []
     for name in inputs:
         parameters.append(f"    const {CUDA_TYPES[dtypes[name]]}* {name}")
@@ -73,10 +66,14 @@ def kernel_of(header: Header, variant: Variant | None) -> str:
         assert f"{name}_shape" not in body
         assert f"{name}_ndim" not in body
     parameters += [f"    {CUDA_TYPES[dtypes[name]]}* {name}" for name in outputs]
-    name, signature = variant.name if variant else "gate_decide", ",\n".join(parameters)
+    constants = "".join(f"  using {n} = {CUDA_TYPES[t]};\n" for n, t in zip("XMR", variant[:3], strict=True))
+    for name, number in zip(("BRANCHES", "TERMS", "PACKS"), variant[3:6], strict=True):
+        constants += f"  constexpr int {name} = {number};\n"
+    constants += f"  constexpr bool ALIGNED = {str(variant.aligned).lower()};\n"
+    signature = ",\n".join(parameters)
     return (
         "namespace mlx::core::cu {\n\nnamespace cg = cooperative_groups;\n\n"
-        f"__global__ void {name}(\n{signature}) {{\n{constants}\n{body}\n}}\n\n}} // namespace mlx::core::cu\n"
+        f"__global__ void {variant.name}(\n{signature}) {{\n{constants}\n{body}\n}}\n\n}} // namespace mlx::core::cu\n"
     )
 
 
@@ -88,12 +85,15 @@ class CudaGate:
 
     def __init__(self, folder: Path, variants: Iterable[Variant], *, mode: Any = "check", text: str = "") -> None:
         self.header = Header(folder)
-        kernels = {v.name: kernel_of(self.header, v) for v in variants} | {"gate_decide": kernel_of(self.header, None)}
+        kernels = {v.name: kernel_of(self.header, v) for v in variants}
         text = PRELUDE + (text or kernel_text("gate.cu")) + "namespace cooperative_groups {}\n"
         for name, kernel in sorted(kernels.items()):
             text += f'{kernel}instantiate_kernel("{name}", mlx::core::cu::{name})\n'
         with alone_in(folder):
             self.library: Library = build(text, folder, mode=mode, path="kernel.cu")
+        body, inputs, outputs = self.header.cuda_kernel()
+        names = [given for name in inputs for given in (name, f"{name}_strides") if given == name or given in body]
+        self.places = [*names, *outputs]  # the kernel's parameters
 
     def run(self, case: Case, *, offset: int = 0, max_threads: int = 0, **options: Any) -> Result:
         """One gate.
@@ -117,32 +117,33 @@ class CudaGate:
             "partials": np.zeros(header.partials * grid.groups, np.float32),
             "new_state": np.zeros(8, np.float32),
         }
-        strides = np.zeros(80, np.uint8)
         params = header.params(case, grid, in_place=False)
-        strides[: params.size] = params
+        state = to_raw(case.state)
         arrays = {
             "x": In(x, x_offset, case.x.nbytes),
             "shift": In(to_raw(case.shift)),
             "scale": In(to_raw(case.scale)),
             "anchor": In(to_raw(case.anchor)),
-            "weights": In(to_raw(case.weights) if n else to_raw(case.state)),
-            "state": In(to_raw(case.state)),
+            "weights": In(to_raw(case.weights) if n else state),
+            "state": In(state),
             "force": In(np.full(1, case.force, np.int32)),
             "launch": In(np.zeros(0, np.float32)),
-            "launch_strides": In(strides.view(np.int64)),
         }
         residuals = [to_raw(term) for branch in case.residuals for term in branch] or [to_raw(case.x)]
         for i in range(header.max_residuals):
             arrays[f"residual{i}"] = In(residuals[i if i < len(residuals) else 0])
         runs = []
         for decides in (False, True):
-            body, inputs, outputs = header.cuda_launch(decides)
-            names = [given for name in inputs for given in (name, f"{name}_strides") if given == name or given in body]
-            bound: list[Any] = [In(results["partials"]) if name == "partials" else arrays[name] for name in names]
-            bound += [Out(results[name]) for name in outputs]
+            strides = np.zeros(20, np.int32)
+            strides[: params.size // 4] = params.view(np.int32)
+            strides[params.size // 4] = decides
+            given = arrays | {"launch_strides": In(strides.view(np.int64))}
+            given["sums"] = In(results["partials"] if decides else state)
+            for name, array in results.items():  # of the other launch: without elements
+                given[name] = Out(array if (name == "new_state") == decides else array[:0])
             groups, threads = (1, header.cuda_threads) if decides else (grid.groups, grid.threads)
-            name = "gate_decide" if decides else variant.name
-            runs.append(self.library.run(name, dict(enumerate(bound)), groups, threads, **options))
+            bound = dict(enumerate(given[name] for name in self.places))
+            runs.append(self.library.run(variant.name, bound, groups, threads, **options))
         return Result(
             from_raw(results["modulated"], mod_type, case.x.shape),
             [from_raw(results[f"reused{b}"], reused_type, case.x.shape) for b in range(n)],

@@ -73,8 +73,8 @@ EXPORT int gate_host_max_residuals() {
   return kGateMaxResiduals;
 }
 
-// A CUDA kernel's body, its inputs' or its outputs' names with spaces between.
-EXPORT const char* gate_host_cuda(bool decides, int what) {
+// The CUDA kernel's body, its inputs' or its outputs' names with spaces between.
+EXPORT const char* gate_host_cuda(int what) {
   static std::string text;
   const auto joined = [&](const auto& names) {
     text.clear();
@@ -83,13 +83,7 @@ EXPORT const char* gate_host_cuda(bool decides, int what) {
     }
     return text.c_str();
   };
-  if (what == 0) {
-    return decides ? kGateDecideBody : kGateRowsBody;
-  }
-  if (decides) {
-    return what == 1 ? joined(kGateDecideInputs) : joined(kGateDecideOutputs);
-  }
-  return what == 1 ? joined(kGateRowsInputs) : joined(kGateRowsOutputs);
+  return what == 0 ? kGateCudaBody : what == 1 ? joined(kGateCudaInputs) : joined(kGateCudaOutputs);
 }
 
 EXPORT int gate_host_cuda_threads() {

@@ -102,10 +102,10 @@ class Header:
         self._library.gate_host_grid(cuda, rows, channels, max_threads, out)
         return Grid(*out)
 
-    def cuda_launch(self, decides: bool) -> tuple[str, list[str], list[str]]:
-        """A CUDA kernel's body, inputs and outputs."""
+    def cuda_kernel(self) -> tuple[str, list[str], list[str]]:
+        """The CUDA kernel's body, inputs and outputs."""
         self._library.gate_host_cuda.restype = ctypes.c_char_p
-        body, inputs, outputs = (self._library.gate_host_cuda(decides, i).decode() for i in range(3))
+        body, inputs, outputs = (self._library.gate_host_cuda(i).decode() for i in range(3))
         return body, inputs.split(), outputs.split()
 
     def params(self, case: Case, grid: Grid, in_place: bool) -> np.ndarray:
