@@ -13,7 +13,8 @@ ifeq ($(BACKEND),cuda)
 export UV_PROJECT_ENVIRONMENT = build/venv-cuda
 IN_VENV = --quiet --python build/venv-cuda
 SYNC += && v=$$($(RUN) python -c "import importlib.metadata as m; print(m.version('mlx'))") \
-  && $(UV) pip uninstall $(IN_VENV) mlx-cpu && $(UV) pip install $(IN_VENV) mlx-cuda-13==$$v
+  && $(UV) pip uninstall $(IN_VENV) mlx-cpu && $(UV) pip install $(IN_VENV) mlx-cuda-13==$$v \
+  && $(RUN) python -c "import mlx_teacache_fast"
 RESULTS = results/cuda
 REPORT =
 endif

@@ -91,18 +91,27 @@ def test_another_mlx_is_refused_at_import() -> None:
     )
 
 
+NO_FILE = "cannot open shared object file: No such file or directory"
+
+
 @pytest.mark.parametrize(
-    ("library", "said"),
+    ("message", "said"),
     [
-        ("libcuda.so.1", "Fix: install the driver, 580 or newer; or, to run on the CPU: pip uninstall mlx-cuda-13"),
-        ("libmlx.so", 'Fix: pip install "mlx-teacache-fast[cuda]" for an NVIDIA GPU, or "mlx-teacache-fast[cpu]"'),
-        ("libc.so.7", "ImportError: libc.so.7: cannot open"),
+        (f"libcuda.so.1: {NO_FILE}", "driver, 580 or newer; or, to run on the CPU: pip uninstall mlx-cuda-13"),
+        (
+            "cudaMallocManaged(&data, size) failed: CUDA driver version is insufficient for CUDA runtime version",
+            "cannot be used here: cudaMallocManaged(&data, size) failed: CUDA driver version is insufficient",
+        ),
+        (
+            f"libmlx.so: {NO_FILE}",
+            'Fix: pip install "mlx-teacache-fast[cuda]" for an NVIDIA GPU, or "mlx-teacache-fast[cpu]"',
+        ),
+        (f"libc.so.7: {NO_FILE}", f"ImportError: libc.so.7: {NO_FILE}"),
     ],
 )
-def test_a_library_that_is_missing(library: str, said: str, tmp_path: Path) -> None:
-    """What MLX's import says on Linux with its CUDA build and no driver, and with neither of its builds."""
+def test_mlx_cannot_be_imported(message: str, said: str, tmp_path: Path) -> None:
+    """What MLX says on Linux: its CUDA build without a driver and with an old one, and neither of its builds."""
     (tmp_path / "mlx").mkdir()
-    message = f"{library}: cannot open shared object file: No such file or directory"
     (tmp_path / "mlx" / "core.py").write_text(f"raise ImportError({message!r})")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mlx_teacache_fast"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 try:
     import mlx.core as _mx
 except ImportError as _error:
-    if "libcuda.so" in str(_error):
+    if "libcuda.so" in str(_error) or "CUDA" in str(_error):  # no driver; one that is too old, or no GPU
         raise ImportError(
-            "MLX's CUDA build is installed, but NVIDIA's driver is not (libcuda.so.1 is its library). "
-            "Fix: install the driver, 580 or newer; or, to run on the CPU: "
+            f"MLX's CUDA build cannot be used here: {_error}. "
+            "Fix: an NVIDIA GPU and its driver, 580 or newer; or, to run on the CPU: "
             'pip uninstall mlx-cuda-13 && pip install --force-reinstall "mlx-teacache-fast[cpu]"'
         ) from _error
-    if "libmlx.so" in str(_error):
+    if "libmlx.so: cannot open" in str(_error):
         raise ImportError(
             "MLX is installed without the library for this machine (libmlx.so). "
             'Fix: pip install "mlx-teacache-fast[cuda]" for an NVIDIA GPU, or "mlx-teacache-fast[cpu]"'
