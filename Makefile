@@ -34,7 +34,8 @@ help:
 	@echo "make bench-full  all of it, into results/ and docs/benchmarks.md (hours on a CPU, one with a faster BLAS preloaded)"
 	@echo "make lint        ruff, mypy --strict, clang-format"
 	@echo "make clean       remove the environment and the build"
-	@echo "BACKEND=cuda with any of these uses MLX's CUDA build, on Linux with an NVIDIA GPU: make test BACKEND=cuda"
+	@echo "On Linux with an NVIDIA GPU, BACKEND=cuda has demo, test, test-full, bench and bench-full use MLX's CUDA build:"
+	@echo "make test BACKEND=cuda"
 
 demo: $(UV) headers
 	$(call SYNC,--extra demo)
@@ -58,7 +59,7 @@ test-peer: $(UV) headers
 	$(RUN) python tests/peer_suite/run.py
 
 check-cuda: $(UV) headers
-	$(call SYNC)
+	$(call SYNC,--extra demo --group test)
 	UV=$(UV) $(RUN) python tests/cuda_link/check.py
 
 check-mac: $(UV) headers

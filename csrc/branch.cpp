@@ -55,6 +55,13 @@ mx::array view_of(const mx::array& a) {
   return view;
 }
 
+// A decision that has been read.
+void store(mx::array& out, bool skip) {
+  out.set_data(mx::allocator::malloc(sizeof(bool)));
+  out.data<bool>()[0] = skip;
+  branch_counters().reads++;
+}
+
 }  // namespace
 
 BranchCounters& branch_counters() {
@@ -122,13 +129,7 @@ mx::array decide(const mx::array& skip) {
         Spec{skip.shape(), skip.dtype()});
   }
   const auto own = own_stream(skip.has_primitive() ? std::optional(skip.primitive().stream()) : std::nullopt);
-  auto flag = skip;
-  if (own.device == mx::Device::gpu && is_state(skip)) {
-    // CUDA: the host reads a bool of its own at once; 8 floats it would move to managed memory.
-    const auto first = mx::reshape(mx::slice(skip, {0}, {1}, own), mx::Shape{}, own);
-    flag = mx::not_equal(first, mx::array(0.0f), own);
-  }
-  return mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(own), {flag});
+  return mx::array(mx::Shape{}, mx::bool_, std::make_shared<Decide>(own), {skip});
 }
 
 void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
@@ -136,13 +137,20 @@ void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   commit_gpu_streams();
   mx::synchronize(stream());  // which has been told to wait for the input, wherever that comes from
   const auto& skip = inputs[0];
-  outputs[0].set_data(mx::allocator::malloc(sizeof(bool)));
-  outputs[0].data<bool>()[0] = is_state(skip) ? skip.data<float>()[0] != 0.0f : skip.data<bool>()[0];
-  branch_counters().reads++;
+  store(outputs[0], is_state(skip) ? skip.data<float>()[0] != 0.0f : skip.data<bool>()[0]);
 }
 
+// CUDA. The host reads a bool of its own at once; the array that a state or a view is a part of, MLX would move to
+// managed memory.
 void Decide::eval_gpu(const Arrays& inputs, Arrays& outputs) {
-  eval_cpu(inputs, outputs);  // CUDA: synchronize launches what the stream has been given, then waits
+  const auto& skip = inputs[0];
+  mx::array first(mx::Shape{}, skip.dtype(), nullptr, {});
+  first.copy_shared_buffer(skip, {}, {.contiguous = true, .row_contiguous = true, .col_contiguous = true}, 1);
+  first.set_status(mx::array::Status::evaluated);
+  auto flag = mx::not_equal(first, mx::array(0, skip.dtype()), stream());
+  mx::async_eval({flag});
+  mx::synchronize(stream());  // for what the stream has been given, which an evaluation launches at its end
+  store(outputs[0], flag.data<bool>()[0]);
 }
 
 std::vector<mx::Shape> Decide::output_shapes(const Arrays&) {

@@ -7,6 +7,7 @@
 
 #include "mlx/device.h"
 #include "mlx/primitives.h"
+#include "mlx/version.h"
 
 namespace teacache {
 
@@ -24,7 +25,7 @@ template <typename... Parts>
 enum class Gpu { none, metal, cuda };
 Gpu gpu();
 
-// Has each GPU stream of the calling thread run what it has been given. Not to be called within an eval_gpu.
+// Has each GPU stream of the calling thread run what it has been given. On Metal not to be called within an eval_gpu.
 void commit_gpu_streams();
 
 // Throws std::runtime_error if this build does not support the GPU.
@@ -34,7 +35,7 @@ inline void require_gpu(const char* op_name) {
   }
   throw std::runtime_error(
       std::string("[") + op_name + "] MLX has no GPU here: run on the CPU, with mx.set_default_device(mx.cpu) or " +
-      "stream=mx.cpu (an NVIDIA GPU needs its driver and pip install \"mlx-teacache-fast[cuda]\")");
+      "stream=mx.cpu (an NVIDIA GPU needs its driver and pip install \"mlx[cuda13]==" + mx::version() + "\")");
 }
 
 class ForwardOnly : public mx::Primitive {

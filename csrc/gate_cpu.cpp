@@ -492,6 +492,9 @@ void run(const Job& job, RowSums* sums) {
 void allocate(mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
 #ifdef __linux__
+  if (gpu() == Gpu::cuda) {
+    return;  // managed memory, which the driver maps
+  }
   constexpr uintptr_t kHugePage = 1 << 21;
   const auto begin = (reinterpret_cast<uintptr_t>(out.data<char>()) + kHugePage - 1) & ~(kHugePage - 1);
   const auto end = (reinterpret_cast<uintptr_t>(out.data<char>()) + out.nbytes()) & ~(kHugePage - 1);

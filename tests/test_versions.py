@@ -104,7 +104,7 @@ NO_FILE = "cannot open shared object file: No such file or directory"
         ),
         (
             f"libmlx.so: {NO_FILE}",
-            'Fix: pip install "mlx-teacache-fast[cuda]" for an NVIDIA GPU, or "mlx-teacache-fast[cpu]"',
+            'Fix: pip install "mlx[cuda13]==0.32.2" for an NVIDIA GPU, or "mlx[cpu]==0.32.2"',
         ),
         (f"libc.so.7: {NO_FILE}", f"ImportError: libc.so.7: {NO_FILE}"),
     ],

@@ -12,6 +12,8 @@ small trained model to try both on.
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
+from ._build import MLX_VERSION as _BUILT_FOR
+
 try:
     import mlx.core as _mx
 except ImportError as _error:
@@ -19,16 +21,14 @@ except ImportError as _error:
         raise ImportError(
             f"MLX's CUDA build cannot be used here: {_error}. "
             "Fix: an NVIDIA GPU and its driver, 580 or newer; or, to run on the CPU: "
-            'pip uninstall mlx-cuda-13 && pip install --force-reinstall "mlx-teacache-fast[cpu]"'
+            f"pip uninstall mlx-cuda-13 && pip install --force-reinstall --no-deps mlx-cpu=={_BUILT_FOR}"
         ) from _error
     if "libmlx.so: cannot open" in str(_error):
         raise ImportError(
-            "MLX is installed without the library for this machine (libmlx.so). "
-            'Fix: pip install "mlx-teacache-fast[cuda]" for an NVIDIA GPU, or "mlx-teacache-fast[cpu]"'
+            "MLX is installed without its library for this machine (libmlx.so). "
+            f'Fix: pip install "mlx[cuda13]=={_BUILT_FOR}" for an NVIDIA GPU, or "mlx[cpu]=={_BUILT_FOR}"'
         ) from _error
     raise
-
-from ._build import MLX_VERSION as _BUILT_FOR
 
 # MLX's C++ ABI changes in patch releases: with another MLX the extension loads and then fails or crashes.
 _installed: str = _mx.__version__  # type: ignore[attr-defined]

@@ -170,8 +170,6 @@ def _default_device(name: str) -> Iterator[None]:
     device = mx.Device(mx.gpu if name == "gpu" else mx.cpu)
     if not mx.is_available(device):
         raise TeaCacheValueError(f"--device {name}: MLX has none here")
-    if name == "gpu" and not ops.gpu_supported():
-        raise TeaCacheValueError("--device gpu: this build has no kernels for MLX's GPU")
     before = mx.default_device()
     mx.set_default_device(device)
     try:

@@ -73,7 +73,7 @@ def branch(skip: mx.array, on_skip: Sequence[mx.array], body: Body, inputs: Sequ
     Raises:
         ValueError: ``skip`` or ``on_skip`` does not fit, or the body cannot be traced (see ``Body``).
         TypeError: An argument is of another type than those above.
-        RuntimeError: An input or the body is on a GPU, and this build has no kernels for it (``gpu_supported``).
+        RuntimeError: An input or the body is on a GPU, and MLX has none here.
     """
     if not isinstance(skip, mx.array):
         raise TypeError(f"[branch] skip must be an array, got {type(skip).__name__}: mx.array(True), for example")

@@ -161,7 +161,6 @@ def gating(options: Mapping[str, Any], handles: list[Handle], only: str | None =
     are made elsewhere, and nobody would notice.) The parser's ``parse_args`` is wrapped too: steps that cannot be gated
     are refused before weights are loaded.
     """
-    patch.require_kernels()
     with ExitStack() as undo:
         undo.callback(setattr, CommandLineParser, "parse_args", CommandLineParser.parse_args)
         CommandLineParser.parse_args = _checked(CommandLineParser.parse_args, options)

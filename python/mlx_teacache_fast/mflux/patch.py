@@ -14,13 +14,12 @@ import mlx.core as mx
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 
-from .. import metadata, ops
+from .. import metadata
 from ..arguments import check_schedule
 from ..errors import (
     IncompatibleModelError,
     NoBenefitWarning,
     PatchLostError,
-    TeaCacheError,
     TeaCacheWarning,
     UntestedVersionWarning,
     warn_caller,
@@ -114,14 +113,6 @@ def warn_if_untested() -> None:
         )
 
 
-def require_kernels() -> None:
-    """Raises TeaCacheError where MLX uses a GPU that this build has no kernels for: neither Apple's nor NVIDIA's."""
-    if mx.default_device() == mx.gpu and not ops.gpu_supported():
-        raise TeaCacheError(
-            "this build has no kernels for MLX's GPU: run on the CPU with mx.set_default_device(mx.cpu)"
-        )
-
-
 def _numbers(v: str) -> tuple[int, ...]:
     return tuple(int(part) for part in v.split(".") if part.isdigit())
 
@@ -136,7 +127,6 @@ class Patch:
     """
 
     def __init__(self, flux: Any, handle: Handle) -> None:
-        require_kernels()
         handle._patch = self  # first, so that restore() undoes a patch that was interrupted
         self._handle = handle
         self._flux = weakref.ref(flux)
