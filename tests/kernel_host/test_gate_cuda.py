@@ -14,15 +14,26 @@ from gate_cases import (
     MISS,
     ROWS,
     Case,
-    assert_modulated_close,
     digest,
-    modulate_float64,
     random_case,
     row_case,
     to_numpy,
 )
 
 from kernel_host import KernelError, why_unavailable
+from kernel_host.gate_checks import (
+    CASES,
+    DTYPES,
+    Mutate,
+    assert_right,
+    both,
+    check_a_large_mean,
+    check_a_rule,
+    check_exact_statistics,
+    check_not_finite,
+    nth,
+    swap,
+)
 from kernel_host.gate_cuda_kernel import (
     PRELUDE,
     CudaGate,
@@ -33,8 +44,6 @@ from kernel_host.gate_cuda_kernel import (
     variant_of,
 )
 from kernel_host.gate_kernel import Header, kernel_text
-from kernel_host.test_gate_metal import CASES, DTYPES, assert_right, of_each_token
-from kernel_host.test_gate_mutants import Mutate, both, nth, swap
 
 needs_compiler = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
 needs_nvrtc = pytest.mark.skipif(
@@ -79,8 +88,7 @@ def test_values(checked: CudaGate, name: str) -> None:
 @needs_compiler
 @pytest.mark.parametrize("name", ROWS)
 def test_every_rule(folder: Path, name: str) -> None:
-    case, expected = row_case(name)
-    assert rule_kernel(folder).run(case).state.tolist() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    check_a_rule(rule_kernel(folder), name)
 
 
 @cache
@@ -93,34 +101,19 @@ def rule_kernel(folder: Path) -> CudaGate:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_element_that_is_not_finite(checked: CudaGate, value: float, dtype: mx.Dtype) -> None:
-    """First and last row of a block's rows, first and last element of a pair, of a thread's pack and of a row."""
-    case = of_each_token(random_case((2, 5, 256), dtype))
-    rows = np.array(case.shift.astype(mx.float32)).reshape(10, 256)
-    for row in (0, 9):
-        for column in (0, 1, 7, 8, 255):
-            changed = rows.copy()
-            changed[row, column] = value
-            result = checked.run(replace(case, shift=mx.array(changed.reshape(2, 5, 256)).astype(dtype)))
-            assert result.state[1].item() == MISS
-            wrong = np.argwhere(~np.isfinite(to_numpy(result.modulated).reshape(10, 256)))
-            assert wrong.tolist() == [[row, column]]
+    check_not_finite(checked, value, dtype)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["f16", "bf16"])
 def test_exact_statistics_give_the_cpu_bits(checked: CudaGate, dtype: mx.Dtype) -> None:
-    """Small integers whose row sums are multiples of 64: mean and variance are exact in any order of summation."""
-    x = np.random.default_rng(11).integers(-8, 9, (2, 40, 64)).astype(np.float32)
-    x[..., 0] -= np.remainder(x.sum(-1), 64)
-    case = replace(random_case((2, 40, 64), dtype), x=mx.array(x).astype(dtype))
-    assert digest(checked.run(case).modulated) == digest(case.run()[0])
+    check_exact_statistics(checked, dtype)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_large_mean(checked: CudaGate, dtype: mx.Dtype) -> None:
-    case = random_case((1, 7, 64), dtype, mean=60.0, deviation=0.5)
-    assert_modulated_close(checked.run(case).modulated, modulate_float64(case), case)
+    check_a_large_mean(checked, dtype)
 
 
 @needs_compiler

@@ -12,43 +12,10 @@ import pytest
 from gate_cases import LEADING, Case, digest, random_case
 
 from kernel_host import KernelError, why_unavailable
+from kernel_host.gate_checks import Mutate, assert_right, both, nth, swap
 from kernel_host.gate_kernel import GateKernel, Header, Variant, kernel_text, variant_of
-from kernel_host.test_gate_metal import assert_right
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
-
-Mutate = Callable[[str], str]
-
-
-def swap(old: str, new: str, count: int = 1) -> Mutate:
-    """All of the ``count`` places where ``old`` stands; another number is an error, so that no mutant is a no-op."""
-
-    def mutate(text: str) -> str:
-        assert text.count(old) == count, f"{text.count(old)} times: {old}"
-        return text.replace(old, new)
-
-    return mutate
-
-
-def nth(old: str, new: str, n: int) -> Mutate:
-    """The ``n``-th place only, from 1."""
-
-    def mutate(text: str) -> str:
-        parts = text.split(old)
-        assert len(parts) > n, old
-        return old.join(parts[:n]) + new + old.join(parts[n:])
-
-    return mutate
-
-
-def both(*mutations: Mutate) -> Mutate:
-    def mutate(text: str) -> str:
-        for m in mutations:
-            text = m(text)
-        return text
-
-    return mutate
-
 
 FENCE = "atomic_thread_fence(mem_flags::mem_device, memory_order_seq_cst, thread_scope_device);"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
