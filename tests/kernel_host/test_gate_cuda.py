@@ -48,7 +48,7 @@ from kernel_host.gate_kernel import Header, kernel_text
 needs_compiler = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
 needs_nvrtc = pytest.mark.skipif(
     nvrtc_folder() is None,
-    reason="NVRTC is absent: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt",
+    reason="NVRTC is absent: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl",
 )
 NAMES = [name for name in CASES if not name.endswith("not donated")]  # MLX gives a kernel of its own fresh memory
 
