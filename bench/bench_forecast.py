@@ -32,8 +32,9 @@ FORECASTS: dict[str, tuple[int, dict[str, float]]] = {
 
 def row(flux: Any, plain: dict[str, Any], options: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
     """PSNR and computed steps of the prompts' pictures when gated in this way; ``plain`` has mflux's."""
-    import mlx_teacache_fast as tc
     from mlx_teacache_fast.generating import generate, psnr
+
+    import mlx_teacache_fast as tc
 
     with tc.apply(flux, **how) as handle:
         found = [min(99.0, psnr(picture, generate(flux, prompt, 1, options))) for prompt, picture in plain.items()]
@@ -43,8 +44,9 @@ def row(flux: Any, plain: dict[str, Any], options: dict[str, Any], how: dict[str
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from mlx_teacache_fast import demo, forecast, plans
     from mlx_teacache_fast.generating import generate, progress_bar
+
+    from mlx_teacache_fast import demo, forecast, plans
     from mlx_teacache_fast.mflux import generation
 
     flux = demo.pipeline()

@@ -51,9 +51,9 @@ import common
 import mlx.core as mx
 import numpy as np
 from common import DTYPES
+from mlx_teacache_fast.variants import DEFAULT_MAX_CONSECUTIVE_SKIPS
 
 from mlx_teacache_fast import ops
-from mlx_teacache_fast.variants import DEFAULT_MAX_CONSECUTIVE_SKIPS
 
 TOKENS = (256, 1024, 4096, 16384)  # 256 x 256 to 2048 x 2048 pixels
 CHANNELS = (3072, 4096)  # klein-4b and FLUX.1; klein-9b

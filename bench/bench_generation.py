@@ -27,6 +27,7 @@ for MLX (LD_PRELOAD) 50 minutes; --quick 3 minutes.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -77,15 +78,15 @@ Record = dict[str, Any]
 def load(model: str | None, quantize: int | None) -> Any:
     """The demo's pipeline, or mflux's text-to-image pipeline of this name."""
     from mlx_teacache_fast import demo
-    from mlx_teacache_fast.mflux import models
+    from mlx_teacache_fast.mflux import names
 
-    return demo.pipeline() if model is None else models.load(model, quantize=quantize)
+    return demo.pipeline() if model is None else names.load(model, quantize=quantize)
 
 
 def is_flux2(model: str | None) -> bool:
-    from mlx_teacache_fast.mflux import models
+    from mlx_teacache_fast.mflux import names
 
-    return model is None or models.find(model).pipeline == "Flux2Klein"
+    return model is None or names.find(model).pipeline == "Flux2Klein"
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -134,7 +135,7 @@ def turn(flux: Any, args: argparse.Namespace, place: Any, index: int, out: Any) 
     from mlx_teacache import apply_teacache
 
     import mlx_teacache_fast as tc
-    from mlx_teacache_fast.generating import generate
+    from mlx_teacache_fast.mflux.pictures import generate
 
     prompt, seed, guidance, steps = place
     made = []
@@ -145,9 +146,9 @@ def turn(flux: Any, args: argparse.Namespace, place: Any, index: int, out: Any) 
         elif condition == REUSE:
             context = tc.apply_teacache(flux, rel_l1_thresh=setting)
         elif condition == SAME_STEPS:
-            with tc.apply_teacache(flux) as theirs:  # whose polynomial is not apply's on the demonstration model
-                polynomial = tc.Calibration(theirs.coefficients, theirs.calibrated_range)
-            context = tc.apply(flux, rel_l1_thresh=setting, coefficients=polynomial)
+            with tc.apply_teacache(flux, rel_l1_thresh=setting) as theirs:  # on the demonstration model not apply's
+                policy = dataclasses.replace(theirs.policy, forecast=1, cache="output")
+            context = tc.apply(flux, policy)
         elif condition == OURS:
             context = tc.apply(flux, mode=setting)
         elif condition in PLANNED and condition != FEWER:
@@ -171,7 +172,7 @@ def turn(flux: Any, args: argparse.Namespace, place: Any, index: int, out: Any) 
 def quality(plain: Any, picture: Any) -> Record:
     """PSNR is None for identical pictures: JSON has no infinity."""
     from mlx_teacache_fast.demo.compare import Comparison
-    from mlx_teacache_fast.stats import GenerationStats
+    from mlx_teacache_fast.record.stats import GenerationStats
 
     pair = Comparison("", plain, picture, 0, 0, 0, GenerationStats(()))
     psnr = round(pair.psnr, 4) if math.isfinite(pair.psnr) else None

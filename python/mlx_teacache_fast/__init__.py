@@ -39,7 +39,6 @@ if _installed != _BUILT_FOR:
     )
 
 from . import ops
-from .arguments import check_step_window
 from .errors import (
     AlreadyPatchedError,
     DisabledWarning,
@@ -56,16 +55,17 @@ from .errors import (
     UntestedVersionWarning,
 )
 from .handle import Handle, apply, apply_teacache
-from .metadata import Metadata, read_metadata
-from .plans import Plan
-from .stats import GenerationStats, Stats, StepRecord
+from .models import VARIANTS, Provenance, Variant
+from .pictures import read_metadata
+from .policy import MODES, Budget, Gate, Policy, Steps, check_step_window
+from .record.metadata import Metadata
+from .record.stats import GenerationStats, Stats, StepRecord
+from .record.trace import Trace, replay
 from .support import Pipeline, Pipelines, VariantInfo, match_variant, supported
-from .trace import Trace, replay
-from .variants import MODES, VARIANTS, Calibration, Provenance, Variant
 
 if TYPE_CHECKING:
-    from .calibration import calibrate as calibrate
-    from .plan_search import search as search
+    from .tune.calibrate import calibrate as calibrate
+    from .tune.search import search as search
 
 # mlx-teacache's names for the same things; docs/mlx-teacache.md compares the two.
 MissingGenerationContextError = PatchLostError
@@ -83,8 +83,9 @@ __all__ = [
     "MODES",
     "VARIANTS",
     "AlreadyPatchedError",
-    "Calibration",
+    "Budget",
     "DisabledWarning",
+    "Gate",
     "GenerationStats",
     "Handle",
     "IncompatibleModelError",
@@ -97,11 +98,12 @@ __all__ = [
     "PatchLostError",
     "Pipeline",
     "Pipelines",
-    "Plan",
+    "Policy",
     "Provenance",
     "Stats",
     "StepDecision",
     "StepRecord",
+    "Steps",
     "TeaCacheDisabledWarning",
     "TeaCacheError",
     "TeaCacheHandle",
@@ -133,8 +135,8 @@ def __getattr__(name: str) -> object:
     if name not in ("search", "calibrate"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from .calibration import calibrate
-        from .plan_search import search
+        from .tune.calibrate import calibrate
+        from .tune.search import search
     except ModuleNotFoundError as error:
         message = f'{name} needs {error.name}, which is not installed: pip install "mlx-teacache-fast[demo]"'
         raise ImportError(message, name=error.name) from error

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from .errors import IncompatibleModelError, TeaCacheValueError
-from .variants import VARIANTS
+from .models import VARIANTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class VariantInfo:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """One of mflux's FLUX pipelines.
+    """One of mflux's pipelines.
 
     Attributes:
         name: Its class.
@@ -61,21 +61,21 @@ def _models(row: Pipeline) -> str:
 
 
 def supported() -> Pipelines:
-    """mflux's FLUX pipelines: the models that each can be gated with, or why it is refused.
+    """mflux's pipelines: the models that each can be gated with, or why it is refused.
 
     Raises:
         IncompatibleModelError: mflux cannot be imported.
     """
     require_mflux()
-    from .mflux import patch
+    from .mflux.families import FAMILIES
 
     rows = []
-    for family in patch.FAMILIES:
-        for pipeline in family.PIPELINES:
-            infos = [match_variant(SimpleNamespace(aliases=[alias]), pipeline) for alias in family.VARIANTS]
+    for family in FAMILIES:
+        for pipeline in family.pipelines:
+            infos = [match_variant(SimpleNamespace(aliases=[alias]), pipeline) for alias in family.models]
             best = {v.variant_id: v for v in sorted(filter(None, infos), key=lambda v: v.calibrated)}
             rows.append(Pipeline(pipeline.__name__, tuple(best[i] for i in VARIANTS if i in best)))
-        rows += [Pipeline(pipeline.__name__, (), reason) for pipeline, reason in family.REFUSED.items()]
+        rows += [Pipeline(pipeline.__name__, (), reason) for pipeline, reason in family.refused.items()]
     return Pipelines(rows)
 
 
@@ -98,12 +98,12 @@ def match_variant(model_config: object, pipeline_class: type) -> VariantInfo | N
         )
     try:
         require_mflux()
-        from .mflux import patch
+        from .mflux.families import FAMILIES, match
 
-        variant, calibrated = patch.match_config(model_config, pipeline_class)
+        _, variant, calibrated = match(model_config, pipeline_class)
     except IncompatibleModelError:
         return None
-    ids = {alias: variant_id for family in patch.FAMILIES for alias, (variant_id, _) in family.VARIANTS.items()}
+    ids = {alias: model.variant for family in FAMILIES for alias, model in family.models.items()}
     return VariantInfo(
         variant_id=variant.variant_id,
         display_name=variant.display_name,
@@ -116,7 +116,7 @@ def match_variant(model_config: object, pipeline_class: type) -> VariantInfo | N
 def require_mflux() -> None:
     """Raises IncompatibleModelError where mflux cannot be imported."""
     try:
-        from .mflux import patch  # noqa: F401
+        from .mflux import families  # noqa: F401
     except ImportError as error:
         raise IncompatibleModelError(
             f"apply needs mflux to gate a pipeline, and it cannot be imported ({error}). "

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from .. import apply
-from .. import generating as pictures
 from ..errors import TeaCacheValueError
-from ..generating import Image
-from ..stats import GenerationStats, bound
+from ..handle import apply
+from ..mflux import pictures
+from ..mflux.pictures import Image
+from ..record.stats import GenerationStats, bound
 from . import SIZE, TinyKlein
 from ._extra import demo_extra
 
@@ -170,6 +170,6 @@ def compare(flux: TinyKlein, prompts: Sequence[str], settings: Settings, *, prog
             generation = handle.stats.last_generation
             assert generation is not None  # generate_image returned, so the handle has committed it
             comparisons.append(
-                Comparison(prompt, plain, gated, plain_seconds, gated_seconds, handle.rel_l1_thresh, generation)
+                Comparison(prompt, plain, gated, plain_seconds, gated_seconds, handle.rel_l1_thresh or 0.0, generation)
             )
     return comparisons

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..stats import Kind, StepRecord
+from ..record.stats import Kind, StepRecord
 from ._extra import demo_extra
 from .compare import Comparison, Settings, Summary
 

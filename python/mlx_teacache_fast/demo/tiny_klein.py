@@ -20,7 +20,7 @@ from mflux.models.flux2.model.flux2_vae.vae import Flux2VAE
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from mlx.nn.layers.base import Module
 
-from ..variants import TINY_KLEIN
+from ..models import TINY_KLEIN
 
 try:
     from mflux.models.common.compute_precision import ComputePrecision

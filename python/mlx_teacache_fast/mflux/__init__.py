@@ -1,1 +1,1 @@
-"""The only folder that imports mflux: ``patch`` puts gating into a pipeline, one file per family says how."""
+"""The only folder that imports mflux: the families that can be gated, and how a pipeline is hooked."""

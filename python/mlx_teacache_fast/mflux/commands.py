@@ -1,4 +1,4 @@
-"""mflux's FLUX commands, called in this process with gating on."""
+"""mflux's commands, called in this process with gating on."""
 
 import difflib
 import functools
@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import EntryPoint, distribution
 from pathlib import Path, PurePath
@@ -17,37 +17,10 @@ from typing import Any
 from mflux.cli.parser.parsers import CommandLineParser
 from mflux.models.common.config.config import Config
 
-from .. import arguments
 from ..errors import TeaCacheValueError, TeaCacheWarning
-from ..handle import Handle, apply, check_settings
-from ..metadata import Metadata
-from . import patch
-
-# Those that can be gated.
-COMMANDS = (
-    "mflux-generate",
-    "mflux-generate-controlnet",
-    "mflux-generate-depth",
-    "mflux-generate-fill",
-    "mflux-generate-flux2",
-    "mflux-generate-flux2-edit",
-    "mflux-generate-in-context",
-    "mflux-generate-in-context-catvton",
-    "mflux-generate-in-context-edit",
-    "mflux-generate-kontext",
-    "mflux-generate-redux",
-    "mflux-upscale-controlnet",
-)
-
-# Of these, the ones whose pictures mflux's option --config-from-metadata repeats. (mflux-generate-in-context has the
-# option, but writes twice the width and takes its image on the command line only.)
-REPEATING = (
-    "mflux-generate",
-    "mflux-generate-flux2",
-    "mflux-generate-flux2-edit",
-    "mflux-generate-kontext",
-    "mflux-generate-redux",
-)
+from ..policy import Policy
+from ..record.metadata import Metadata
+from .families import COMMANDS, PIPELINES, REFUSED, match
 
 # What --config-from-metadata takes paths from, and the options that replace them.
 _PATHS = {
@@ -55,13 +28,6 @@ _PATHS = {
     "image_paths": ("--image-paths",),
     "redux_image_paths": ("--redux-image-paths",),
 }
-
-# Whose pipelines leave steps out in image-to-image.
-_IMAGE_TO_IMAGE = ("mflux-generate", "mflux-generate-flux2")
-
-_OF_A_SCHEDULE = ("rel_l1_thresh", "skip_first_n_steps", "skip_last_n_steps")
-
-_FLUX_MODULES = ("mflux.models.flux.cli.", "mflux.models.flux2.cli.")
 
 
 def find(name: str) -> Callable[[], Any]:
@@ -72,20 +38,16 @@ def find(name: str) -> Callable[[], Any]:
     """
     available = scripts()
     script = available.get(name)
+    gated = [command for command in COMMANDS if command in available]  # an older mflux has fewer
     if script is None:
-        flux = [command for command in COMMANDS if command in available]  # an older mflux has fewer
-        near = difflib.get_close_matches(PurePath(name).name, flux, cutoff=0.7)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"its FLUX commands are {', '.join(flux)}"
+        near = difflib.get_close_matches(PurePath(name).name, gated, cutoff=0.7)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"those that can be gated are {', '.join(gated)}"
         raise TeaCacheValueError(f"mflux has no command {name!r}; {hint}")
-    if not script.module.startswith(_FLUX_MODULES):
-        raise TeaCacheValueError(
-            f"{name} is not for FLUX.1 or FLUX.2, and only those can be gated: {', '.join(COMMANDS)}"
-        )
-    names = vars(importlib.import_module(script.module)).values()
-    for family in patch.FAMILIES:
-        for pipeline, reason in family.REFUSED.items():
-            if any(value is pipeline for value in names):
-                raise TeaCacheValueError(f"{name} cannot be gated: {reason}")
+    if name not in gated:
+        names = vars(importlib.import_module(script.module)).values()
+        why = next((REFUSED[value] for value in names if isinstance(value, type) and value in REFUSED), None)
+        all_gated = ", ".join(gated)
+        raise TeaCacheValueError(f"{name} cannot be gated: {why or f'those that can be are {all_gated}'}")
     command: Callable[[], Any] = script.load()
     return command
 
@@ -121,7 +83,7 @@ def with_options_of(like: Metadata | None, folder: Path) -> Iterator[None]:
         yield
         return
     name, *given = sys.argv
-    if name not in REPEATING:
+    if not COMMANDS[name].repeats:
         warnings.warn(
             f"{name} takes from a picture only how it is gated: give prompt, model, seed, steps and size yourself",
             category=TeaCacheWarning,
@@ -150,52 +112,44 @@ def _found(path: str, folder: Path, option: str) -> str:
 
 
 @contextmanager
-def gating(options: Mapping[str, Any], handles: list[Handle], only: str | None = None) -> Iterator[None]:
-    """Until the end of the block, every FLUX pipeline that is made is gated; its handle is added to ``handles``.
+def gating(gate: Callable[[Any], object], policy: Policy, only: str | None = None) -> Iterator[None]:
+    """Until the end of the block, ``gate`` is called with every pipeline that is made and can be gated.
 
     With ``only``, pipelines of other classes are refused.
 
     A command of mflux makes its pipeline and uses it in one function, and no hook of mflux lies between. So
     ``__init__`` of the classes is wrapped for that time: the one place where classes are changed, not instances, and
     only in a process that is there for one command. (Another name in the command's module would miss pipelines that
-    are made elsewhere, and nobody would notice.) The parser's ``parse_args`` is wrapped too: steps that cannot be gated
-    are refused before weights are loaded.
+    are made elsewhere, and nobody would notice.) The parser's ``parse_args`` is wrapped too: steps that the policy
+    cannot gate are refused before weights are loaded.
     """
     with ExitStack() as undo:
         undo.callback(setattr, CommandLineParser, "parse_args", CommandLineParser.parse_args)
-        CommandLineParser.parse_args = _checked(CommandLineParser.parse_args, options)
-        for family in patch.FAMILIES:
-            for pipeline in family.PIPELINES:
-                undo.callback(setattr, pipeline, "__init__", pipeline.__init__)
-                pipeline.__init__ = _gated_from_the_start(pipeline, options, handles, only)
+        CommandLineParser.parse_args = _checked(CommandLineParser.parse_args, policy)
+        for pipeline in PIPELINES:
+            undo.callback(setattr, pipeline, "__init__", pipeline.__init__)  # type: ignore[misc]
+            pipeline.__init__ = _gated_from_the_start(pipeline, gate, only)  # type: ignore[misc]
         yield
 
 
-def _checked(parse_args: Any, options: Mapping[str, Any]) -> Callable[..., Any]:
-    settings = {name: options[name] for name in _OF_A_SCHEDULE if name in options}
-    checked_settings = check_settings(**options)
-    settings["plan"] = checked_settings.plan
-    if checked_settings.budget is not None:  # any schedule will do
-        settings["rel_l1_thresh"] = 0.0
-
+def _checked(parse_args: Any, policy: Policy) -> Callable[..., Any]:
     @functools.wraps(parse_args)
     def checked(*args: Any, **kwargs: Any) -> Any:
         namespace = parse_args(*args, **kwargs)
         if (steps := namespace.steps) is not None:
             left_out = 0
-            if sys.argv[0] in _IMAGE_TO_IMAGE:
+            command = COMMANDS.get(sys.argv[0])
+            if command is not None and command.leaves_out_steps:
                 strength = getattr(namespace, "image_strength", None)
                 config = Config(None, steps, image_path=namespace.image_path, image_strength=strength)
                 left_out = config.init_time_step
-            arguments.check_schedule(max(0, steps - left_out), steps, **settings)
+            policy.rule.check_schedule(max(0, steps - left_out), steps)
         return namespace
 
     return checked
 
 
-def _gated_from_the_start(
-    pipeline: Any, options: Mapping[str, Any], handles: list[Handle], only: str | None
-) -> Callable[..., None]:
+def _gated_from_the_start(pipeline: Any, gate: Callable[[Any], object], only: str | None) -> Callable[..., None]:
     original = pipeline.__init__
     signature = inspect.signature(original)
 
@@ -207,8 +161,8 @@ def _gated_from_the_start(
         given.apply_defaults()
         config = given.arguments.get("model_config")
         if config is not None:  # without one, mflux's class chooses a model that it was made for
-            patch.match_config(config, pipeline)  # raises before weights are loaded
+            match(config, pipeline)  # raises before weights are loaded
         original(self, *args, **kwargs)
-        handles.append(apply(self, **options))
+        gate(self)
 
     return init

@@ -1,4 +1,4 @@
-"""Coefficients by model: the only place where they stand.
+"""What is known of each model; the only place where coefficients stand.
 
 FLUX.1 dev and schnell: ali-vilab/TeaCache (Apache-2.0). The others: fitted on real weights by the mlx-teacache project
 (Apache-2.0). See NOTICE.
@@ -9,40 +9,8 @@ from typing import Literal
 
 Coefficients = tuple[float, float, float, float, float]
 
-# For a user's own coefficients, and where a variant has no threshold of its own.
+# With coefficients of the user's.
 DEFAULT_THRESHOLD = 0.20
-
-DEFAULT_MAX_CONSECUTIVE_SKIPS = 8  # mlx-teacache's
-
-Mode = Literal["quality", "balanced", "fast"]
-DEFAULT_MODE: Mode = "balanced"
-
-# Each mode's threshold, in parts of the model's own. What they give on the demonstration model: docs/forecasting.md.
-MODES: dict[Mode, float] = {"quality": 0.85, "balanced": 1.0, "fast": 2.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """A polynomial for ``apply(coefficients=...)``, in place of the model's.
-
-    Attributes:
-        coefficients: Polynomial of the relative L1 distance, c4 first, dimensionless.
-        calibrated_range: The distances that it was fitted on; None uses it without limits.
-        rel_l1_thresh: Threshold to use it with; None for 0.20.
-        dataset: What it was fitted on; None where that is not known.
-        r2: Coefficient of determination on pairs of steps that it was not fitted on; None where that is not known.
-    """
-
-    coefficients: Coefficients
-    calibrated_range: tuple[float, float] | None = None
-    rel_l1_thresh: float | None = None
-    dataset: str | None = None
-    r2: float | None = None
-
-    @property
-    def provenance(self) -> "Provenance":
-        metric = None if self.r2 is None else "held-out R^2"
-        return Provenance("user", self.dataset, metric, self.r2, None, self.rel_l1_thresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +18,7 @@ class Provenance:
     """Where the coefficients in use come from.
 
     Attributes:
-        source: ``builtin``, or ``user`` for those given to ``apply``; then the rest is what their file says.
+        source: ``builtin``, or ``user`` for those given to ``apply``, of which nothing else is known.
         calibration_dataset: The generations they were fitted on; None where the source does not say.
         fit_metric: What ``fit_metric_value`` is; None where the source does not say.
         fit_metric_value: Dimensionless.

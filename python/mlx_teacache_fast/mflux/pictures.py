@@ -3,21 +3,23 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from mflux.utils.exceptions import StopImageGenerationException
+from mflux.utils.metadata_reader import MetadataReader
+from tqdm import tqdm
 
-from .errors import TeaCacheValueError
+from ..errors import TeaCacheValueError
 
 Image = npt.NDArray[np.uint8]
 
 
 def generate(flux: Any, prompt: str, seed: int, options: Mapping[str, Any]) -> Image:
     """A picture of mflux's ``generate_image``, RGB, shape ``(height, width, 3)``. Ctrl-C raises KeyboardInterrupt."""
-    from mflux.utils.exceptions import StopImageGenerationException
-
     try:
         generated = flux.generate_image(seed=seed, prompt=prompt, **options)
     except StopImageGenerationException as error:  # what mflux makes of Ctrl-C inside its loop
@@ -82,8 +84,6 @@ class _StepCounter:
         self._bar = bar
 
     def call_before_loop(self, *, config: Any, **_: object) -> None:
-        from tqdm import tqdm
-
         # mflux makes its bar at the first use of config.time_steps, which comes after this call.
         config._time_steps = tqdm(range(config.init_time_step, config.num_inference_steps), disable=True)
 
@@ -94,8 +94,6 @@ class _StepCounter:
 @contextmanager
 def progress_bar(flux: Any, total: int, *, disable: bool = False) -> Iterator[Any]:
     """A tqdm bar of ``total`` steps while the block runs; the pipeline's callbacks are as before afterwards."""
-    from tqdm import tqdm
-
     bar_format = "{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt}, {remaining} left: {desc}"
     with tqdm(total=total, bar_format=bar_format, mininterval=0.5, disable=disable) as bar:
         counter = _StepCounter(bar)
@@ -105,3 +103,13 @@ def progress_bar(flux: Any, total: int, *, disable: bool = False) -> Iterator[An
         finally:
             flux.callbacks.before_loop.remove(counter)
             flux.callbacks.in_loop.remove(counter)
+
+
+def exif(path: Path) -> Any:
+    """What mflux wrote into a picture, a dict; None where nothing can be read. OSError where the file cannot."""
+    with path.open("rb"):  # mflux says of a missing file only that it has no metadata
+        pass
+    try:
+        return MetadataReader.read_exif_metadata(path)
+    except Exception:  # of other programs' metadata: struct.error, RecursionError, ...
+        return None

@@ -1,12 +1,124 @@
-"""What ``search`` and ``calibrate`` share: the model, the prompts, and ``generate_image``'s options."""
+"""What the commands share: exit codes, kinds of arguments, how warnings are shown; models and prompts to tune on."""
 
 import argparse
+import functools
+import logging
 import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import Field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from .cli_common import integer, number, seed
-from .errors import TeaCacheValueError
+from .. import support
+from ..errors import IncompatibleModelError, TeaCacheError, TeaCacheValueError, TeaCacheWarning
+
+PROG = "mlx-teacache-fast"
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def integer(rule: str, accepts: Callable[[int], bool]) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+        return value
+
+    return convert
+
+
+def number(rule: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not accepts(value):  # every comparison with NaN is false
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+        return value
+
+    return convert
+
+
+def add_setting(parser: argparse.ArgumentParser, setting: Field[Any]) -> None:
+    """The option of a policy's setting; not in the namespace unless it is given."""
+    option = dict(setting.metadata["option"])
+    if "type" in option and "nargs" not in option:
+        option["type"] = functools.partial(_checked, option["type"], setting.metadata["check"])
+    parser.add_argument(
+        setting.metadata["flag"], dest=setting.name, default=argparse.SUPPRESS, help=setting.metadata["says"], **option
+    )
+
+
+def _checked(convert: Callable[[str], Any], check: Callable[[Any], Any], text: str) -> Any:
+    try:
+        value = convert(text)
+    except ValueError:
+        value = text  # which the check refuses, and says what it wants
+    try:
+        return check(value)
+    except TeaCacheValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+seed = integer("a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)
+
+
+@contextmanager
+def quiet_logging() -> Iterator[None]:
+    """No log messages below errors: transformers, which mflux imports, misses PyTorch. Nothing here does."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def require_mflux() -> None:
+    """Raises TeaCacheError where mflux cannot be imported: no fault of what the user typed."""
+    try:
+        support.require_mflux()
+    except IncompatibleModelError as error:
+        raise TeaCacheError(str(error)) from error
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """This package's warnings, each text once, above the progress bar instead of across it."""
+    from tqdm import tqdm
+
+    shown: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, TeaCacheWarning):
+            show_others(message, category, *where, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            tqdm.write(f"{PROG}: warning: {one_line(message)}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        show_others = warnings.showwarning
+        warnings.simplefilter("always", TeaCacheWarning)
+        warnings.showwarning = show
+        yield
+
+
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+# ---- What ``search`` and ``calibrate`` share: the model, the prompts, and ``generate_image``'s options
 
 DEMO = "demo"
 
@@ -23,7 +135,7 @@ PROMPTS = (
 N_DEMO_PROMPTS = 12
 
 
-def add_arguments(parser: argparse.ArgumentParser, held_out: int) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, held_out: int) -> None:
     positive = integer("a whole number of at least 1", lambda n: n >= 1)
     parser.add_argument(
         "model",
@@ -66,12 +178,12 @@ def guidance(text: str) -> float:
 
 def check(arguments: argparse.Namespace) -> None:
     """What can be said before weights are loaded."""
-    from .mflux import models
+    from ..mflux import names
 
     if arguments.prompts is not None or arguments.model != DEMO:
         split(arguments, _given(arguments))
     if arguments.model != DEMO:
-        models.find_text_to_image(arguments.model, arguments.base_model)
+        names.find_text_to_image(arguments.model, arguments.base_model)
         return
     given = ("base_model", "quantize", "lora_paths", "lora_scales")
     if wrong := [name for name in given if getattr(arguments, name) is not None]:
@@ -80,21 +192,21 @@ def check(arguments: argparse.Namespace) -> None:
 
 def load(arguments: argparse.Namespace) -> Any:
     """The pipeline."""
-    from .mflux import models
+    from ..mflux import names
 
     if arguments.model == DEMO:
-        from . import demo
+        from .. import demo
 
         return demo.pipeline()
     more = {name: getattr(arguments, name) for name in ("quantize", "lora_paths", "lora_scales")}
-    return models.load(arguments.model, arguments.base_model, **more)
+    return names.load(arguments.model, arguments.base_model, **more)
 
 
 def prompts(arguments: argparse.Namespace, flux: Any) -> tuple[list[str], list[str]]:
     """Those to learn from, and those held out."""
     if arguments.model != DEMO:
         return split(arguments, _given(arguments))
-    from .demo.compare import check_prompts
+    from ..demo.compare import check_prompts
 
     captions = [caption for group in flux.captions.values() for caption in group]
     found = captions[:: len(captions) // N_DEMO_PROMPTS][:N_DEMO_PROMPTS]  # of all groups
@@ -122,9 +234,9 @@ def split(arguments: argparse.Namespace, found: list[str]) -> tuple[list[str], l
 
 
 def default_guidance(flux: Any) -> float:
-    from .mflux import patch
+    from ..mflux import families
 
-    return 1.0 if patch.match(flux).distilled else 4.0
+    return 1.0 if families.match(flux.model_config, type(flux)).variant.distilled else 4.0
 
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,28 +1,29 @@
 """The command line, ``mlx-teacache-fast``: its commands, errors in one line, and exit codes.
 
-Each command has a file of its own, ``cli_<command>.py``.
+Each command has a file of its own.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
-from . import __version__, cli_calibrate, cli_demo, cli_info, cli_run, cli_search
-from .cli_common import BAD_INPUT, FAILED, INTERRUPTED, PROG, Parser, one_line
-from .errors import IncompatibleModelError, TeaCacheError, TeaCacheValueError
+from ..errors import IncompatibleModelError, TeaCacheError, TeaCacheValueError
+from . import calibrate, demo, info, run, search
+from .shared import BAD_INPUT, FAILED, INTERRUPTED, PROG, Parser, one_line
 
 DESCRIPTION = """\
-TeaCache step skipping for FLUX on MLX: mflux's FLUX commands with fewer computed denoising steps. The demo shows
+TeaCache step skipping on MLX: mflux's commands with fewer computed denoising steps. The demo shows
 what it does, with a tiny model in this package.
 """
 
 
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    parser.add_argument("--version", action="version", version=f"{PROG} {version('mlx-teacache-fast')}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (cli_run, cli_info, cli_search, cli_calibrate, cli_demo):
+    for command in (run, info, search, calibrate, demo):
         command.add_parser(commands)
     return parser
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raises it.
     """
     parser = _parser()
-    own, mflux_command = cli_run.split(sys.argv[1:] if argv is None else argv)
+    own, mflux_command = run.split(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(own)
     arguments.mflux = mflux_command
     if arguments.command is None:

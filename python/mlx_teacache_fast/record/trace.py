@@ -2,38 +2,27 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, Self, cast
 
 import mlx.core as mx
 
-from . import arguments, ops
-from .errors import TeaCacheValueError
-from .files import from_json, to_json
-from .forecast import Cache
+from .. import ops
+from ..errors import TeaCacheValueError
+from ..files import from_json, to_json
+from ..policy import Gate, Policy
 from .stats import KINDS, GenerationStats, StepRecord, step_record
-from .variants import Coefficients
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Finished generations of one handle, and the settings they were made with (see ``apply``)."""
+    """Finished generations of one handle, and the policy that they were made with, with its model's values."""
 
     variant_id: str
-    rel_l1_thresh: float
-    coefficients: Coefficients
-    calibrated_range: tuple[float, float] | None
-    skip_first_n_steps: int
-    skip_last_n_steps: int
-    max_consecutive_skips: int
-    max_skips: int | None
-    steps: str | None
+    policy: Policy
     generations: tuple[GenerationStats, ...]
-    budget: float | None = None
-    forecast: int = 0
-    cache: Cache = "residual"
 
     def to_json(self, path: str | Path, force: bool = False) -> None:
         """Write a file for ``from_json``.
@@ -42,7 +31,8 @@ class Trace:
             TeaCacheValueError: The file exists and ``force`` is not set.
             OutputError: It cannot be written.
         """
-        to_json(Path(path), "trace", asdict(self), force=force)
+        record = {"variant_id": self.variant_id, "policy": self.policy.flat}
+        to_json(Path(path), "trace", record | {"generations": list(map(asdict, self.generations))}, force=force)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
@@ -54,7 +44,15 @@ class Trace:
         """
         data = from_json(Path(path), "trace")
         try:
-            return cls(**_settings(data))
+            if unknown := data.keys() ^ {"variant_id", "policy", "generations"}:
+                raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
+            generations = tuple(
+                GenerationStats(
+                    tuple(_step(i, step) for i, step in enumerate(g["steps"])), _number("seconds", g["seconds"])
+                )
+                for g in data["generations"]
+            )
+            return cls(str(data["variant_id"]), Policy.of(**data["policy"]), generations)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise TeaCacheValueError(f"{path} is not a trace: {error}") from error
 
@@ -86,39 +84,39 @@ def replay(
         Trace: With these settings and their decisions, without seconds.
 
     Raises:
-        TeaCacheValueError: An argument has the wrong type or value, or the trace was made without the gate, with a
-            threshold of 0 or planned ``steps``, so that it has no distances, and the new threshold is above 0.
+        TeaCacheValueError: An argument has the wrong type or value, or the trace was made with planned steps, or with a
+            threshold of 0 and the new one is above it, so that it has no distances.
     """
-    limits = trace.calibrated_range if coefficients is None else None
-    settings = replace(
-        trace,
-        rel_l1_thresh=arguments.threshold(rel_l1_thresh),
-        coefficients=trace.coefficients if coefficients is None else arguments.coefficients(coefficients),
-        calibrated_range=limits if calibrated_range is ... else arguments.calibrated_range(calibrated_range),
-        max_consecutive_skips=trace.max_consecutive_skips
-        if max_consecutive_skips is None
-        else arguments.consecutive_skips(max_consecutive_skips),
-    )
-    if settings.rel_l1_thresh > 0 and (trace.rel_l1_thresh <= 0 or (trace.steps, trace.budget) != (None, None)):
+    rule = trace.policy.rule
+    if not isinstance(rule, Gate) or (rule.rel_l1_thresh == 0 and rel_l1_thresh != 0):
         raise TeaCacheValueError("the trace has no distances to replay: they are measured only where the gate decides")
-    return replace(settings, generations=tuple(_replayed(g, settings) for g in trace.generations))
+    new: dict[str, Any] = {"rel_l1_thresh": rel_l1_thresh}
+    if coefficients is not None:
+        new |= {"coefficients": coefficients, "calibrated_range": None}
+    if calibrated_range is not ...:
+        new["calibrated_range"] = calibrated_range
+    if max_consecutive_skips is not None:
+        new["max_consecutive_skips"] = max_consecutive_skips
+    rule = replace(rule, **new)
+    generations = tuple(_replayed(g, rule) for g in trace.generations)
+    return replace(trace, policy=replace(trace.policy, rule=rule), generations=generations)
 
 
-def _replayed(generation: GenerationStats, settings: Trace) -> GenerationStats:
+def _replayed(generation: GenerationStats, rule: Gate) -> GenerationStats:
     states = []
     state = mx.array([0.0] * 8)
     skipped = 0
     for step in generation.steps:
         if step.kind == "computed" and step.rel_l1 is None:
             state = mx.array([0.0] * 8)  # it had nothing to compare with
-        state = _decide(step, state, settings, capped=skipped == settings.max_skips)
+        state = _decide(step, state, rule, capped=skipped == rule.max_skips)
         skipped += int(cast(list[float], state.tolist())[0])
         states.append(state)
     mx.eval(states)
     return GenerationStats(tuple(step_record(i, cast(list[float], s.tolist())) for i, s in enumerate(states)))
 
 
-def _decide(step: StepRecord, state: mx.array, settings: Trace, capped: bool) -> mx.array:
+def _decide(step: StepRecord, state: mx.array, rule: Gate, capped: bool) -> mx.array:
     """The gate's state after a step whose distance is known.
 
     Two channels give the gate exactly this distance: with a scale of -1 the modulated input is the shift, (1, rel); the
@@ -136,34 +134,16 @@ def _decide(step: StepRecord, state: mx.array, settings: Trace, capped: bool) ->
         mx.array([[1.0]]),
         state,
         mx.array(int(step.kind == "forced" or capped), dtype=mx.int32),
-        coefficients=settings.coefficients,
-        threshold=settings.rel_l1_thresh,
-        calibrated_range=settings.calibrated_range,
-        max_consecutive_skips=settings.max_consecutive_skips,
+        coefficients=cast(Any, rule.coefficients),
+        threshold=cast(float, rule.rel_l1_thresh),
+        calibrated_range=rule.calibrated_range,
+        max_consecutive_skips=rule.max_consecutive_skips,
         stream=mx.Device(mx.cpu),
     )
     return state
 
 
 # ---- Reading a file
-
-
-def _settings(data: dict[str, Any]) -> dict[str, Any]:
-    data = {"budget": None} | arguments.BEFORE_FORECASTS | data
-    if (unknown := set(data) ^ {f.name for f in fields(Trace)}) != set():
-        raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
-    return data | {
-        "variant_id": str(data["variant_id"]),
-        "calibrated_range": arguments.calibrated_range(data["calibrated_range"]),
-        **{name: check(data[name]) for name, check in arguments.SETTINGS.items()},
-        "coefficients": arguments.coefficients(data["coefficients"]),
-        "generations": tuple(
-            GenerationStats(
-                tuple(_step(i, step) for i, step in enumerate(g["steps"])), _number("seconds", g["seconds"])
-            )
-            for g in data["generations"]
-        ),
-    }
 
 
 def _step(index: int, data: dict[str, Any]) -> StepRecord:

@@ -13,20 +13,20 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from . import arguments
-from .errors import TeaCacheValueError
-from .files import check_writable
-from .forecast import DEFAULT_CACHE, DEFAULT_FORECAST, Cache, weights
-from .generating import Image, generate, predictions, progress_bar, psnr
-from .handle import apply
-from .plans import Plan, budgeted
+from ..errors import TeaCacheValueError
+from ..files import check_writable, from_json
+from ..handle import apply
+from ..mflux.pictures import Image, generate, predictions, progress_bar, psnr
+from ..policy import Budget, Cache, Policy, Steps, as_text, step_count
+from ..step.forecast import weights
+from ..step.rules import budgeted
 
 IDENTICAL = 99.0  # dB, of pictures that do not differ: means need a number
 
@@ -39,7 +39,21 @@ ROUNDS = 3000
 NEIGHBOURS = 12
 TEMPERATURE = 0.5
 
-Steps = tuple[bool, ...]
+Plan = tuple[bool, ...]  # for each step whether it computes
+
+
+@dataclass(frozen=True)
+class Found:
+    """What ``search`` found.
+
+    Attributes:
+        policy: The best steps, with the ``forecast`` and ``cache`` that they were found with.
+        about: What was measured: ``psnr`` and ``held_out_psnr`` of ``rule`` and ``plan``, in dB, mean over the
+            pictures; and of what.
+    """
+
+    policy: Policy
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ class Recorded:
     sigmas: Sequence[float]
     products: Sequence[npt.NDArray[np.float64]]
 
-    def estimate(self, steps: Steps, order: int) -> float:
+    def estimate(self, steps: Plan, order: int) -> float:
         """-10 log10 of the mean squared error of the final latents, mean over the runs: dB up to a constant."""
         share = np.zeros(len(steps))  # of each prediction in the error
         known: list[int] = []
@@ -70,7 +84,7 @@ class Recorded:
         return -10 * statistics.mean(map(math.log10, errors))
 
 
-def neighbour(steps: Steps, rng: random.Random) -> Steps:
+def neighbour(steps: Plan, rng: random.Random) -> Plan:
     """One computed step, not the first, elsewhere: mostly beside where it was."""
     computed = [i for i in range(1, len(steps)) if steps[i]]
     skipped = [i for i in range(1, len(steps)) if not steps[i]]
@@ -81,7 +95,7 @@ def neighbour(steps: Steps, rng: random.Random) -> Steps:
             return tuple((c and i != here) or i == there for i, c in enumerate(steps))
 
 
-def annealed(start: Steps, judge: Callable[[Steps], float], rounds: int, rng: random.Random) -> Steps:
+def annealed(start: Plan, judge: Callable[[Plan], float], rounds: int, rng: random.Random) -> Plan:
     """The best plan met by simulated annealing of ``judge``, in dB."""
     current = best = start
     value = highest = judge(start)
@@ -102,15 +116,15 @@ def search(
     budget: float,
     held_out: Sequence[str] = (),
     seeds: Sequence[int] = (1,),
-    forecast: int = DEFAULT_FORECAST,
-    cache: Cache = DEFAULT_CACHE,
+    forecast: int = Policy.forecast,
+    cache: Cache = Policy.cache,
     evaluations: int = 40,
     path: str | Path | None = None,
     force: bool = False,
     resume: bool = False,
     progress: bool = False,
     **options: Any,
-) -> Plan:
+) -> Found:
     """Search a plan that gives better pictures than ``apply(flux, budget=budget)`` for this model and schedule.
 
     Args:
@@ -121,15 +135,14 @@ def search(
         seeds: Of the starting noise.
         forecast, cache: As for ``apply``.
         evaluations: So many plans are run, each for all prompts and seeds.
-        path: A file that is written after each of them, for ``apply(plan=path)``; Ctrl-C loses nothing.
+        path: A file that is written after each of them, a policy for ``apply(flux, path)``; Ctrl-C loses nothing.
         force: Overwrite ``path``.
         resume: Go on with ``path``, which was written with the same arguments, of the same model.
         progress: Show a bar on stderr.
         **options: ``generate_image``'s: ``num_inference_steps`` (default here: 50), ``guidance``, ``height``, ...
 
     Returns:
-        Plan: The best one. ``about`` has what was measured: ``psnr`` and ``held_out_psnr`` of ``rule`` and ``plan``, in
-        dB, mean over the pictures.
+        Found: The best plan as a policy, and what was measured.
 
     Raises:
         TeaCacheValueError: Bad arguments; ``path`` exists, or cannot be gone on with; the budget leaves nothing to
@@ -137,18 +150,19 @@ def search(
         IncompatibleModelError, AlreadyPatchedError: As for ``apply``.
         OutputError: ``path`` cannot be written; OSError: not read.
     """
-    share, order, kept = arguments.budget(budget), arguments.forecast(forecast), arguments.cache(cache)
-    evaluations = arguments.step_count("evaluations", evaluations)
+    policy = Policy.of(budget=budget, forecast=forecast, cache=cache)
+    share, order = cast(Budget, policy.rule).budget, policy.forecast
+    evaluations = step_count("evaluations", evaluations)
     if not prompts or isinstance(prompts, str) or not seeds or evaluations < 1:
         raise TeaCacheValueError("search needs a list of prompts, one or more seeds, and one or more evaluations")
     options = {"num_inference_steps": 50} | options
     num_steps = options["num_inference_steps"]
     _check_choice(budgeted([float(-i) for i in range(num_steps)], share), share)
-    with apply(flux, budget=share, forecast=order, cache=kept) as handle:  # before anything slow
+    with apply(flux, policy) as handle:  # before anything slow
         variant_id = handle.variant_id
-    if kept == "residual" and "flux2-klein-9b-kv" in flux.model_config.aliases:
+    if cache == "residual" and getattr(flux.model_config, "supports_kv_cache", False):
         raise TeaCacheValueError('search takes cache="output" only with a key-value cache, which has no first residual')
-    setup: dict[str, Any] = {"budget": share, "forecast": order, "cache": kept, "options": options}
+    setup: dict[str, Any] = {"budget": share, "forecast": order, "cache": cache, "options": options}
     setup |= {"prompts": list(prompts), "seeds": list(seeds), "held_out": list(held_out)}
     setup |= {"variant_id": variant_id, "pipeline": type(flux).__name__, "model": flux.model_config.model_name}
     setup |= {name: getattr(flux, name, None) for name in ("bits", "lora_paths", "lora_scales")}
@@ -172,23 +186,26 @@ def search(
         evaluations = min(evaluations, math.comb(len(rule) - 1, sum(rule) - 1))  # there are no more plans
         psnr_of = {tuple(c == "1" for c in text): values for text, values in measured.items()}
 
-        def run(steps: Steps, cases: Sequence[tuple[str, int]], references: Sequence[Image]) -> list[float]:
-            with apply(flux, steps=list(map(int, steps)), forecast=order, cache=kept, save_metadata=False):
+        def run(steps: Plan, cases: Sequence[tuple[str, int]], references: Sequence[Image]) -> list[float]:
+            with apply(flux, replace(policy, rule=Steps(steps=as_text(steps)), save_metadata=False)):
                 pictures = [generate(flux, prompt, seed, options) for prompt, seed in cases]
             return [min(IDENTICAL, psnr(a, b)) for a, b in zip(references, pictures, strict=True)]
 
-        def result() -> Plan:
+        def result() -> Found:
             best = max(psnr_of, key=lambda steps: statistics.mean(psnr_of[steps]))
             found = {"rule": _mean(psnr_of.get(rule)), "plan": _mean(psnr_of[best])}
-            about = setup | {"rule": arguments.plan_text(rule), "psnr": found, "held_out_psnr": unseen_psnr}
-            about["measured"] = {arguments.plan_text(steps): values for steps, values in psnr_of.items()}
-            return Plan(arguments.plan_text(best), order, kept, about)
+            about = setup | {"rule": as_text(rule), "psnr": found, "held_out_psnr": unseen_psnr}
+            about["measured"] = {as_text(steps): values for steps, values in psnr_of.items()}
+            return Found(replace(policy, rule=Steps(steps=as_text(best))), about)
 
-        def evaluate(steps: Steps) -> float:
+        def write(force: bool) -> None:
+            if path is not None:
+                result().policy.to_json(path, force=force, about=result().about)
+
+        def evaluate(steps: Plan) -> float:
             if steps not in psnr_of:
                 psnr_of[steps] = run(steps, cases, references)
-                if path is not None:
-                    result().to_json(path, force=force or resume or len(psnr_of) > 1)
+                write(force or resume or len(psnr_of) > 1)
                 best = max(map(statistics.mean, psnr_of.values()))
                 gain = best - statistics.mean(psnr_of[rule])
                 bar.set_description_str(f"plan {len(psnr_of)} of {evaluations}: {best:.1f} dB, {gain:+.1f} to the rule")
@@ -213,7 +230,7 @@ def search(
             temperature = TEMPERATURE * (1 - len(psnr_of) / evaluations) + 1e-3
             if gain > 0 or rng.random() < math.exp(gain / temperature):
                 current = proposal
-        best = arguments.plan(result().steps)
+        best = max(psnr_of, key=lambda steps: statistics.mean(psnr_of[steps]))
         if unseen:
             bar.set_description_str("prompts that it did not see")
             plain = [generate(flux, prompt, seed, options) for prompt, seed in unseen]
@@ -223,8 +240,7 @@ def search(
                 bar.total -= num_steps * len(unseen)
             else:
                 unseen_psnr["plan"] = _mean(run(best, unseen, plain))
-    if path is not None:
-        result().to_json(path, force=True)
+    write(force=True)
     return result()
 
 
@@ -242,13 +258,14 @@ def _references(flux: Any, cases: Sequence[tuple[str, int]], options: dict[str, 
     return pictures, Recorded(sigmas, products)
 
 
-def _check_choice(rule: Steps, share: float) -> None:
+def _check_choice(rule: Plan, share: float) -> None:
     if all(rule) or sum(rule) < 3:
         raise TeaCacheValueError(f"budget={share:g} of {len(rule)} steps leaves no step to choose")
 
 
 def _measured_before(path: Path, setup: dict[str, Any]) -> dict[str, list[float]]:
-    about = Plan.from_json(path).about
+    Policy.from_json(path)
+    about = from_json(path, "policy")["about"]
     other = [name for name, value in setup.items() if about.get(name) != value]
     if other:
         raise TeaCacheValueError(f"{path} is of a search with other {', '.join(other)}: resume takes the same ones")

@@ -4,16 +4,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import check_step_window
-from .cli_common import integer, quiet_logging, require_mflux
-from .errors import InvalidStepWindowError, TeaCacheValueError
-from .metadata import read_metadata
-from .stats import bound
-from .support import supported
-from .variants import VARIANTS, Published, Variant
+from ..errors import InvalidStepWindowError, TeaCacheValueError
+from ..models import VARIANTS, Published, Variant
+from ..pictures import read_metadata
+from ..policy import check_step_window
+from ..record.stats import bound
+from ..support import supported
+from .shared import integer, quiet_logging, require_mflux
 
 if TYPE_CHECKING:
-    from .mflux.models import Model
+    from ..mflux.names import Model
 
 DESCRIPTION = """\
 Say what is known of a model before its weights are loaded: which coefficients and threshold it is gated with, how many
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise TeaCacheValueError("--steps and --base-model are about one model: name it")
     with quiet_logging():
         require_mflux()
-        from .mflux import models
+        from ..mflux import names
     if arguments.model is not None and (picture := Path(arguments.model)).suffix.lower() in PICTURES:
         if arguments.steps is not None or arguments.base_model is not None:
             raise TeaCacheValueError("--steps and --base-model are about a model, not a picture")
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.model is None:
         print(f"mflux's pipelines, and the models that each can be gated with:\n\n{supported()}\n\n{_overview()}")
     else:
-        print(_about(models.find(arguments.model, arguments.base_model), arguments.steps))
+        print(_about(names.find(arguments.model, arguments.base_model), arguments.steps))
     return 0
 
 

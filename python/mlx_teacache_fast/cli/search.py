@@ -4,12 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import cli_model
-from .cli_common import PROG, integer, number, quiet_logging, require_mflux, warnings_in_one_line
-from .errors import TeaCacheValueError
-from .files import check_writable
-from .forecast import CACHES, DEFAULT_CACHE, DEFAULT_FORECAST, MAX_ORDER
-from .plans import Plan
+from ..errors import TeaCacheValueError
+from ..files import check_writable
+from ..policy import Policy, settings
+from . import shared
+from .shared import PROG, add_setting, integer, number, quiet_logging, require_mflux, warnings_in_one_line
 
 DESCRIPTION = """\
 Search which steps to compute under a budget, for a model, number of steps and guidance of yours:
@@ -28,10 +27,10 @@ examples:
   mlx-teacache-fast search demo --budget 0.4 --output plan.json
   mlx-teacache-fast search flux2-klein-base-4b -q 8 --budget 0.4 --steps 50 --guidance 4 --evaluations 10 \\
       --prompts mine.txt --held-out 1 --output plan.json
-  mlx-teacache-fast run --plan plan.json -- mflux-generate-flux2 --model flux2-klein-base-4b --steps 50 --guidance 4 \\
-      --prompt "a red apple"
+  mlx-teacache-fast run --policy plan.json -- mflux-generate-flux2 --model flux2-klein-base-4b --steps 50 \\
+      --guidance 4 --prompt "a red apple"
 
-In Python: mlx_teacache_fast.search(flux, prompts, ...) for any pipeline, and apply(flux, plan="plan.json").
+In Python: mlx_teacache_fast.search(flux, prompts, ...) for any pipeline, and apply(flux, "plan.json").
 
 exit code: 0 done, also if the plan is no better than the rule; 1 failed, 2 bad input, 130 interrupted
 """
@@ -45,9 +44,9 @@ def add_parser(commands: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cli_model.add_arguments(parser, held_out=2)
+    shared.add_model_arguments(parser, held_out=2)
     parser.add_argument(
-        "--guidance", metavar="G", type=cli_model.guidance, help="as for mflux (default: 4, and 1 for distilled models)"
+        "--guidance", metavar="G", type=shared.guidance, help="as for mflux (default: 4, and 1 for distilled models)"
     )
     parser.add_argument(
         "--budget",
@@ -56,15 +55,9 @@ def add_parser(commands: Any) -> None:
         required=True,
         help="share of the steps that may be computed",
     )
-    parser.add_argument(
-        "--forecast",
-        metavar="N",
-        type=int,
-        choices=range(MAX_ORDER + 1),
-        default=DEFAULT_FORECAST,
-        help="order of what a skipped step gets, as for run (default: %(default)s)",
-    )
-    parser.add_argument("--cache", choices=CACHES, default=DEFAULT_CACHE, help="as for run (default: %(default)s)")
+    for setting in settings(Policy):
+        if setting.name in ("forecast", "cache"):
+            add_setting(parser, setting)
     parser.add_argument(
         "--evaluations",
         metavar="N",
@@ -72,7 +65,7 @@ def add_parser(commands: Any) -> None:
         default=40,
         help="so many plans are run (default: %(default)s)",
     )
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the plan, as JSON for apply(plan=)")
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the policy, as JSON")
     parser.add_argument("--resume", action="store_true", help="go on with FILE, with the same other options")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
     parser.set_defaults(run=run)
@@ -83,42 +76,41 @@ def run(arguments: argparse.Namespace) -> int:
         raise TeaCacheValueError("--resume goes on with FILE and --force begins anew: leave out either")
     check_writable(arguments.output, force=arguments.force or arguments.resume)
     if arguments.resume:
-        Plan.from_json(arguments.output)
+        Policy.from_json(arguments.output)
     with quiet_logging():
         require_mflux()
-        cli_model.check(arguments)
-        from .plan_search import search
+        shared.check(arguments)
+        from ..tune.search import search
 
     with warnings_in_one_line():
-        flux = cli_model.load(arguments)
-        prompts, held_out = cli_model.prompts(arguments, flux)
-        plan = search(
+        flux = shared.load(arguments)
+        prompts, held_out = shared.prompts(arguments, flux)
+        found = search(
             flux,
             prompts,
             budget=arguments.budget,
             held_out=held_out,
             seeds=(arguments.seed,),
-            forecast=arguments.forecast,
-            cache=arguments.cache,
+            **{name: getattr(arguments, name) for name in ("forecast", "cache") if name in arguments},
             evaluations=arguments.evaluations,
             path=arguments.output,
             force=arguments.force,
             resume=arguments.resume,
             progress=True,
-            **cli_model.options(arguments) | {"guidance": arguments.guidance or cli_model.default_guidance(flux)},
+            **shared.options(arguments) | {"guidance": arguments.guidance or shared.default_guidance(flux)},
         )
-    about = plan.about
-    print(f"{sum(map(int, plan.steps))} of {len(plan.steps)} steps computed; PSNR against the full pictures, mean:\n")
+    plan, about = found.policy.flat["steps"], found.about
+    print(f"{plan.count('1')} of {len(plan)} steps computed; PSNR against the full pictures, mean:\n")
     print(f"{'':10}{'rule':>8}{'plan':>8}")
     for name, n, key in (("searched", len(prompts), "psnr"), ("held out", len(held_out), "held_out_psnr")):
-        rule, found = about[key]["rule"], about[key]["plan"]
-        print(f"{name:10}{rule:8.1f}{found:8.1f} dB  {n} prompt{'s' * (n > 1)}")
-    print(f"\nrule  {about['rule']}\nplan  {plan.steps}")
+        rule, best = about[key]["rule"], about[key]["plan"]
+        print(f"{name:10}{rule:8.1f}{best:8.1f} dB  {n} prompt{'s' * (n > 1)}")
+    print(f"\nrule  {about['rule']}\nplan  {plan}")
     unseen = about["held_out_psnr"]
     if unseen["plan"] <= unseen["rule"]:
         print(
             "\nThe plan does not beat the rule on prompts that it did not see: keep --budget, or search with more "
             "prompts."
         )
-    print(f"wrote {arguments.output}: {PROG} run --plan {arguments.output}, or apply(flux, plan=...)")
+    print(f"wrote {arguments.output}: {PROG} run --policy {arguments.output}, or apply(flux, ...)")
     return 0

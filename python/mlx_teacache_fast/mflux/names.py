@@ -2,15 +2,16 @@
 
 import difflib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mflux.cli.defaults.defaults import model_choices, model_inference_steps
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig
 from mflux.utils.exceptions import InvalidBaseModel, ModelConfigError
 
 from ..errors import TeaCacheValueError
-from ..variants import Variant
-from . import patch
+from ..models import Variant
+from .families import FAMILIES, match
+from .family import Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ def find(name: str, base_model: str | None = None) -> Model:
     """The model that mflux's ``--model`` and ``--base-model`` name.
 
     Raises:
-        TeaCacheValueError: mflux does not know it, or it is not a FLUX model that can be gated.
+        TeaCacheValueError: mflux does not know it, or it is none that can be gated.
     """
     try:
         config = ModelConfig.from_name(name, base_model)
@@ -47,11 +48,11 @@ def find(name: str, base_model: str | None = None) -> Model:
     except ModelConfigError:
         message = f"{_unknown(name)}; for a checkpoint of another name, --base-model says what it was made from"
         raise TeaCacheValueError(message) from None
-    family = next((f for f in patch.FAMILIES if set(config.aliases) & set(f.VARIANTS)), None)
+    family = _family(config)
     if family is None:
-        raise TeaCacheValueError(f"{name} is none of the FLUX models that can be gated: {', '.join(gated_names())}")
-    pipeline = family.PIPELINES[0]
-    variant, calibrated = patch.match_config(config, pipeline)
+        raise TeaCacheValueError(f"{name} is none of the models that can be gated: {', '.join(gated_names())}")
+    pipeline = family.pipelines[0]
+    _, variant, calibrated = match(config, pipeline)
     return Model(
         hub_name=config.model_name,
         made_from=config.base_model,
@@ -64,13 +65,16 @@ def find(name: str, base_model: str | None = None) -> Model:
 
 def find_text_to_image(name: str, base_model: str | None = None) -> Any:
     """``find``, for models that the family's text-to-image pipeline runs: that class, and mflux's configuration."""
-    model = find(name, base_model)
+    find(name, base_model)
     config = ModelConfig.from_name(name, base_model)
-    special = ("fill", "depth", "redux", "kontext", "controlnet")
-    if any(word in alias for alias in config.aliases for word in special):
+    family = cast(Family, _family(config))
+    if not all(family.models[alias].text_to_image for alias in config.aliases if alias in family.models):
         raise TeaCacheValueError(f"{name} is not for text-to-image: load it in Python, in the pipeline that it is for")
-    pipelines = {p.__name__: p for family in patch.FAMILIES for p in family.PIPELINES}
-    return pipelines[model.pipeline], config
+    return family.pipelines[0], config
+
+
+def _family(config: ModelConfig) -> Family | None:
+    return next((family for family in FAMILIES if set(config.aliases) & set(family.models)), None)
 
 
 def load(name: str, base_model: str | None = None, **options: Any) -> Any:
@@ -81,11 +85,11 @@ def load(name: str, base_model: str | None = None, **options: Any) -> Any:
 
 def gated_names() -> list[str]:
     """One name of each model that can be gated."""
-    return [alias for family in patch.FAMILIES for alias in family.VARIANTS]
+    return [alias for family in FAMILIES for alias in family.models]
 
 
 def _unknown(name: str) -> str:
     hub_names = {config.model_name for config in AVAILABLE_MODELS.values()}
     near = difflib.get_close_matches(name, [*model_choices(), *sorted(hub_names)], cutoff=0.7)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the FLUX models are {', '.join(gated_names())}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"those that can be gated are {', '.join(gated_names())}"
     return f"mflux knows no model {name!r}; {hint}"

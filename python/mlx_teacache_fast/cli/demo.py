@@ -1,7 +1,6 @@
 """``mlx-teacache-fast demo``: plain mflux against gated generation, on the embedded model."""
 
 import argparse
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import ops
-from .cli_common import PROG, integer, number, quiet_logging, seed, warnings_in_one_line
-from .errors import TeaCacheValueError
-from .files import prepare_folder, write_file
-from .variants import TINY_KLEIN
+from .. import ops
+from ..errors import TeaCacheValueError
+from ..files import prepare_folder, write_file
+from ..models import TINY_KLEIN
+from .shared import PROG, guidance, integer, number, quiet_logging, seed, warnings_in_one_line
 
 DEFAULT_PROMPTS = ("red apple", "panda face")
 OUTPUT_NAMES = ("images.png", "plot.png")
@@ -87,7 +86,7 @@ def add_parser(commands: Any) -> None:
     demo.add_argument(
         "--guidance",
         metavar="G",
-        type=number("a finite number of at least 1", lambda g: 1 <= g < math.inf),
+        type=guidance,
         default=4.0,
         help="how strongly the prompt steers; above 1 every step runs the model twice, so 1 takes half the time and "
         "looks less sharp (default: %(default)g)",
@@ -128,9 +127,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise TeaCacheValueError(f"at most {MAX_PROMPTS} prompts in one run, got {len(arguments.prompts)}")
     # mflux takes seconds to import, and only the demo needs it.
     with quiet_logging():
-        from . import demo
-        from .demo import report
-        from .demo.compare import Settings, check_prompts, compare
+        from .. import demo
+        from ..demo import report
+        from ..demo.compare import Settings, check_prompts, compare
 
     with _default_device(arguments.device):
         flux = demo.pipeline()

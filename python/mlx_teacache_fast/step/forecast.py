@@ -6,16 +6,8 @@ one of finite differences over the step index; sigma's steps are uneven). Order 
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import mlx.core as mx
-
-Cache = Literal["residual", "output"]
-CACHES: tuple[Cache, ...] = ("residual", "output")
-MAX_ORDER = 2
-
-DEFAULT_FORECAST = 1
-DEFAULT_CACHE: Cache = "output"
 
 # The guard, in two parts. A forecast that is far from the computed steps, measured by the gap between the last two of
 # them, amplifies their errors, which are in turn those of earlier forecasts. So the distance is bent: it approaches

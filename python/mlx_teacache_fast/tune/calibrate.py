@@ -4,19 +4,19 @@ import bisect
 import statistics
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import DisabledWarning, InternalStateError, TeaCacheValueError
-from .files import to_json
-from .generating import generate, predictions, progress_bar
-from .handle import apply
-from .trace import Trace, replay
-from .variants import DEFAULT_MAX_CONSECUTIVE_SKIPS, DEFAULT_THRESHOLD, Calibration, Coefficients
+from ..errors import DisabledWarning, InternalStateError, TeaCacheValueError
+from ..handle import apply
+from ..mflux.pictures import generate, predictions, progress_bar
+from ..models import DEFAULT_THRESHOLD
+from ..policy import Gate, Policy
+from ..record.trace import Trace, replay
 
 DEGREE = 4
 SKIPPED = 1 / 3  # share of the steps that the suggested threshold skips
@@ -29,29 +29,28 @@ class Fitted:
     """A polynomial and how well it fits.
 
     Attributes:
-        calibration: For ``apply(coefficients=...)``.
+        policy: With the polynomial, its range, and the threshold that skips a third of these steps, if any does.
+        dataset: What it was fitted on.
         pairs, held_out: Of consecutive steps, ``(n, 2)``, float64: relative L1 distance of block 0's modulated input,
             and relative L1 change of the noise prediction. The polynomial was fitted on ``pairs``.
-        r2: Coefficient of determination on ``pairs``; on ``held_out`` it is ``calibration.r2``.
+        r2, held_out_r2: Coefficients of determination on them.
         shares: Threshold and the share of steps that it skips, estimated from the distances of all generations.
     """
 
-    calibration: Calibration
+    policy: Policy
+    dataset: str
     pairs: Pairs
     held_out: Pairs
     r2: float
+    held_out_r2: float
     shares: tuple[tuple[float, float], ...]
 
     def to_json(self, path: str | Path, force: bool = False) -> None:
-        """Write a file for ``apply(coefficients=path)``.
-
-        Raises:
-            TeaCacheValueError: The file exists and ``force`` is not set.
-            OutputError: It cannot be written.
-        """
-        more = {"r2_of_fitted_pairs": self.r2, "pairs": len(self.pairs), "held_out_pairs": len(self.held_out)}
-        shares = {"skipped_share_at_threshold": {f"{t:.3g}": share for t, share in self.shares}}
-        to_json(Path(path), "calibration", asdict(self.calibration) | more | shares, force=force)
+        """Write the policy for ``apply(flux, path)``, and the rest for readers; errors as of ``Policy.to_json``."""
+        about: dict[str, Any] = {"dataset": self.dataset, "r2": self.r2, "held_out_r2": self.held_out_r2}
+        about |= {"pairs": len(self.pairs), "held_out_pairs": len(self.held_out)}
+        about["skipped_share_at_threshold"] = {f"{t:.3g}": share for t, share in self.shares}
+        self.policy.to_json(path, force=force, about=about)
 
     def plot(self) -> Any:
         """A matplotlib figure: the pairs and the polynomial."""
@@ -61,15 +60,16 @@ class Fitted:
         axes = figure.subplots()
         x, y = self.pairs.T
         axes.scatter(x, y, s=8, color="#2f6fb0", alpha=0.5, label=f"fitted on: {len(self.pairs)} pairs")
-        text = f"held out: {len(self.held_out)} pairs, R² {self.calibration.r2:.2f}"
+        text = f"held out: {len(self.held_out)} pairs, R² {self.held_out_r2:.2f}"
         x, y = self.held_out.T
         axes.scatter(x, y, s=8, color="#f08a24", alpha=0.5, label=text)
-        assert self.calibration.calibrated_range is not None
-        x = np.linspace(*self.calibration.calibrated_range, 200)
-        axes.plot(x, np.polyval(self.calibration.coefficients, x), color="black", label="polynomial, in its range")
+        rule: Any = self.policy.rule
+        low, high = rule.calibrated_range
+        x = np.linspace(low, high, 200)
+        axes.plot(x, np.polyval(rule.coefficients, x), color="black", label="polynomial, in its range")
         axes.set_xlabel("relative L1 distance of the modulated input to that of the step before")
         axes.set_ylabel("relative L1 change of the noise prediction")
-        axes.set_title(self.calibration.dataset or "", fontsize=10)
+        axes.set_title(self.dataset, fontsize=10)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         axes.grid(color="#eeeeee")
@@ -135,10 +135,12 @@ def calibrate(
     if len(pairs) <= DEGREE or len(unseen) == 0 or len(set(pairs[:, 0])) <= DEGREE:
         raise TeaCacheValueError(f"{len(pairs)} pairs of steps are too few to fit: use more steps or prompts")
     fit = np.polyfit(pairs[:, 0], pairs[:, 1], DEGREE)
-    calibration = Calibration(
-        cast(Coefficients, tuple(map(float, fit))), (float(pairs[:, 0].min()), float(pairs[:, 0].max()))
-    )
-    threshold = _threshold(trace, calibration)
+    x = pairs[:, 0]
+    polynomial: dict[str, Any] = {
+        "coefficients": list(map(float, fit)),
+        "calibrated_range": [float(x.min()), float(x.max())],
+    }
+    threshold = _threshold(trace, polynomial)
     middle = threshold or DEFAULT_THRESHOLD
     around = sorted({min(1.0, middle * factor) for factor in (0.5, 0.75, 1, 1.5, 2, 3)})
     some = {k: options[k] for k in ("height", "width") if k in options}
@@ -146,17 +148,13 @@ def calibrate(
     what += [f"{some['width']}x{some['height']}"] * (len(some) == 2)
     what += ["guidance " + " and ".join(f"{o['guidance']:g}" for o in settings)] * ("guidance" in settings[0])
     return Fitted(
-        Calibration(
-            calibration.coefficients,
-            calibration.calibrated_range,
-            threshold,
-            ", ".join(what),
-            _r2(fit, unseen),
-        ),
-        pairs,
-        unseen,
-        _r2(fit, pairs),
-        tuple((t, _share(trace, calibration, t)) for t in around),
+        policy=Policy.of(rel_l1_thresh=threshold, **polynomial),
+        dataset=", ".join(what),
+        pairs=pairs,
+        held_out=unseen,
+        r2=_r2(fit, pairs),
+        held_out_r2=_r2(fit, unseen),
+        shares=tuple((t, _share(trace, polynomial, t)) for t in around),
     )
 
 
@@ -165,20 +163,15 @@ def _r2(fit: Any, pairs: Pairs) -> float:
     return float(1 - ((np.polyval(fit, x) - y) ** 2).sum() / max(((y - y.mean()) ** 2).sum(), 1e-30))
 
 
-def _share(trace: Trace, calibration: Calibration, threshold: float) -> float:
+def _share(trace: Trace, polynomial: dict[str, Any], threshold: float) -> float:
     """Of the steps that the gate would skip, going by the distances of a run that skips nothing."""
-    again = replay(
-        trace,
-        rel_l1_thresh=threshold,
-        coefficients=calibration.coefficients,
-        calibrated_range=calibration.calibrated_range,
-        max_consecutive_skips=DEFAULT_MAX_CONSECUTIVE_SKIPS,
-    )
+    default = Gate.max_consecutive_skips
+    again = replay(trace, rel_l1_thresh=threshold, max_consecutive_skips=default, **polynomial)
     return statistics.mean(g.skipped / g.num_steps for g in again.generations)
 
 
-def _threshold(trace: Trace, calibration: Calibration) -> float | None:
+def _threshold(trace: Trace, polynomial: dict[str, Any]) -> float | None:
     """The lowest of two digits at which ``SKIPPED`` of the steps are skipped; None if none is."""
     candidates = [digits * 10.0**exponent for exponent in (-4, -3, -2) for digits in range(10, 100)] + [1.0]
-    found = bisect.bisect_left(candidates, SKIPPED, key=lambda t: _share(trace, calibration, t))
+    found = bisect.bisect_left(candidates, SKIPPED, key=lambda t: _share(trace, polynomial, t))
     return round(candidates[found], 6) if found < len(candidates) else None

@@ -5,10 +5,10 @@ import io
 from pathlib import Path
 from typing import Any
 
-from . import cli_model
-from .cli_common import PROG, quiet_logging, require_mflux, warnings_in_one_line
-from .errors import TeaCacheValueError
-from .files import check_writable, write_file
+from ..errors import TeaCacheValueError
+from ..files import check_writable, write_file
+from . import shared
+from .shared import PROG, quiet_logging, require_mflux, warnings_in_one_line
 
 DESCRIPTION = """\
 Fit the gate's polynomial to a model of yours: by how much the noise prediction changes from step to step, from how much
@@ -18,8 +18,8 @@ test the fit. A finetune or another number of steps may want its own.
 
 EPILOG = """\
 the files:
-  FILE      JSON with the five coefficients, the distances that they were fitted on, and a threshold that skips about a
-            third of the steps: for apply(flux, coefficients="FILE") and run --calibration FILE
+  FILE      a policy, JSON: the five coefficients, the distances that they were fitted on, and a threshold that skips
+            about a third of the steps. For apply(flux, "FILE") and run --policy FILE
   its .png  the pairs of steps and the polynomial
 
 the numbers:
@@ -43,11 +43,11 @@ def add_parser(commands: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cli_model.add_arguments(parser, held_out=3)
+    shared.add_model_arguments(parser, held_out=3)
     parser.add_argument(
         "--guidance",
         metavar="G",
-        type=cli_model.guidance,
+        type=shared.guidance,
         nargs="+",
         help="as for mflux; with several the polynomial is for all of them (default: 4, and 1 for distilled models)",
     )
@@ -67,45 +67,42 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(path, force=arguments.force)
     with quiet_logging():
         require_mflux()
-        cli_model.check(arguments)
-        from .calibration import calibrate
-        from .demo._extra import demo_extra
+        shared.check(arguments)
+        from ..demo._extra import demo_extra
 
         with demo_extra():
             import matplotlib  # noqa: F401  # before the work, whose plot would be lost
 
+            from ..tune.calibrate import calibrate
+
     with warnings_in_one_line():
-        flux = cli_model.load(arguments)
-        prompts, held_out = cli_model.prompts(arguments, flux)
+        flux = shared.load(arguments)
+        prompts, held_out = shared.prompts(arguments, flux)
         fitted = calibrate(
             flux,
             prompts,
             held_out=held_out,
             seeds=(arguments.seed,),
-            guidances=arguments.guidance or [cli_model.default_guidance(flux)],
+            guidances=arguments.guidance or [shared.default_guidance(flux)],
             progress=True,
-            **cli_model.options(arguments),
+            **shared.options(arguments),
         )
-    calibration = fitted.calibration
-    low, high = calibration.calibrated_range or (0.0, 0.0)
+    rule: Any = fitted.policy.rule
     fitted.to_json(arguments.output, force=arguments.force)
     drawn = io.BytesIO()
     fitted.plot().savefig(drawn, format="png")
     write_file(plot, drawn.getvalue(), force=arguments.force)
-    print(f"{calibration.dataset}\n")
-    print(f"coefficients  {' '.join(f'{c:.6g}' for c in calibration.coefficients)}")
-    print(f"range         {low:.4f} to {high:.4f}")
+    print(f"{fitted.dataset}\n")
+    print(f"coefficients  {' '.join(f'{c:.6g}' for c in rule.coefficients)}")
+    print("range         {:.4f} to {:.4f}".format(*rule.calibrated_range))
     print(
-        f"R^2           {calibration.r2:.3f} on {len(fitted.held_out)} held-out pairs of steps, "
+        f"R^2           {fitted.held_out_r2:.3f} on {len(fitted.held_out)} held-out pairs of steps, "
         f"{fitted.r2:.3f} on the {len(fitted.pairs)} fitted"
     )
     for i, (threshold, share) in enumerate(fitted.shares):
-        here = "  <- the file's threshold" if threshold == calibration.rel_l1_thresh else ""
+        here = "  <- the file's threshold" if threshold == rule.rel_l1_thresh else ""
         print(f"{'skipped' if i == 0 else '':14}{share:4.0%} at threshold {threshold:.3g}{here}")
-    if calibration.rel_l1_thresh is None:
+    if rule.rel_l1_thresh is None:
         print(f"{'':14}so few steps: no threshold skips a third of them, and the file has none")
-    print(
-        f"\nwrote {arguments.output} and {plot}: {PROG} run --calibration {arguments.output}, or "
-        "apply(flux, coefficients=...)"
-    )
+    print(f"\nwrote {arguments.output} and {plot}: {PROG} run --policy {arguments.output}, or apply(flux, ...)")
     return 0

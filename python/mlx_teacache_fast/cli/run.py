@@ -1,0 +1,179 @@
+"""``mlx-teacache-fast run``: one of mflux's commands with gating on."""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..errors import TeaCacheError, TeaCacheValueError
+from ..files import check_writable
+from ..handle import Handle, gate, policy_of
+from ..pictures import read_metadata
+from ..policy import RULES, Policy, settings
+from ..record.metadata import KEY
+from .shared import FAILED, PROG, add_setting, quiet_logging, require_mflux, warnings_in_one_line
+
+DESCRIPTION = """\
+Run one of mflux's commands, with all of its own options, and skip denoising steps whose input has hardly changed.
+
+Write your usual command after "--". Pictures, progress bars and exit codes are mflux's; at the end a summary of the
+steps is printed. It helps only where there are steps to skip: base models at 25 steps or more, not the distilled ones
+that run 4 ("mlx-teacache-fast info MODEL" says which is which).
+"""
+
+EPILOG = """\
+mflux's commands that can be gated:
+{commands}
+
+the summary, over all finished pictures:
+  steps          how many were computed, forced (first and last ones), skipped, or numerical-miss: computed, because the
+                 distance was no number
+  bound          steps / (steps - skipped): the most that skipping these steps can give
+  rel-L1         relative distance of a step's input to the one before, as the gate measured it: percentiles
+  seconds saved  an estimate from the mean times of computed and skipped steps
+
+examples:
+  mlx-teacache-fast run -- mflux-generate-flux2 --model flux2-klein-base-4b --prompt "a red apple" --steps 50 \\
+      --guidance 4
+  mlx-teacache-fast run --threshold 0.25 --trace apple.json -- mflux-generate --model dev --prompt "a red apple"
+  mlx-teacache-fast run --steps 1110101010101010101010101 -- mflux-generate --model dev --steps 25 --prompt "apple"
+  mlx-teacache-fast run --like apple.png -- mflux-generate-flux2 --seed 2
+  mlx-teacache-fast run -- mflux-generate-flux2 --help      (mflux's own help)
+
+exit code: mflux's own (0 done, 1 failed, 2 bad options); also 2 for what cannot be gated, 130 interrupted. mflux itself
+says so and ends with 0 when Ctrl-C stops it in a step.
+"""
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is ours, and mflux's command line: behind the first ``--`` of a ``run``."""
+    if argv[:1] != ["run"]:
+        return list(argv), []
+    if "--" in argv:
+        end = argv.index("--")
+        return list(argv[:end]), list(argv[end + 1 :])
+    return ["run", *(option for option in argv if option in ("-h", "--help"))], []  # run() says what is missing
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="run one of mflux's commands with gating on",
+        usage=f"{PROG} run [options] -- COMMAND [its options]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for kind in (*RULES[::-1], Policy):
+        for setting in settings(kind):
+            add_setting(parser, setting)
+    parser.add_argument(
+        "--policy",
+        metavar="FILE",
+        type=Path,
+        help=f"all of the above from a file of {PROG} search or calibrate, or as a gated picture was made",
+    )
+    parser.add_argument(
+        "--like",
+        metavar="PICTURE",
+        type=Path,
+        help="--policy PICTURE, and with commands that have mflux's --config-from-metadata also prompt, model, seed, "
+        "steps and size. What you give after COMMAND takes precedence",
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        help="write every step of the finished pictures to FILE, as JSON for mlx_teacache_fast.Trace.from_json",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite FILE where it exists")
+    parser.set_defaults(run=run)
+    format_help = parser.format_help
+
+    def with_epilog() -> str:  # made only when help is asked for
+        parser.epilog = _epilog()
+        return str(format_help())
+
+    parser.format_help = with_epilog
+
+
+def _epilog() -> str:
+    """With the table's commands; mflux takes seconds to import."""
+    try:
+        with quiet_logging():
+            from ..mflux.families import COMMANDS
+    except ImportError as error:
+        names = f"(mflux cannot be imported: {error})"
+    else:
+        names = textwrap.fill(", ".join(COMMANDS), 110, break_on_hyphens=False)
+    return EPILOG.format(commands=textwrap.indent(names, "  "))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns mflux's exit code, or raises what ``cli.main`` says in one line."""
+    if not arguments.mflux:
+        raise TeaCacheValueError(
+            f'no mflux command: it goes after "--", as in {PROG} run -- mflux-generate-flux2 --prompt "a red apple"'
+        )
+    if arguments.trace is not None:
+        check_writable(arguments.trace, force=arguments.force)
+    with quiet_logging():
+        require_mflux()
+        from ..mflux import commands
+
+        command = commands.find(arguments.mflux[0])
+    names = [setting.name for kind in (*RULES, Policy) for setting in settings(kind)]
+    given = {name: getattr(arguments, name) for name in names if name in arguments}
+    like = None if arguments.like is None else read_metadata(arguments.like)
+    if like is None:
+        policy = policy_of(arguments.policy, given)
+    else:
+        save = {name: given.pop(name) for name in ("save_metadata",) if name in given}
+        if given or arguments.policy is not None:
+            raise TeaCacheValueError("--like has all options of the gate: leave out either it or them")
+        policy = Policy.of(**like.policy.flat | save)
+        if (made_with := like.versions.get(KEY)) != (here := version("mlx-teacache-fast")):
+            again = f"--steps {like.steps} --forecast {policy.forecast} --cache {policy.cache}"
+            print(
+                f"{PROG}: warning: version {made_with} of this package made the picture, and {here} may decide "
+                f"otherwise: {again} repeats its steps",
+                file=sys.stderr,
+            )
+    handles: list[Handle] = []
+    try:
+        with (
+            warnings_in_one_line(),
+            commands.called_as(arguments.mflux),
+            commands.with_options_of(like, Path() if like is None else arguments.like.parent),
+            commands.gating(
+                lambda flux: handles.append(gate(flux, policy)), policy, only=None if like is None else like.pipeline
+            ),
+        ):
+            return int(command() or 0)  # None, as all of them return, is 0; --help and argparse raise SystemExit
+    except TeaCacheError:
+        raise
+    except Exception as error:  # mflux's own errors look as they do without this package
+        sys.excepthook(type(error), error, error.__traceback__)
+        return FAILED
+    finally:
+        for handle in handles:
+            handle.restore()
+        _report(handles, arguments.trace, force=arguments.force)
+
+
+def _report(handles: Sequence[Handle], trace: Path | None, *, force: bool) -> None:
+    """Also after an error or Ctrl-C: earlier pictures of the same command are finished."""
+    finished = [handle for handle in handles if handle.stats.generations > 0]
+    written = []
+    for i, handle in enumerate(finished if trace is not None else ()):  # first: stdout may be closed
+        assert trace is not None
+        path = trace if i == 0 else trace.with_stem(f"{trace.stem}-{i + 1}")  # mflux's commands make one pipeline
+        handle.trace.to_json(path, force=force)
+        written.append(path)
+    for handle in finished:
+        print(f"\n{handle.summary()}")
+    for path in written:
+        print(f"wrote {path}")

@@ -1,0 +1,67 @@
+"""The table of families, and which of its values a pipeline has."""
+
+from typing import Any, NamedTuple
+
+from ..errors import IncompatibleModelError
+from ..models import TINY_KLEIN, VARIANTS, Variant
+from .family import Command, Family
+from .flux1 import FLUX1
+from .flux2 import FLUX2
+
+FAMILIES: tuple[Family, ...] = (FLUX1, FLUX2)
+
+COMMANDS: dict[str, Command] = dict(sorted(item for family in FAMILIES for item in family.commands.items()))
+PIPELINES: tuple[type, ...] = tuple(pipeline for family in FAMILIES for pipeline in family.pipelines)
+REFUSED: dict[type, str] = {pipeline: why for family in FAMILIES for pipeline, why in family.refused.items()}
+
+
+class Match(NamedTuple):
+    """What a pipeline is gated as."""
+
+    family: Family
+    variant: Variant
+    calibrated: bool  # whether the coefficients were fitted on this model, in text-to-image
+
+
+def match(model_config: Any, pipeline_class: type, by_name: bool = False) -> Match:
+    """By class and by the aliases of mflux's model configuration; no weights are looked at.
+
+    ``by_name`` takes the demonstration model for the one whose architecture it has, as mlx-teacache does.
+
+    Raises:
+        IncompatibleModelError: It cannot be gated; the message says why.
+    """
+    name = pipeline_class.__name__
+    if pipeline_class in REFUSED:
+        raise IncompatibleModelError(f"apply cannot gate {name}: {REFUSED[pipeline_class]}")
+    family = next((f for f in FAMILIES if issubclass(pipeline_class, f.pipelines)), None)
+    if family is None:
+        raise IncompatibleModelError(f"apply gates mflux's {', '.join(p.__name__ for p in PIPELINES)}, got {name}")
+    aliases = getattr(model_config, "aliases", None) or ()
+    if TINY_KLEIN.variant_id in aliases and not by_name:
+        return Match(family, TINY_KLEIN, True)
+    model = next((family.models[alias] for alias in aliases if alias in family.models), None)
+    if model is None:
+        known = ", ".join(family.models)
+        raise IncompatibleModelError(
+            f"{name} has a model configuration with aliases {list(aliases)}, and apply knows {known}"
+        )
+    here = issubclass(pipeline_class, family.pipelines[0]) and finetuned_from(model_config) is None
+    return Match(family, VARIANTS[model.variant], model.fitted and here)
+
+
+def finetuned_from(model_config: Any) -> str | None:
+    """The model that a checkpoint was made from; None for that model itself, whose configuration names no base."""
+    base: str | None = getattr(model_config, "base_model", None)
+    return base
+
+
+def uncalibrated_message(flux: Any, variant: Variant) -> str:
+    """What to say of coefficients that were fitted on something else."""
+    model, base = flux.model_config.model_name, finetuned_from(flux.model_config)
+    fitted_on = base if base is not None else f"{variant.variant_id} in text-to-image"
+    used_in = model if base is not None else f"{type(flux).__name__} with {model}"
+    return (
+        f"{used_in} is used with the coefficients of {variant.variant_id}, fitted on {fitted_on}: "
+        "they may not fit it, compare a few pictures with ungated ones"
+    )

@@ -1,0 +1,305 @@
+"""What ``apply`` sets on a pipeline, and what a generation of it runs on. No class and no module is changed.
+
+A generation runs mflux's own ``generate_image`` on a view of the pipeline: an object that is the pipeline in all but
+what the generation needs of its own. So generations know nothing of each other, whichever threads they run in, and an
+interrupted one leaves nothing behind: the pipeline and its transformer were never changed.
+"""
+
+import copy
+import functools
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from importlib.metadata import version
+from time import perf_counter
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..errors import IncompatibleModelError, NoBenefitWarning, TeaCacheWarning, UntestedVersionWarning, warn_caller
+from ..policy import Gate, Policy
+from ..record import metadata
+from ..record.stats import GenerationStats, Stats
+from ..step.generation import Generation
+from ..step.steps import Steps
+from .family import Family
+
+NEWEST_VERIFIED_MFLUX = "0.24.0"
+
+_HOOK = "_mlx_teacache_fast"  # the pipeline's attribute
+
+
+class Hook:
+    """Gating of one pipeline.
+
+    Set on the instance are ``generate_image``, and ``__getstate__``, by which copies of the pipeline are ungated.
+
+    Args:
+        flux: The pipeline.
+        family: Its family.
+        policy: With its model's values.
+        variant_id: Of the model, for pictures.
+        stats: To which finished generations are added.
+        handle: The user's, for ``hook_of(flux).handle``.
+    """
+
+    def __init__(self, flux: Any, family: Family, policy: Policy, variant_id: str, stats: Stats, handle: Any) -> None:
+        self.family = family
+        self.policy = policy
+        self.variant_id = variant_id
+        self.stats = stats
+        self.handle = handle
+        self.is_live = False
+        self.short_schedule_told = False
+        self._flux = weakref.ref(flux)
+        self._own = vars(flux).get("generate_image")  # a method that somebody has set on the instance
+        if self._own is not None and getattr(self._own, "__self__", None) is not flux:
+            raise IncompatibleModelError(
+                f"generate_image of this {type(flux).__name__} was replaced by somebody else's function, which would "
+                "run past the gate: call apply() first, and wrap generate_image afterwards"
+            )
+        if self._own is not None:
+            self._own = self._own.__func__
+        self._set = {"generate_image": self._replacement(flux), "__getstate__": self._state, _HOOK: self}
+
+    def install(self) -> None:
+        flux = self._flux()
+        for name, value in self._set.items():
+            object.__setattr__(flux, name, value)
+        self.is_live = True
+
+    def undo(self) -> None:
+        """Take back everything. May be called again, also after an interruption."""
+        self.is_live = False
+        flux = self._flux()
+        for name, value in reversed(self._set.items()):
+            if flux is None or vars(flux).get(name) is not value:
+                continue  # gone, or replaced by somebody else: not ours to change
+            if name == "generate_image" and self._own is not None:
+                object.__setattr__(flux, name, types.MethodType(self._own, flux))
+            else:
+                object.__delattr__(flux, name)
+
+    def _state(self) -> dict[str, Any]:
+        """What ``copy``, ``deepcopy`` and ``pickle`` see of the pipeline's attributes."""
+        state = {name: value for name, value in vars(self._flux()).items() if name not in self._set}
+        if self._own is not None:
+            state["generate_image"] = types.MethodType(self._own, self._flux())
+        return state
+
+    def _replacement(self, flux: Any) -> Callable[..., Any]:
+        current = flux.generate_image
+
+        # Not the bound method: a cycle through the pipeline would keep gigabytes until the garbage collector runs.
+        def generate_image(*args: Any, **kwargs: Any) -> Any:
+            return self._generate(*args, **kwargs)
+
+        functools.update_wrapper(generate_image, current)
+        del generate_image.__wrapped__  # type: ignore[attr-defined]  # the pipeline
+        generate_image.__signature__ = inspect.signature(current)  # type: ignore[attr-defined]
+        return generate_image
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        flux: Any = self._flux()
+        generate_image = self._own or type(flux).generate_image
+        if not self.is_live:  # restored, and called by somebody who wrapped generate_image in between
+            return generate_image(flux, *args, **kwargs)
+        run = _Run(self, flux)
+        started = perf_counter()
+        image = generate_image(_view(flux, run, self.family), *args, **kwargs)
+        run.finish(image, perf_counter() - started)
+        return image
+
+
+def hook_of(flux: Any) -> Hook | None:
+    """Of a gated pipeline."""
+    hook: Hook | None = vars(flux).get(_HOOK)
+    return hook
+
+
+class _Run:
+    """One call of ``generate_image``: what its view of the pipeline has of its own."""
+
+    def __init__(self, hook: Hook, flux: Any) -> None:
+        self._hook = hook
+        self._flux = flux
+        self._steps: list[Steps] = []  # of each loop that mflux has begun: one, but for a generate_image of the user's
+        self._step: Any = None  # of the last one, where the pipeline calls its transformer
+        self._config: Any = None
+
+    # ---- What the view has in place of the pipeline's
+
+    @property
+    def callbacks(self) -> Any:
+        """The pipeline's registry, and before its own callbacks ours."""
+        registry = copy.copy(self._flux.callbacks)
+        registry.before_loop = [self, *registry.before_loop]
+        return registry
+
+    @property
+    def transformer(self) -> Any:
+        transformer = self._flux.transformer
+        return transformer if self._hook.family.factories or transformer is None else _Transformer(self)
+
+    def made(self, name: str, transformer: Any) -> Callable[..., mx.array]:
+        """In place of a factory: what mflux's returns, gated."""
+        make = getattr(self._flux, name)
+        own: Callable[..., mx.array] = make(transformer)
+        if not self._steps:
+            return own
+        return self._steps[-1].through(make, lambda: transformer, own, is_traced=True)
+
+    def called(self, *args: Any, **kwargs: Any) -> mx.array:
+        """In place of a call of the transformer."""
+        transformer = self._flux.transformer
+        if self._step is None:
+            return cast(mx.array, transformer(*args, **kwargs))
+        given = inspect.signature(type(transformer).__call__).bind(transformer, *args, **kwargs).arguments
+        noise: mx.array = self._step(**dict([*given.items()][1:]))
+        return noise
+
+    # ---- A loop, from its begin to its end
+
+    def call_before_loop(self, config: Any, **_: Any) -> None:
+        """mflux's callback: the schedule is known now."""
+        hook, flux = self._hook, self._flux
+        if not hook.is_live:  # restored while the generation was being prepared
+            return
+        num_steps = max(0, config.num_inference_steps - config.init_time_step)
+        hook.policy.rule.check_schedule(num_steps, config.num_inference_steps)
+
+        def sigmas() -> Any:
+            return list(getattr(config.scheduler, "sigmas", ()))[config.init_time_step :]
+
+        steps = Steps(Generation(hook.policy, num_steps, sigmas), hook.family.tap)
+        self._config = config
+        if not hook.family.factories:
+
+            def own(**arguments: Any) -> mx.array:
+                noise: mx.array = flux.transformer(**arguments)
+                return noise
+
+            self._step = steps.through(lambda t: t, lambda: flux.transformer, own, is_traced=False)
+        self._steps.append(steps)
+
+    def finish(self, image: Any, seconds: float) -> None:
+        """Statistics and metadata of a finished picture, which is not lost, whatever happens here."""
+        hook = self._hook
+        counted, notes = [], []
+        if not self._steps and hook.is_live:
+            notes.append("this generation was not gated: generate_image did not tell mflux's callbacks of its loop")
+        try:
+            for steps in self._steps:
+                generation = steps.generation
+                if generation.index == generation.num_steps:
+                    counted.append(generation.stats(seconds if steps is self._steps[-1] else None))
+                else:
+                    notes.append(
+                        f"this generation is not counted: {generation.index} of its {generation.num_steps} steps went "
+                        "through the gate"
+                    )
+            if counted and hook.policy.save_metadata:
+                how = metadata.record(
+                    hook.policy,
+                    counted[-1],
+                    variant_id=hook.variant_id,
+                    pipeline=type(self._flux).__name__,
+                    scheduler=getattr(self._config, "_scheduler_str", None),
+                )
+                metadata.add_to(image, how)
+        except Exception as error:
+            counted = []
+            notes.append(f"this generation is not counted: {error!r}")
+        for note in notes:
+            _warn(note, TeaCacheWarning)
+        if any(map(self._is_too_short, counted)) and not hook.short_schedule_told:
+            hook.short_schedule_told = True
+            rule = cast(Gate, hook.policy.rule)
+            _warn(
+                f"no possible skip: skip_first_n_steps={rule.skip_first_n_steps} and "
+                f"skip_last_n_steps={rule.skip_last_n_steps} leave one eligible step of "
+                f"active_num_steps={counted[-1].num_steps}, and it has to be computed before another can reuse it",
+                NoBenefitWarning,
+            )
+        hook.stats.commit(*counted)  # last: an interrupted generation does not count
+
+    def _is_too_short(self, generation: GenerationStats) -> bool:
+        rule = self._hook.policy.rule
+        if not isinstance(rule, Gate) or rule.rel_l1_thresh == 0:
+            return False
+        return generation.num_steps - rule.skip_first_n_steps - rule.skip_last_n_steps == 1
+
+
+def _warn(message: str, category: type[Warning]) -> None:
+    try:
+        warn_caller(message, category)
+    except TeaCacheWarning:  # where warnings are errors
+        print(message, file=sys.stderr)
+
+
+class _Transformer:
+    """Stands for the transformer in a generation: to call it is a step, and all else is the transformer's."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._run.called(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run._flux.transformer, name)
+
+
+class _View:
+    """A pipeline in one generation: what is asked of it or set on it is the pipeline's, but for what the run has."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._pipeline, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._pipeline, name)
+
+    callbacks = property(lambda self: self._run.callbacks)
+    transformer = property(lambda self: self._run.transformer)
+
+
+def _delegated(name: str) -> Callable[..., Any]:
+    return lambda self, *args: getattr(self._pipeline, name)(*args)
+
+
+for _name in ("__contains__", "__getitem__", "__iter__", "__len__", "get", "items", "keys", "values"):  # of nn.Module
+    setattr(_View, _name, _delegated(_name))
+
+
+@functools.cache
+def _view_class(kind: Any) -> Any:
+    return type(kind.__name__, (_View, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _view(flux: Any, run: _Run, family: Family) -> Any:
+    kind = _view_class(cast(Any, type(flux)))
+    view = kind.__new__(kind)
+    factories = {name: functools.partial(run.made, name) for name in family.factories if hasattr(flux, name)}
+    for name, value in {"_pipeline": flux, "_run": run, **factories}.items():
+        object.__setattr__(view, name, value)
+    return view
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Once in a process, if mflux is newer than what was verified."""
+    installed = version("mflux")
+    if _numbers(installed) > _numbers(NEWEST_VERIFIED_MFLUX):
+        warn_caller(
+            f"mflux {installed} is newer than {NEWEST_VERIFIED_MFLUX}, the newest that was verified with this package",
+            UntestedVersionWarning,
+        )
+
+
+def _numbers(v: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in v.split(".") if part.isdigit())

@@ -1,0 +1,1 @@
+"""What happened: statistics, traces, and what a picture's metadata say."""

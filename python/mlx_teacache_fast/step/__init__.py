@@ -1,0 +1,1 @@
+"""One generation: which steps compute, and what a skipped one gets. Names no model and imports no mflux."""

@@ -1,0 +1,64 @@
+"""A function of arrays, and of the arguments that mflux gives a step, as one graph."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+from .. import ops
+
+Arrays = list[mx.array]
+Arguments = dict[str, Any]  # of one step, by name
+Function = Callable[[Arrays, Arguments], Arrays]
+
+
+class Captured:
+    """As ``mx.compile`` makes it; but its weights are freed with it (see ``ops.Body``).
+
+    Arguments that are no arrays are constants of the graph; with other ones there is another graph.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self._bodies: list[tuple[list[Any], ops.Body]] = []
+
+    def __call__(self, arrays: Arrays, arguments: Arguments) -> Arrays:
+        body, inputs = self.body(arrays, arguments)
+        return body(inputs)
+
+    def body(self, arrays: Arrays, arguments: Arguments) -> tuple[ops.Body, Arrays]:
+        """The body for such arguments, and its inputs."""
+        arguments = dict(sorted(arguments.items()))
+        leaves = cast(list[tuple[str, Any]], tree_flatten(arguments))
+        inputs = [*arrays, *(leaf for _, leaf in leaves if isinstance(leaf, mx.array))]
+        constants: list[Any] = [len(arrays)]
+        for path, leaf in leaves:
+            is_value = isinstance(leaf, bool | int | float | str | None)
+            constants.append((path, _INPUT if isinstance(leaf, mx.array) else leaf if is_value else id(leaf)))
+        body = next((body for known, body in self._bodies if known == constants), None)
+        if body is None:
+            body = ops.Body(_over_inputs(self._function, len(arrays), arguments), fold=False)
+            self._bodies.append((constants, body))
+        return body, inputs
+
+    def zeros(self, arrays: Arrays, arguments: Arguments) -> Arrays:
+        """Arrays like those that it returns, which are not computed for that."""
+        body, inputs = self.body(arrays, arguments)
+        graph = body.trace(inputs)
+        return [mx.zeros(s, d) for s, d in zip(graph.output_shapes, graph.output_dtypes, strict=True)]
+
+
+_INPUT = object()
+
+
+def _over_inputs(function: Function, n_arrays: int, arguments: Arguments) -> Callable[..., Arrays]:
+    """``function`` of the arrays alone; keeps none of those in ``arguments``."""
+    form = tree_map(lambda leaf: _INPUT if isinstance(leaf, mx.array) else leaf, arguments)
+
+    def run(*inputs: mx.array) -> Arrays:
+        rest = iter(inputs[n_arrays:])
+        filled = tree_map(lambda leaf: next(rest) if leaf is _INPUT else leaf, form)
+        return function(list(inputs[:n_arrays]), filled)
+
+    return run

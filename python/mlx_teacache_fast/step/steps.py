@@ -1,0 +1,206 @@
+"""The steps of one generation: decide, then mflux's own step, or a forecast.
+
+Where mflux compiles its step, all of that is one compiled graph: prelude, gate, and a branch whose body is mflux's
+whole step. Where mflux runs eagerly, the decision is read on the host, and mflux's own code runs or does not.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+
+from .. import ops
+from ..errors import TeaCacheValueError
+from ..policy import Gate
+from .captured import Arguments, Arrays, Captured, Function
+from .forecast import combined, reuse
+from .generation import Generation
+from .tap import Make, Signal, Step, Tap
+
+
+class Steps:
+    """The steps of one generation.
+
+    Attributes:
+        in_graph: Whether the decision stands in the graph of a step that mflux compiles; else it is read before.
+    """
+
+    in_graph = True
+
+    def __init__(self, generation: Generation, tap: Tap) -> None:
+        self.generation = generation
+        self._tap = tap
+        self._n_kept = generation.policy.forecast + 1
+        self._keeps_residual = generation.policy.cache == "residual"
+        self._state = mx.zeros(8)
+        self._anchor: Arrays = []  # one, from the first step that is measured
+        # What the last computed steps made, the latest first: the output, or for each call of the transformer a
+        # residual. And what the last step made, until it is known whether it was computed.
+        self._history: list[Arrays] = []
+        self._made: Arrays = []
+
+    def through(self, make: Make, get_transformer: Callable[[], Any], own: Step, *, is_traced: bool) -> Step:
+        """What stands for a function that mflux runs a step with.
+
+        Args:
+            make: Gives such a function of a transformer.
+            get_transformer: The transformer, as it is at a step.
+            own: mflux's.
+            is_traced: Whether a graph is made of its prelude; else that runs as it is.
+        """
+        tap, generation, keeps_residual = self._tap, self.generation, self._keeps_residual
+        is_compiled = _is_compiled(own)
+
+        def compute(_: Arrays, arguments: Arguments) -> Arrays:
+            """The noise, and residuals."""
+            if not keeps_residual:
+                return [own(**arguments)]
+            made: Arrays = []
+
+            def note(call: int, entered: mx.array, left: mx.array) -> mx.array:
+                n = tap.n_tokens(arguments)
+                made.append(left[:, :n] - entered[:, :n])
+                return left
+
+            noise = tap.through(make, get_transformer(), note)(**arguments)
+            return [*mx.depends([noise], made), *made]  # a residual that stays lazy would keep all tokens alive
+
+        def forecast(arrays: Arrays, arguments: Arguments, reused: Sequence[mx.array] = ()) -> Arrays:
+            """The noise, of weights and history; ``reused`` is what the gate has made of the residuals."""
+            weights, *history = arrays
+            if not keeps_residual:
+                return [combined(weights, history).astype(history[0].dtype)]
+            n, residuals = tap.n_tokens(arguments), self._of_each_call(history)
+
+            def again(call: int, entered: mx.array, left: mx.array) -> mx.array:
+                return reused[call] if reused else reuse(entered[:, :n], weights, residuals[call])
+
+            return [tap.through(make, get_transformer(), again)(**arguments)]
+
+        def measure(arrays: Arrays, arguments: Arguments) -> Arrays:
+            """State and anchor, of ``force`` and what they were."""
+            force, state, *anchor = arrays
+            after, _, state = self._gate(tap.measured(make, get_transformer(), arguments), anchor, state, force)
+            return [state, after]
+
+        def gated(arrays: Arrays, arguments: Arguments) -> Arrays:
+            """A step as one graph: state and anchor, then what ``compute`` returns."""
+            force, weights, state, anchor, *history = arrays
+            residuals = self._of_each_call(history) if keeps_residual else []
+            signal = tap.measured(make, get_transformer(), arguments)
+            after, reused, state = self._gate(signal, [anchor], state, force, residuals, weights)
+            on_skip = forecast([weights, *history], arguments, reused) + [kept[0] for kept in residuals]
+            return [state, after, *ops.branch(state, on_skip, *run_compute.body([], arguments))]
+
+        run_compute: Any = Captured(compute) if is_compiled else compute
+        run_forecast: Function = Captured(forecast) if is_compiled else forecast
+        run_measure: Any = Captured(measure) if is_traced else measure
+        run_gated = Captured(gated)
+
+        def step(**arguments: Any) -> mx.array:
+            self._settle()
+            plan = generation.plan
+            if plan is not None and all(plan):
+                noise = own(**arguments)
+                generation.record("computed")
+            elif tap.makes_cache(arguments):
+                noise = own(**arguments)
+                generation.record("forced", is_kept=not keeps_residual)
+                if keeps_residual:  # its tokens are not those of later steps
+                    generation.compute_next()
+                else:
+                    self._keep([noise])
+            elif plan is None and is_compiled and self.in_graph:
+                before = [generation.force(), self._state]
+                if not self._anchor:
+                    self._anchor = run_measure.zeros(before, arguments)[1:]
+                if not self._history:
+                    first, *others = run_compute.zeros([], arguments)
+                    self._history = [[zeros] for zeros in others or [first]]
+                arrays = [before[0], generation.weights(), self._state, *self._anchor, *self._filled()]
+                self._state, anchor, noise, *made = run_gated(arrays, arguments)
+                self._anchor, self._made = [anchor], made or [mx.array(noise)]
+                generation.record(self._state)
+            else:
+                weights = generation.weights()
+                if plan is None:
+                    self._state, anchor = run_measure([generation.force(), self._state, *self._anchor], arguments)
+                    self._anchor = [anchor]
+                    generation.record(self._state)
+                    kind = generation.settle()
+                else:
+                    kind = "computed" if plan[generation.index] else "skipped"
+                    generation.record(kind, is_kept=kind == "computed")
+                if kind != "skipped":
+                    noise, *made = run_compute([], arguments)
+                    self._keep([] if kind == "numerical-miss" else made or [noise])
+                elif self._history:
+                    (noise,) = run_forecast([weights, *self._filled()], arguments)
+                else:
+                    raise TeaCacheValueError(
+                        "steps must compute step 1 too where reference images have a key-value cache: step 0 makes it"
+                    )
+            if generation.is_over:  # mflux's memory saver frees memory before it decodes the image
+                self._anchor, self._history, self._made = [], [], []
+            return noise
+
+        return step
+
+    def _gate(
+        self,
+        signal: Signal,
+        anchor: Arrays,
+        state: mx.array,
+        force: mx.array,
+        residuals: Sequence[Arrays] = (),
+        weights: Any = None,
+    ) -> tuple[mx.array, list[mx.array], mx.array]:
+        rule = cast(Gate, self.generation.policy.rule)
+        x, shift, scale, eps = signal
+        return ops.gate(
+            x,
+            shift,
+            scale,
+            anchor[0] if anchor else mx.zeros(x.shape, mx.result_type(x, shift)),
+            list(residuals),
+            mx.broadcast_to(weights, (len(residuals), self._n_kept)) if residuals else mx.zeros((0, 0)),
+            state,
+            force,
+            coefficients=cast(Any, rule.coefficients),
+            threshold=cast(float, rule.rel_l1_thresh),
+            calibrated_range=rule.calibrated_range,
+            max_consecutive_skips=rule.max_consecutive_skips,
+            eps=eps,
+        )
+
+    def _settle(self) -> None:
+        """Learn what the last step was, if the host has not read that yet: it is evaluated, with the step's latents."""
+        kind = self.generation.settle()
+        if kind is not None and kind != "skipped":
+            self._keep([] if kind == "numerical-miss" else self._made)
+        self._made = []
+
+    def _keep(self, made: Arrays) -> None:
+        """What a computed step made; nothing where that and all before it must not be looked at.
+
+        As an array of its own: mflux or a scheduler may write into the one that a step returns.
+        """
+        known = self._history or [[] for _ in made]
+        self._history = [[mx.array(m), *h][: self._n_kept] for m, h in zip(made, known, strict=False)]
+
+    def _filled(self) -> Arrays:
+        """The history in one list, with values that have no weight where there are fewer steps than the order wants."""
+        return [h[min(k, len(h) - 1)] for h in self._history for k in range(self._n_kept)]
+
+    def _of_each_call(self, history: Arrays) -> list[Arrays]:
+        return [history[i : i + self._n_kept] for i in range(0, len(history), self._n_kept)]
+
+
+def _is_compiled(function: Any) -> bool:
+    """Whether ``mx.compile`` made it; its type is that of no Python function, whatever isinstance says."""
+    while hasattr(function, "__wrapped__") and type(function) is not _COMPILED:
+        function = function.__wrapped__
+    return type(function) is _COMPILED
+
+
+_COMPILED = type(mx.compile(lambda: None))
