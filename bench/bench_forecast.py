@@ -32,7 +32,7 @@ FORECASTS: dict[str, tuple[int, dict[str, float]]] = {
 
 def row(flux: Any, plain: dict[str, Any], options: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
     """PSNR and computed steps of the prompts' pictures when gated in this way; ``plain`` has mflux's."""
-    from mlx_teacache_fast.generating import generate, psnr
+    from mlx_teacache_fast.mflux.pictures import generate, psnr
 
     import mlx_teacache_fast as tc
 
@@ -44,7 +44,7 @@ def row(flux: Any, plain: dict[str, Any], options: dict[str, Any], how: dict[str
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from mlx_teacache_fast.generating import generate, progress_bar
+    from mlx_teacache_fast.mflux.pictures import generate, progress_bar
 
     from mlx_teacache_fast import demo, forecast, plans
     from mlx_teacache_fast.mflux import generation

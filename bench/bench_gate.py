@@ -51,7 +51,7 @@ import common
 import mlx.core as mx
 import numpy as np
 from common import DTYPES
-from mlx_teacache_fast.variants import DEFAULT_MAX_CONSECUTIVE_SKIPS
+from mlx_teacache_fast.models import DEFAULT_MAX_CONSECUTIVE_SKIPS
 
 from mlx_teacache_fast import ops
 

@@ -19,8 +19,8 @@ from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast import ops
-from mlx_teacache_fast.stats import step_record
-from mlx_teacache_fast.summary import percentile, table
+from mlx_teacache_fast.record.stats import step_record
+from mlx_teacache_fast.record.stats import percentile, table
 
 Generate = Callable[..., np.ndarray]
 

@@ -23,7 +23,7 @@ import mlx_teacache_fast
 from mlx_teacache_fast import cli, cli_demo, demo, files, ops
 from mlx_teacache_fast.demo import compare as compare_module
 from mlx_teacache_fast.demo import report
-from mlx_teacache_fast.variants import TINY_KLEIN
+from mlx_teacache_fast.models import TINY_KLEIN
 
 COMMAND = [sys.executable, "-m", "mlx_teacache_fast"]
 

@@ -29,7 +29,7 @@ from test_cli import COMMAND, LISTEN, Result, run
 
 import mlx_teacache_fast
 from mlx_teacache_fast import VARIANTS, Calibration, Plan, Trace, cli, demo, variants
-from mlx_teacache_fast.calibration import Fitted
+from mlx_teacache_fast.tune.calibrate import Fitted
 from mlx_teacache_fast.mflux import commands, patch
 
 GENERATE = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt", "red apple"]

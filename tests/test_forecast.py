@@ -24,10 +24,10 @@ from test_apply_flux2_edit import edit_pipeline
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast import ops
-from mlx_teacache_fast.forecast import MAX_GAIN, weights
-from mlx_teacache_fast.mflux.generation import Generation
-from mlx_teacache_fast.plans import budgeted
-from mlx_teacache_fast.stats import KINDS
+from mlx_teacache_fast.step.forecast import MAX_GAIN, weights
+from mlx_teacache_fast.step.generation import Generation
+from mlx_teacache_fast.step.rules import budgeted
+from mlx_teacache_fast.record.stats import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlx_teacache_fast.UncalibratedWarning")
 

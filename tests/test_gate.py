@@ -41,7 +41,7 @@ from gate_cases import (
 )
 
 from mlx_teacache_fast import ops, reference
-from mlx_teacache_fast.stats import KINDS
+from mlx_teacache_fast.record.stats import KINDS
 
 GATES = pytest.mark.parametrize("gate", [ops.gate, reference.gate], ids=["op", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=["f32", "f16", "bf16"])

@@ -20,13 +20,13 @@ from test_cli import run
 from test_forecast import noises
 
 import mlx_teacache_fast as tc
-from mlx_teacache_fast.calibration import Fitted
-from mlx_teacache_fast.forecast import weights
-from mlx_teacache_fast.generating import psnr
-from mlx_teacache_fast.plan_search import Recorded, annealed, neighbour
-from mlx_teacache_fast.plans import Plan, budgeted
-from mlx_teacache_fast.trace import replay
-from mlx_teacache_fast.variants import TINY_KLEIN
+from mlx_teacache_fast.tune.calibrate import Fitted
+from mlx_teacache_fast.step.forecast import weights
+from mlx_teacache_fast.mflux.pictures import psnr
+from mlx_teacache_fast.tune.search import Recorded, annealed, neighbour
+from mlx_teacache_fast.step.rules import Plan, budgeted
+from mlx_teacache_fast.record.trace import replay
+from mlx_teacache_fast.models import TINY_KLEIN
 
 SMALL: dict[str, Any] = dict(num_inference_steps=10, height=32, width=32, guidance=1.0)
 

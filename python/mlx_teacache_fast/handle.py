@@ -1,6 +1,7 @@
 """``apply``: gating a pipeline by a policy, and the handle that says what happened and undoes it."""
 
 import inspect
+from dataclasses import MISSING
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -38,7 +39,8 @@ class Handle:
     """
 
     def __init__(self, policy: Policy, variant: Variant, calibrated: bool) -> None:
-        own = isinstance(policy.rule, Gate) and not policy.rule.is_models(variant)
+        rule, models = policy.rule, (variant.coefficients, variant.calibrated_range)
+        own = isinstance(rule, Gate) and (rule.coefficients, rule.calibrated_range) != models
         self.policy = policy
         self.variant_id = variant.variant_id
         self.calibrated = calibrated and not own
@@ -92,8 +94,9 @@ def apply(flux: Any, policy: Policy | str | Path | None = None, **given: Any) ->
     Args:
         flux: A pipeline of mflux: ``print(supported())`` lists the classes and models.
         policy: A ``Policy``; or the path of one, as ``Policy.to_json``, ``mlx-teacache-fast search`` and ``calibrate``
-            write them, or of a gated picture. Instead of it, settings by name:
-        {settings}
+            write them, or of a gated picture. Instead of it, settings:
+        **given:
+            {settings}
 
     Returns:
         Handle: Use it as a context manager, or call its ``restore()``.
@@ -125,11 +128,10 @@ def apply_teacache(flux: Any, **given: Any) -> Handle:
 
 def _documented() -> None:
     """``help(apply)`` shows every setting, with its default and text."""
-    apply.__doc__ = (apply.__doc__ or "").replace("{settings}", described(indent=" " * 8))
+    apply.__doc__ = (apply.__doc__ or "").replace("{settings}", described(" " * 12, *RULES[::-1], Policy))
     named = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None if kind in RULES else f.default)
-        for kind in (*RULES[::-1], Policy)
-        for f in settings(kind)
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None if f.default is MISSING else f.default)
+        for f in settings(*RULES[::-1], Policy)
     ]
     first = [p for name, p in inspect.signature(apply).parameters.items() if name != "given"]
     apply.__signature__ = inspect.signature(apply).replace(parameters=[*first, *named])  # type: ignore[attr-defined]

@@ -3,10 +3,10 @@
 ``apply``, the options of ``run``, files, pictures and traces all hold a ``Policy`` and nothing else.
 """
 
-import math
 import numbers
 import operator
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -31,6 +31,8 @@ MAX_ORDER = 2
 
 # ---- Checks: each returns the value in one form, or says the rule and what was given
 
+Check = Callable[[Any], Any]
+
 
 def step_count(name: str, value: object) -> int:
     try:
@@ -39,63 +41,61 @@ def step_count(name: str, value: object) -> int:
         count = -1
     if count < 0:
         raise TeaCacheValueError(f"{name} must be a whole number of steps, 0 or more, got {value!r}")
-    return count
+    return min(count, _INT32_MAX)  # the gate's integer; no schedule is as long
 
 
-def _steps(name: str) -> Callable[[object], int]:
+def _steps(name: str) -> Check:
     return lambda value: step_count(name, value)
 
 
-def _consecutive_skips(value: object) -> int:
-    return min(step_count("max_consecutive_skips", value), _INT32_MAX)  # the gate's integer; no schedule is as long
+def _number(name: str, rule: str, accepts: Callable[[float], bool]) -> Check:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not accepts(cast(float, value)):
+            raise TeaCacheValueError(f"{name} must be {rule}, got {value!r}")
+        return float(value)
+
+    return check
 
 
-def _threshold(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= cast(float, value) <= 1:
-        raise TeaCacheValueError(f"rel_l1_thresh must be a number from 0.0 to 1.0, got {value!r}")
-    return float(value)
+def _one_of(name: str, rule: str, choices: tuple[Any, ...]) -> Check:
+    def check(value: Any) -> Any:
+        if type(value) is not type(choices[0]) or value not in choices:
+            raise TeaCacheValueError(f"{name} must be {rule}, got {value!r}")
+        return value
+
+    return check
 
 
-def _coefficients(value: object) -> Coefficients:
-    five: tuple[float, ...]
+def _floats(value: Any) -> tuple[float, ...]:
+    """None of them where there is one that is no number of float32's range."""
     try:
-        five = tuple(float(c) for c in cast(Any, value)) if not isinstance(value, str) else ()
+        found = tuple(float(number) for number in value) if not isinstance(value, str) else ()
     except (OverflowError, TypeError, ValueError):
-        five = ()
-    if len(five) != 5 or not all(abs(c) <= FLOAT32_MAX for c in five):  # false for NaN
+        return ()
+    return found if all(abs(number) <= FLOAT32_MAX for number in found) else ()  # false for NaN
+
+
+def _coefficients(value: Any) -> tuple[float, ...]:
+    if len(five := _floats(value)) != 5:
         raise TeaCacheValueError(
             f"coefficients must be five finite numbers of float32's range, fourth degree first, got {value!r}"
         )
     return five
 
 
-def _calibrated_range(value: object) -> tuple[float, float]:
-    try:
-        low, high = (float(end) for end in cast(Any, value))
-    except (TypeError, ValueError):
-        low, high = math.nan, math.nan
-    if not -FLOAT32_MAX <= low <= high <= FLOAT32_MAX:
+def _calibrated_range(value: Any) -> tuple[float, ...]:
+    if len(limits := _floats(value)) != 2 or limits[0] > limits[1]:
         raise TeaCacheValueError(
             f"calibrated_range must be two finite numbers, the lower first, or None, got {value!r}"
         )
-    return low, high
+    return limits
 
 
-def _mode(value: object) -> Mode:
-    if value not in tuple(MODES):
-        raise TeaCacheValueError(f"mode must be {', '.join(map(repr, MODES))}, got {value!r}")
-    return value
-
-
-def _plan_text(value: object) -> str:
-    entries = []
-    if isinstance(value, str):
-        entries = [{"0": 0, "1": 1}.get(e, 2) for e in value]
-    else:
-        try:
-            entries = [operator.index(e) for e in cast(Any, value)]
-        except TypeError:
-            entries = []
+def _plan_text(value: Any) -> str:
+    try:
+        entries = [{"0": 0, "1": 1}.get(e, 2) if isinstance(value, str) else operator.index(e) for e in value]
+    except TypeError:
+        entries = []
     if not entries or set(entries) - {0, 1}:
         raise TeaCacheValueError(f'steps must be a 1 or 0 for each active step, such as "1101", got {value!r}')
     if not entries[0]:
@@ -103,48 +103,26 @@ def _plan_text(value: object) -> str:
     return as_text(entries)
 
 
-def as_text(plan: Any) -> str:
+def as_text(plan: Iterable[object]) -> str:
     """Which steps compute, as digits."""
     return "".join("1" if computes else "0" for computes in plan)
 
 
-def _budget(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < cast(float, value) <= 1:
-        raise TeaCacheValueError(f"budget must be a share of the steps above 0.0 and up to 1.0, got {value!r}")
-    return float(value)
-
-
-def _forecast(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ORDER:
-        raise TeaCacheValueError(f"forecast must be an order from 0 (reuse) to {MAX_ORDER}, got {value!r}")
-    return value
-
-
-def _cache(value: object) -> Cache:
-    if value not in CACHES:
-        raise TeaCacheValueError(f"cache must be {' or '.join(map(repr, CACHES))}, got {value!r}")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TeaCacheValueError(f"save_metadata must be True or False, got {value!r}")
-    return value
-
-
 # ---- The values
 
+N: dict[str, Any] = {"metavar": "N", "type": int}
 
-def _setting(default: Any, check: Callable[[Any], Any], says: str, flag: str, **option: Any) -> Any:
+
+def _setting(default: Any, check: Check, flag: str, option: dict[str, Any], says: str) -> Any:
     """A field of a rule or of ``Policy``.
 
     Args:
         default: ``MISSING`` where it must be given; None where it may be left out.
         check: Of a value that is given.
-        says: The help text of ``run``'s option, and what documentation is made of.
-        flag: Of that option; ``option`` is argparse's, its ``type`` what turns text into a value to check.
+        flag, option: Of ``run``'s option, argparse's; its ``type`` turns text into a value to check.
+        says: The help text, and what documentation is made of.
     """
-    return field(default=default, metadata={"check": check, "says": says, "flag": flag, "option": option})
+    return field(default=default, metadata={"check": check, "flag": flag, "option": option, "says": says})
 
 
 @dataclass(frozen=True)
@@ -158,86 +136,77 @@ class _Checked:
                 object.__setattr__(self, f.name, f.metadata["check"](value))
 
 
-def settings(kind: type) -> tuple[Field[Any], ...]:
-    """The fields of a rule, or of ``Policy`` without its rule."""
-    return tuple(f for f in fields(kind) if f.metadata)
+def settings(*kinds: type) -> list[Field[Any]]:
+    """The fields of rules, and of ``Policy`` without its rule."""
+    return [f for kind in kinds for f in fields(kind) if f.metadata]
 
 
-def _names(kind: type) -> set[str]:
-    return {f.name for f in settings(kind)}
+def _names(*kinds: type) -> set[str]:
+    return {f.name for f in settings(*kinds)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate(_Checked):
-    """TeaCache's rule: a step is skipped while its input has hardly changed since the last one that computed."""
+    """TeaCache's rule: a step is skipped while its input has hardly changed since the last one that computed.
+
+    Attributes:
+        {settings}
+    """
 
     mode: Mode | None = _setting(
         None,
-        _mode,
+        _one_of("mode", ", ".join(map(repr, MODES)), tuple(MODES)),
+        "--mode",
+        {"choices": tuple(MODES)},
         f"the threshold by name, in parts of the model's own: {', '.join(f'{m} {x:g}' for m, x in MODES.items())} "
         f"(default: {DEFAULT_MODE})",
-        "--mode",
-        choices=tuple(MODES),
     )
     rel_l1_thresh: float | None = _setting(
         None,
-        _threshold,
-        "accumulated distance, 0 to 1, at which a step is computed again: a higher one skips more and is less "
-        f"faithful, 0 skips nothing (default: the model's own, 0.17 to 0.30; {DEFAULT_THRESHOLD:g} with coefficients of yours)",
+        _number("rel_l1_thresh", "a number from 0.0 to 1.0", lambda t: 0 <= t <= 1),
         "--threshold",
-        metavar="T",
-        type=float,
+        {"metavar": "T", "type": float},
+        "accumulated distance, 0 to 1, at which a step is computed again: a higher one skips more and is less faithful,"
+        f" 0 skips nothing (default: the model's own, 0.17 to 0.30; {DEFAULT_THRESHOLD:g} with coefficients of yours)",
     )
     coefficients: Coefficients | None = _setting(
         None,
         _coefficients,
-        "polynomial of the relative distance, fourth degree first, in plain decimals (default: the model's own)",
         "--coefficients",
-        metavar=("C4", "C3", "C2", "C1", "C0"),
-        nargs=5,
-        type=float,
+        {"metavar": ("C4", "C3", "C2", "C1", "C0"), "nargs": 5, "type": float},
+        "polynomial of the relative distance, fourth degree first, in plain decimals (default: the model's own)",
     )
     calibrated_range: tuple[float, float] | None = _setting(
         None,
         _calibrated_range,
-        "distances that these coefficients were fitted on; beyond them a step computes (default: the model's own, and "
-        "no limits with coefficients of yours)",
         "--calibrated-range",
-        metavar=("LOW", "HIGH"),
-        nargs=2,
-        type=float,
+        {"metavar": ("LOW", "HIGH"), "nargs": 2, "type": float},
+        "distances that these coefficients were fitted on; a larger one computes (default: the model's own, and no "
+        "limits with coefficients of yours)",
     )
     skip_first_n_steps: int = _setting(
         1,
         _steps("skip_first_n_steps"),
-        "so many first steps are always computed (default: 1)",
         "--skip-first",
-        metavar="N",
-        type=int,
+        N,
+        "so many first steps are always computed (default: 1)",
     )
     skip_last_n_steps: int = _setting(
         1,
         _steps("skip_last_n_steps"),
-        "so many last steps are always computed (default: 1)",
         "--skip-last",
-        metavar="N",
-        type=int,
+        N,
+        "so many last steps are always computed (default: 1)",
     )
     max_consecutive_skips: int = _setting(
         8,  # mlx-teacache's
-        _consecutive_skips,
-        "a step is computed after so many skipped ones; 0 skips nothing (default: 8)",
+        _steps("max_consecutive_skips"),
         "--max-consecutive-skips",
-        metavar="N",
-        type=int,
+        N,
+        "a step is computed after so many skipped ones; 0 skips nothing (default: 8)",
     )
     max_skips: int | None = _setting(
-        None,
-        _steps("max_skips"),
-        "at most so many skipped steps a picture (default: no limit)",
-        "--max-skips",
-        metavar="N",
-        type=int,
+        None, _steps("max_skips"), "--max-skips", N, "at most so many skipped steps a picture (default: no limit)"
     )
 
     def __post_init__(self) -> None:
@@ -257,17 +226,13 @@ class Gate(_Checked):
         polynomial = {name: getattr(own, name) for name in ("coefficients", "calibrated_range")}
         return replace(self, mode=None, rel_l1_thresh=threshold, **polynomial)
 
-    def is_models(self, variant: Variant) -> bool:
-        """Whether the polynomial is the model's."""
-        own = self.coefficients, self.calibrated_range
-        return self.coefficients is None or own == (variant.coefficients, variant.calibrated_range)
-
     @property
     def skips_nothing(self) -> str | None:
+        """Why, if so."""
         if self.rel_l1_thresh == 0:
             return "rel_l1_thresh=0.0 turns gating off"
         limit = next((n for n in ("max_skips", "max_consecutive_skips") if getattr(self, n) == 0), None)
-        return None if limit is None else f"{limit}=0 skips nothing"
+        return limit and f"{limit}=0 skips nothing"
 
     def check_schedule(self, num_steps: int, num_inference_steps: int) -> None:
         """Raises InvalidStepWindowError where the forced steps leave none of the active ones."""
@@ -280,23 +245,26 @@ class Gate(_Checked):
             )
 
     def __str__(self) -> str:
-        if self.rel_l1_thresh is None:
-            return f"mode {self.mode or DEFAULT_MODE}"
-        return f"rel_l1_thresh {self.rel_l1_thresh:g}"
+        return (
+            f"mode {self.mode or DEFAULT_MODE}" if self.rel_l1_thresh is None else f"threshold {self.rel_l1_thresh:g}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(_Checked):
-    """A share of the steps computes, planned when the schedule is known; nothing is measured."""
+    """A share of the steps computes, planned when the schedule is known; nothing is measured.
+
+    Attributes:
+        {settings}
+    """
 
     budget: float = _setting(
         MISSING,
-        _budget,
+        _number("budget", "a share of the steps above 0.0 and up to 1.0", lambda share: 0 < share <= 1),
+        "--budget",
+        {"metavar": "SHARE", "type": float},
         "this share of the steps is computed, planned before the run, instead of measuring: the first and the last in "
         "any case, others in between, the denser the more sigma changes",
-        "--budget",
-        metavar="SHARE",
-        type=float,
     )
 
     @property
@@ -312,16 +280,19 @@ class Budget(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Steps(_Checked):
-    """Which steps compute is said beforehand; nothing is measured."""
+    """Which steps compute is said beforehand; nothing is measured.
+
+    Attributes:
+        {settings}
+    """
 
     steps: str = _setting(
         MISSING,
         _plan_text,
+        "--steps",
+        {"metavar": "1101..."},
         "which active steps are computed (1) and skipped (0), one digit for each, such as 1101, instead of measuring; "
         "the first must be 1",
-        "--steps",
-        metavar="1101...",
-        type=str,
     )
 
     @property
@@ -354,32 +325,32 @@ class Policy(_Checked):
 
     Attributes:
         rule: Which steps compute: ``Gate``, ``Budget`` or ``Steps``, each with its own settings only.
+        {settings}
     """
 
     rule: Gate | Budget | Steps = Gate()
     forecast: int = _setting(
         1,
-        _forecast,
+        _one_of("forecast", f"an order from 0 (reuse) to {MAX_ORDER}", tuple(range(MAX_ORDER + 1))),
+        "--forecast",
+        N,
         "what a skipped step gets: 0 reuses what the last computed step made, 1 and 2 extrapolate the last two or "
         "three over sigma, guarded: never much further than the gap between them (default: 1)",
-        "--forecast",
-        metavar="N",
-        type=int,
     )
     cache: Cache = _setting(
         "output",
-        _cache,
+        _one_of("cache", " or ".join(map(repr, CACHES)), CACHES),
+        "--cache",
+        {"choices": CACHES},
         "what is reused or extrapolated: the residual of the transformer's blocks, or the output, the noise "
         "prediction, which takes little memory (default: output)",
-        "--cache",
-        choices=CACHES,
     )
     save_metadata: bool = _setting(
         True,
-        _flag,
-        "whether pictures say in their metadata how they were gated (default: they do)",
+        _one_of("save_metadata", "True or False", (True, False)),
         "--no-metadata",
-        action="store_false",
+        {"action": "store_false"},
+        "whether pictures say in their metadata how they were gated (default: they do)",
     )
 
     def __post_init__(self) -> None:
@@ -394,16 +365,15 @@ class Policy(_Checked):
         Raises:
             TeaCacheValueError: One has the wrong type or value, is unknown, or cannot count beside another.
         """
-        known = {f.name: f for kind in (cls, *RULES) for f in settings(kind)}
+        known = {f.name: f for f in settings(*RULES[::-1], cls)}
         if unknown := sorted(given.keys() - known.keys()):
             raise TeaCacheValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
         given = {n: v for n, v in given.items() if v is not None or known[n].default not in (None, MISSING)}
         kind, *others = [rule for rule in RULES if _names(rule) & given.keys()] or [Gate]
         if others:
-            wrong = [name for name in given if any(name in _names(other) for other in others)]
-            (planned_by,) = _names(kind)
+            wrong = ", ".join(name for name in given if name in _names(*others))
             raise TeaCacheValueError(
-                f"{planned_by} plans every step, and {', '.join(wrong)} cannot count: leave out either"
+                f"{min(_names(kind))} plans every step, and {wrong} cannot count: leave out either"
             )
         of_rule = {name: given.pop(name) for name in _names(kind) & given.keys()}
         return cls(rule=kind(**of_rule), **given)
@@ -440,15 +410,11 @@ class Policy(_Checked):
             TeaCacheValueError: It is not such a file, or one of another version.
             OSError: It cannot be read.
         """
-        return cls.from_record(from_json(Path(path), "policy").get("policy"), str(path))
-
-    @classmethod
-    def from_record(cls, record: Any, where: str) -> Self:
-        """``of(**record)``, of a file that the error names."""
+        record: Any = from_json(Path(path), "policy").get("policy")
         try:
             return cls.of(**record)
         except (TypeError, ValueError) as error:
-            raise TeaCacheValueError(f"{where} is not a policy: {error}") from error
+            raise TeaCacheValueError(f"{path} is not a policy: {error}") from error
 
 
 def check_step_window(
@@ -481,7 +447,12 @@ def check_step_window(
         )
 
 
-def described(indent: str) -> str:
-    """All settings and their texts, for documentation: of the rules, then of ``Policy``."""
-    lines = [f"{f.name}: {f.metadata['says']}" for kind in (*RULES[::-1], Policy) for f in settings(kind)]
-    return f"\n{indent}".join(lines)
+def described(indent: str, *kinds: type) -> str:
+    """The settings of these and their texts, as a docstring has them."""
+    lines = [f"{f.name}: {f.metadata['says'].capitalize()}." for f in settings(*kinds)]
+    wrapped = [textwrap.fill(line, 120, initial_indent=indent, subsequent_indent=indent + "    ") for line in lines]
+    return "\n".join(wrapped).removeprefix(indent)
+
+
+for _kind in (*RULES, Policy):
+    _kind.__doc__ = (_kind.__doc__ or "").replace("{settings}", described(" " * 8, _kind))

@@ -19,8 +19,8 @@ from mlx import nn
 
 import mlx_teacache_fast as ours
 from mlx_teacache_fast import ops
-from mlx_teacache_fast.mflux.generation import Generation
-from mlx_teacache_fast.stats import Kind, step_record
+from mlx_teacache_fast.step.generation import Generation
+from mlx_teacache_fast.record.stats import Kind, step_record
 
 NOT_HERE = ("CalibrationError", "StatsFrozenError", "TransformerShapeError")  # docs/mlx-teacache.md says why
 

@@ -67,9 +67,8 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for kind in (*RULES[::-1], Policy):
-        for setting in settings(kind):
-            add_setting(parser, setting)
+    for setting in settings(*RULES[::-1], Policy):
+        add_setting(parser, setting)
     parser.add_argument(
         "--policy",
         metavar="FILE",
@@ -125,8 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         from ..mflux import commands
 
         command = commands.find(arguments.mflux[0])
-    names = [setting.name for kind in (*RULES, Policy) for setting in settings(kind)]
-    given = {name: getattr(arguments, name) for name in names if name in arguments}
+    given = {s.name: getattr(arguments, s.name) for s in settings(*RULES, Policy) if s.name in arguments}
     like = None if arguments.like is None else read_metadata(arguments.like)
     if like is None:
         policy = policy_of(arguments.policy, given)

@@ -53,8 +53,8 @@ def number(rule: str, accepts: Callable[[float], bool]) -> Callable[[str], float
 def add_setting(parser: argparse.ArgumentParser, setting: Field[Any]) -> None:
     """The option of a policy's setting; not in the namespace unless it is given."""
     option = dict(setting.metadata["option"])
-    if "type" in option and "nargs" not in option:
-        option["type"] = functools.partial(_checked, option["type"], setting.metadata["check"])
+    if not option.keys() & {"action", "choices", "nargs"}:
+        option["type"] = functools.partial(_checked, option.get("type", str), setting.metadata["check"])
     parser.add_argument(
         setting.metadata["flag"], dest=setting.name, default=argparse.SUPPRESS, help=setting.metadata["says"], **option
     )
