@@ -449,7 +449,8 @@ def check_step_window(
 
 def described(indent: str, *kinds: type) -> str:
     """The settings of these and their texts, as a docstring has them."""
-    lines = [f"{f.name}: {f.metadata['says'].capitalize()}." for f in settings(*kinds)]
+    texts = {f.name: f.metadata["says"] for f in settings(*kinds)}
+    lines = [f"{name}: {text[0].upper()}{text[1:]}." for name, text in texts.items()]
     wrapped = [textwrap.fill(line, 120, initial_indent=indent, subsequent_indent=indent + "    ") for line in lines]
     return "\n".join(wrapped).removeprefix(indent)
 
