@@ -35,9 +35,8 @@ class Steps:
         self._state = mx.zeros(8)
         self._anchor: Arrays = []  # one, from the first step that is measured
         # What the last computed steps made, the latest first: the output, or for each call of the transformer a
-        # residual. And what the last step made, until it is known whether it was computed.
-        self._history: list[Arrays] = []
-        self._made: Arrays = []
+        # residual, call by call. As many as the forecast's order wants; those of unknown steps have no weight.
+        self._history: Arrays = []
 
     def through(self, make: Make, get_transformer: Callable[[], Any], own: Step, *, is_traced: bool) -> Step:
         """What stands for a function that mflux runs a step with.
@@ -51,10 +50,11 @@ class Steps:
         tap, generation, keeps_residual = self._tap, self.generation, self._keeps_residual
         is_compiled = _is_compiled(own)
 
-        def compute(_: Arrays, arguments: Arguments) -> Arrays:
-            """The noise, and residuals."""
+        def compute(kept: Arrays, arguments: Arguments) -> Arrays:
+            """The noise, and the history with what this step makes; ``kept`` are all but the oldest of each call."""
             if not keeps_residual:
-                return [own(**arguments)]
+                noise = own(**arguments)
+                return [noise, *self._renewed([mx.array(noise)], kept)]
             made: Arrays = []
 
             def note(call: int, entered: mx.array, left: mx.array) -> mx.array:
@@ -63,7 +63,8 @@ class Steps:
                 return left
 
             noise = tap.through(make, get_transformer(), note)(**arguments)
-            return [*mx.depends([noise], made), *made]  # a residual that stays lazy would keep all tokens alive
+            # A residual that stays lazy would keep all tokens alive.
+            return [*mx.depends([noise], made), *self._renewed(made, kept)]
 
         def forecast(arrays: Arrays, arguments: Arguments, reused: Sequence[mx.array] = ()) -> Arrays:
             """The noise, of weights and history; ``reused`` is what the gate has made of the residuals."""
@@ -89,8 +90,8 @@ class Steps:
             residuals = self._of_each_call(history) if keeps_residual else []
             signal = tap.measured(make, get_transformer(), arguments)
             after, reused, state = self._gate(signal, [anchor], state, force, residuals, weights)
-            on_skip = forecast([weights, *history], arguments, reused) + [kept[0] for kept in residuals]
-            return [state, after, *ops.branch(state, on_skip, *run_compute.body([], arguments))]
+            on_skip = [*forecast([weights, *history], arguments, reused), *history]
+            return [state, after, *ops.branch(state, on_skip, *run_compute.body(self._kept(history), arguments))]
 
         run_compute: Any = Captured(compute) if is_compiled else compute
         run_forecast: Function = Captured(forecast) if is_compiled else forecast
@@ -98,7 +99,8 @@ class Steps:
         run_gated = Captured(gated)
 
         def step(**arguments: Any) -> mx.array:
-            self._settle()
+            if generation.settle() == "numerical-miss":
+                self._forget()
             plan = generation.plan
             if plan is not None and all(plan):
                 noise = own(**arguments)
@@ -109,17 +111,16 @@ class Steps:
                 if keeps_residual:  # its tokens are not those of later steps
                     generation.compute_next()
                 else:
-                    self._keep([noise])
+                    self._history = self._renewed([mx.array(noise)], [])
             elif plan is None and is_compiled and self.in_graph:
                 before = [generation.force(), self._state]
                 if not self._anchor:
                     self._anchor = run_measure.zeros(before, arguments)[1:]
                 if not self._history:
-                    first, *others = run_compute.zeros([], arguments)
-                    self._history = [[zeros] for zeros in others or [first]]
-                arrays = [before[0], generation.weights(), self._state, *self._anchor, *self._filled()]
-                self._state, anchor, noise, *made = run_gated(arrays, arguments)
-                self._anchor, self._made = [anchor], made or [mx.array(noise)]
+                    self._history = run_compute.zeros([], arguments)[1:]
+                arrays = [before[0], generation.weights(), self._state, *self._anchor, *self._history]
+                self._state, anchor, noise, *self._history = run_gated(arrays, arguments)
+                self._anchor = [anchor]
                 generation.record(self._state)
             else:
                 weights = generation.weights()
@@ -132,16 +133,17 @@ class Steps:
                     kind = "computed" if plan[generation.index] else "skipped"
                     generation.record(kind, is_kept=kind == "computed")
                 if kind != "skipped":
-                    noise, *made = run_compute([], arguments)
-                    self._keep([] if kind == "numerical-miss" else made or [noise])
+                    noise, *self._history = run_compute(self._kept(self._history), arguments)
+                    if kind == "numerical-miss":
+                        self._forget()
                 elif self._history:
-                    (noise,) = run_forecast([weights, *self._filled()], arguments)
+                    (noise,) = run_forecast([weights, *self._history], arguments)
                 else:
                     raise TeaCacheValueError(
                         "steps must compute step 1 too where reference images have a key-value cache: step 0 makes it"
                     )
             if generation.is_over:  # mflux's memory saver frees memory before it decodes the image
-                self._anchor, self._history, self._made = [], [], []
+                self._anchor, self._history = [], []
             return noise
 
         return step
@@ -173,24 +175,17 @@ class Steps:
             eps=eps,
         )
 
-    def _settle(self) -> None:
-        """Learn what the last step was, if the host has not read that yet: it is evaluated, with the step's latents."""
-        kind = self.generation.settle()
-        if kind is not None and kind != "skipped":
-            self._keep([] if kind == "numerical-miss" else self._made)
-        self._made = []
+    def _renewed(self, made: Arrays, kept: Arrays) -> Arrays:
+        """The history after a step that made this, of what was kept of it; nothing is kept at first."""
+        n = self._n_kept - 1
+        return [a for i, m in enumerate(made) for a in (m, *(kept[i * n : (i + 1) * n] or n * [m]))]
 
-    def _keep(self, made: Arrays) -> None:
-        """What a computed step made; nothing where that and all before it must not be looked at.
+    def _kept(self, history: Arrays) -> Arrays:
+        return [a for of_call in self._of_each_call(history) for a in of_call[:-1]]
 
-        As an array of its own: mflux or a scheduler may write into the one that a step returns.
-        """
-        known = self._history or [[] for _ in made]
-        self._history = [[mx.array(m), *h][: self._n_kept] for m, h in zip(made, known, strict=False)]
-
-    def _filled(self) -> Arrays:
-        """The history in one list, with values that have no weight where there are fewer steps than the order wants."""
-        return [h[min(k, len(h) - 1)] for h in self._history for k in range(self._n_kept)]
+    def _forget(self) -> None:
+        """What was kept must not be looked at: it is no number, and has no weight."""
+        self._history = [mx.zeros_like(a) for a in self._history]
 
     def _of_each_call(self, history: Arrays) -> list[Arrays]:
         return [history[i : i + self._n_kept] for i in range(0, len(history), self._n_kept)]
