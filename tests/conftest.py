@@ -34,10 +34,10 @@ def flux() -> Any:
 
 @pytest.fixture(autouse=True)
 def _flux_is_left_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that leaves the shared pipeline gated fails itself, not a later one."""
+    """A test that leaves a shared pipeline gated fails itself, not a later one."""
+    flux = request.getfixturevalue("flux") if "flux" in request.fixturenames else None
     yield
-    if "flux" in request.fixturenames:
-        flux = request.getfixturevalue("flux")
+    if flux is not None:
         assert "generate_image" not in vars(flux), "the test left the pipeline gated"
 
 
@@ -51,6 +51,18 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rgb[(x - 64) ** 2 + (y - 64) ** 2 < 900] = (220, 30, 40)
     path = tmp_path_factory.mktemp("image_to_image") / "photo.png"
     Image.fromarray(rgb).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mask(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where FLUX.1 Fill paints: the middle."""
+    from PIL import Image
+
+    white = np.zeros((64, 64, 3), np.uint8)
+    white[16:48, 16:48] = 255
+    path = tmp_path_factory.mktemp("mask") / "mask.png"
+    Image.fromarray(white).save(path)
     return path
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("mflux", reason="the demo needs mflux")
 from PIL import Image
 
 import mlx_teacache_fast
-from mlx_teacache_fast import cli, cli_demo, demo, files, ops
+from mlx_teacache_fast import cli, demo, files, ops
 from mlx_teacache_fast.demo import compare as compare_module
 from mlx_teacache_fast.demo import report
 from mlx_teacache_fast.models import TINY_KLEIN
@@ -140,7 +140,7 @@ def test_threshold_0_warns_once_and_is_identical(tmp_path):
 
 
 def test_force_overwrites(tmp_path):
-    for name in cli_demo.OUTPUT_NAMES:
+    for name in cli.demo.OUTPUT_NAMES:
         (tmp_path / name).write_bytes(b"old")
     (tmp_path / "other").write_bytes(b"mine")
     result = run("demo", "sun", "--steps", 3, "--size", 32, "--guidance", 1, "--output", tmp_path, "--force")

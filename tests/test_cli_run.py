@@ -1,4 +1,6 @@
-"""``run`` and ``info``: mflux's real commands, but for its loading of weights, and what is refused before that."""
+"""``run`` and ``info``: mflux's real commands, but for its loading of weights, and what is refused before that; and
+README's table of pipelines.
+"""
 
 import contextlib
 import importlib
@@ -6,11 +8,12 @@ import inspect
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,21 +31,21 @@ from PIL import Image
 from test_cli import COMMAND, LISTEN, Result, run
 
 import mlx_teacache_fast
-from mlx_teacache_fast import VARIANTS, Calibration, Plan, Trace, cli, demo, variants
-from mlx_teacache_fast.tune.calibrate import Fitted
-from mlx_teacache_fast.mflux import commands, patch
+from mlx_teacache_fast import VARIANTS, Policy, Trace, cli, demo, models
+from mlx_teacache_fast.mflux import commands, hook
+from mlx_teacache_fast.mflux.families import COMMANDS, FAMILIES, PIPELINES, match
+from mlx_teacache_fast.policy import RULES, settings
 
 GENERATE = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt", "red apple"]
 SMALL = ["--width", "64", "--height", "64"]
-CLASSES = [pipeline for family in patch.FAMILIES for pipeline in family.PIPELINES]
-INITS = MappingProxyType({pipeline: vars(pipeline)["__init__"] for pipeline in CLASSES})
+INITS = MappingProxyType({pipeline: vars(pipeline)["__init__"] for pipeline in PIPELINES})
 
 
 @pytest.fixture(autouse=True)
 def _all_is_as_before():
     argv = list(sys.argv)
     yield
-    assert {pipeline: vars(pipeline)["__init__"] for pipeline in CLASSES} == INITS
+    assert {pipeline: vars(pipeline)["__init__"] for pipeline in PIPELINES} == INITS
     assert sys.argv == argv
 
 
@@ -93,7 +96,7 @@ def test_several_seeds(tmp_path, weights):
     skipped = sum(g.skipped for g in written.generations)
     assert skipped > 0
     lines = result.out.splitlines()
-    summary = lines[lines.index("flux2-klein-base-4b, rel_l1_thresh 0.4, forecast 1 of the output") :]
+    summary = lines[lines.index(f"flux2-klein-base-4b, {written.policy}") :]
     assert summary[1].split() == ["generations", "2"]
     assert summary[2].split()[:2] == ["steps", "24:"]
     assert f" {skipped} skipped" in summary[2]
@@ -102,62 +105,110 @@ def test_several_seeds(tmp_path, weights):
 
     flux = demo.pipeline()  # the pictures are those of apply()
     variant = VARIANTS["flux2-klein-base-4b"]
-    base = Calibration(variant.coefficients, variant.calibrated_range)
+    base = {"coefficients": variant.coefficients, "calibrated_range": variant.calibrated_range}
     for seed in (3, 4):
-        with mlx_teacache_fast.apply(flux, rel_l1_thresh=0.4, coefficients=base):
+        with mlx_teacache_fast.apply(flux, rel_l1_thresh=0.4, **base):
             image = flux.generate_image(seed, "red apple", 12, 64, 64, guidance=1.0)
         picture = np.asarray(Image.open(tmp_path / f"apple_seed_{seed}.png"))
         np.testing.assert_array_equal(picture, np.asarray(image.image))
 
 
 def test_options_reach_apply(tmp_path, weights):
-    given = ["--threshold", "0.4", "--coefficients", "0", "0", "0", "-1.5", "0.25", "--skip-first", "2"]
-    given += ["--skip-last", "3", "--max-consecutive-skips", "4", "--max-skips", "1"]
+    given = ["--threshold", "0.4", "--coefficients", "0", "0", "0", "-1.5", "0.25", "--calibrated-range", "0", "2"]
+    given += ["--skip-first", "2", "--skip-last", "3", "--max-consecutive-skips", "4", "--max-skips", "1"]
+    given += ["--forecast", "2", "--cache", "residual", "--no-metadata"]
     trace = tmp_path / "trace.json"
     output = tmp_path / "x.png"
     result = run("run", *given, "--trace", trace, "--", *GENERATE, *SMALL, "--steps", 12, "--output", output)
     assert result.code == 0, result.err
     written = Trace.from_json(trace)
-    assert written.rel_l1_thresh == 0.4
-    assert written.coefficients == (0.0, 0.0, 0.0, -1.5, 0.25)
-    assert (written.skip_first_n_steps, written.skip_last_n_steps, written.max_consecutive_skips) == (2, 3, 4)
+    assert written.policy == Policy.of(
+        rel_l1_thresh=0.4,
+        coefficients=(0.0, 0.0, 0.0, -1.5, 0.25),
+        calibrated_range=(0.0, 2.0),
+        skip_first_n_steps=2,
+        skip_last_n_steps=3,
+        max_consecutive_skips=4,
+        max_skips=1,
+        forecast=2,
+        cache="residual",
+        save_metadata=False,
+    )
     kinds = [step.kind for step in written.generations[0].steps]
     assert kinds[:2] == ["forced"] * 2
     assert kinds[-3:] == ["forced"] * 3
     assert kinds.count("skipped") == 1
 
 
-def test_plans_calibrations_and_modes_reach_apply(tmp_path, weights):
-    plan, mine, trace = tmp_path / "plan.json", tmp_path / "mine.json", tmp_path / "trace.json"
-    Plan("1010100101", 2, "residual", {}).to_json(plan)
-    calibration = Calibration((0.0, 0.0, 0.0, 1.0, 0.0), (0.02, 0.2), 0.11, "mine", 0.5)
-    Fitted(calibration, np.ones((1, 2)), np.ones((1, 2)), 0.5, ()).to_json(mine)
-    command = ["--", *GENERATE, *SMALL, "--output", tmp_path / "x.png", "--steps"]
-    for options in (["--plan", plan], ["--calibration", mine], ["--calibration", mine, "--mode", "fast"]):
-        result = run("run", *options, "--trace", trace, "--force", *command, 10)
-        assert result.code == 0, result.err
-        written = Trace.from_json(trace)
-        if options[0] == "--plan":
-            assert (written.steps, written.forecast, written.cache) == ("1010100101", 2, "residual")
-        else:
-            assert (written.coefficients, written.calibrated_range) == ((0.0, 0.0, 0.0, 1.0, 0.0), (0.02, 0.2))
-            assert written.rel_l1_thresh == pytest.approx(0.22 if "--mode" in options else 0.11)
-    result = run("run", "--plan", plan, *command, 12)
-    assert (result.code, len(weights)) == (2, 3)  # before weights are loaded
-    assert "steps plans 10 steps and the schedule has 12 active" in result.err
-    for bad, message in {
-        ("--calibration", tmp_path / "none.json"): "No such file or directory",
-        ("--plan", tmp_path / "none.json"): "No such file or directory",
-        ("--calibration", plan): f"{plan} is not a calibration",
-        ("--mode", "fast", "--threshold", "0.3"): "mode and rel_l1_thresh both set the threshold",
+@pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
+def test_policy_is_a_file_of_search_or_calibrate_or_a_picture(tmp_path, weights):
+    flux = demo.pipeline()
+    options = {"num_inference_steps": 10, "height": 32, "width": 32, "guidance": 1.0}
+    searched, fitted, picture, trace = (tmp_path / name for name in ("s.json", "c.json", "x.png", "trace.json"))
+    mlx_teacache_fast.search(flux, ["red apple"], budget=0.5, evaluations=1, path=searched, **options)
+    mlx_teacache_fast.calibrate(flux, ["red apple"], held_out=["sun"], **options).to_json(fitted)
+    command = [*GENERATE, *SMALL, "--steps", 10, "--seed", 3, "--output"]
+    assert run("run", "--mode", "fast", "--max-skips", 2, "--", *command, picture).code == 0
+    variant = VARIANTS["flux2-klein-base-4b"]
+    for path, policy in {
+        searched: Policy.from_json(searched),
+        fitted: Policy.from_json(fitted).of_model(variant),
+        picture: Policy.of(mode="fast", max_skips=2).of_model(variant),
     }.items():
-        result = run("run", *bad, *command, 10)
-        assert (result.code in (1, 2), len(weights)) == (True, 3)
-        assert message in result.err
-        assert result.err.count("\n") == 1
-    both = run("run", "--calibration", mine, "--coefficients", *"00001", *command, 10)
-    assert both.err.endswith("--calibration and --coefficients are two polynomials: leave out either\n")
-    assert "must be a 1 or 0 for each active step" in run("run", "--plan", "1x0", *command, 10).err
+        again = tmp_path / f"again-{path.stem}.png"
+        result = run("run", "--policy", path, "--trace", trace, "--force", "--", *command, again)
+        assert result.code == 0, result.err
+        assert Trace.from_json(trace).policy == policy
+        assert f"flux2-klein-base-4b, {policy}\n" in result.out
+    np.testing.assert_array_equal(np.asarray(Image.open(picture)), np.asarray(Image.open(again)))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_policy_that_cannot_be_used(tmp_path, photo):
+    plan, mine = tmp_path / "plan.json", tmp_path / "mine.json"
+    Policy.of(steps="1010100101").to_json(plan)
+    mine.write_text("{}")
+    beside = "a policy has all settings: leave out either it or rel_l1_thresh, save_metadata"
+    unsaid = f"{photo} does not say that it was made with gating: it has no 'mlx_teacache_fast' metadata"
+    for options, code, message in (
+        (
+            [plan],
+            2,
+            "steps plans 10 steps and the schedule has 12 active of num_inference_steps=12: plan one entry for "
+            "each active step",
+        ),
+        ([tmp_path / "none.json"], 1, f"[Errno 2] No such file or directory: '{tmp_path}/none.json'"),
+        ([mine], 2, f'{mine} is not a policy: it has no "format": "mlx-teacache-fast policy"'),
+        ([photo], 2, unsaid),
+        ([plan, "--threshold", 0.3, "--no-metadata"], 2, beside),
+    ):
+        result = run("run", "--policy", *options, "--", *GENERATE, "--steps", 12)
+        assert result == Result(code, "", f"mlx-teacache-fast run: error: {message}\n")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mode", "fast", "--threshold", 0.3], "mode and rel_l1_thresh both set the threshold: leave out either"),
+        (
+            ["--budget", 0.4, "--max-skips", 3],
+            "budget plans every step, and max_skips cannot count: leave out either",
+        ),
+        (
+            ["--coefficients", 1, 2, 3, 4, "inf"],
+            "coefficients must be five finite numbers of float32's range, fourth degree first, got "
+            "[1.0, 2.0, 3.0, 4.0, inf]",
+        ),
+        (
+            ["--calibrated-range", 0.1, 0.2],
+            "calibrated_range belongs to coefficients of yours: give them too",
+        ),
+    ],
+)
+def test_settings_that_cannot_count(options, message):
+    result = run("run", *options, "--", *GENERATE)
+    assert result == Result(2, "", f"mlx-teacache-fast run: error: {message}\n")
 
 
 def test_low_ram(tmp_path, weights):
@@ -173,9 +224,9 @@ def test_low_ram(tmp_path, weights):
     assert weights[1].transformer is None
 
 
-def test_plan(tmp_path, weights):
+def test_steps(tmp_path, weights):
     output, trace = tmp_path / "x.png", tmp_path / "trace.json"
-    result = run("run", "--plan", "10110", "--trace", trace, "--", *GENERATE, *SMALL, "--steps", 5, "--output", output)
+    result = run("run", "--steps", "10110", "--trace", trace, "--", *GENERATE, *SMALL, "--steps", 5, "--output", output)
     assert result.code == 0, result.err
     kinds = [step.kind for step in Trace.from_json(trace).generations[0].steps]
     assert kinds == ["computed", "skipped", "computed", "computed", "skipped"]
@@ -204,7 +255,7 @@ def test_like_a_picture(tmp_path, weights):
     assert result.code == 0, result.err
     np.testing.assert_array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(second)))
     said, again = (mlx_teacache_fast.read_metadata(path) for path in (first, second))
-    assert (said.settings, said.steps) == (again.settings, again.steps)
+    assert (said.policy, said.steps) == (again.policy, again.steps)
     assert said.steps.count("0") == 3
 
     result = run("run", "--no-metadata", "--like", second, "--", *GENERATE[:1], "--seed", 6, "--output", third)
@@ -218,11 +269,10 @@ def test_like_a_picture(tmp_path, weights):
     assert result.code == 0
     assert result.out.splitlines()[2].split() == ["steps", said.steps]
 
-    result = run("run", "--like", first, "--skip-last", 1, "--", "mflux-generate-flux2")
-    assert result.code == 2
-    assert result.err == (
-        "mlx-teacache-fast run: error: --like has all options of the gate: leave out either it or them\n"
-    )
+    for options in (["--skip-last", 1], ["--policy", first]):
+        result = run("run", "--like", first, *options, "--", "mflux-generate-flux2")
+        message = "--like has all options of the gate: leave out either it or them"
+        assert result == Result(2, "", f"mlx-teacache-fast run: error: {message}\n")
 
 
 def test_like_an_image_to_image_picture(tmp_path, weights, monkeypatch, photo):
@@ -251,14 +301,14 @@ def test_like_an_image_to_image_picture(tmp_path, weights, monkeypatch, photo):
 
 
 def test_like_with_a_command_that_takes_no_metadata(tmp_path, weights, no_weights):
-    record = {"settings": {"rel_l1_thresh": 0.4}, "steps": "101", "variant_id": "flux1-dev", "pipeline": "Flux1Fill"}
+    record = {"policy": {"rel_l1_thresh": 0.4}, "steps": "101", "variant_id": "flux1-dev", "pipeline": "Flux1Fill"}
     record |= {"scheduler": "linear", "versions": {"mlx_teacache_fast": "0.0.1"}}
     path = tmp_path / "a.metadata.json"
     path.write_text(json.dumps({"prompt": "x", "mlx_teacache_fast": record}))
     result = run("run", "--like", path, "--", "mflux-generate-fill", "--help")
     assert result.err.splitlines() == [
         "mlx-teacache-fast: warning: version 0.0.1 of this package made the picture, and "
-        f"{mlx_teacache_fast.__version__} may decide otherwise: --plan 101 --forecast 0 --cache residual repeats its "
+        f"{mlx_teacache_fast.__version__} may decide otherwise: --steps 101 --forecast 1 --cache output repeats its "
         "steps",
         "mlx-teacache-fast: warning: mflux-generate-fill takes from a picture only how it is gated: give prompt, "
         "model, seed, steps and size yourself",
@@ -266,10 +316,10 @@ def test_like_with_a_command_that_takes_no_metadata(tmp_path, weights, no_weight
 
 
 def test_commands_that_repeat_a_picture():
-    """``REPEATING`` is what mflux's parsers say, but for one."""
-    for name in set(commands.COMMANDS) & set(commands.scripts()) - {"mflux-generate-in-context"}:
+    """``repeats`` is what mflux's parsers say, but for one."""
+    for name in set(COMMANDS) & set(commands.scripts()) - {"mflux-generate-in-context"}:
         source = inspect.getsource(importlib.import_module(commands.scripts()[name].module))
-        assert ("supports_metadata_config=True" in source) == (name in commands.REPEATING), name
+        assert ("supports_metadata_config=True" in source) == COMMANDS[name].repeats, name
 
 
 def test_the_trace_is_written_before_anything_is_printed(tmp_path, weights, monkeypatch):
@@ -307,7 +357,7 @@ def test_flux1(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FluxInitializer, "init", init)
     command = ["mflux-generate", "--model", "dev", "--prompt", flux1_pipelines.PROMPT, *SMALL, "--steps", 5]
-    result = run("run", "--plan", "11010", "--", *command, "--output", tmp_path / "x.png")
+    result = run("run", "--steps", "11010", "--", *command, "--output", tmp_path / "x.png")
     assert result.code == 0, result.err
     assert "flux1-dev, steps as planned, forecast 1 of the output\ngenerations     1\n" in result.out
     assert Image.open(tmp_path / "x.png").size == (64, 64)
@@ -324,7 +374,7 @@ def test_flux1(tmp_path, monkeypatch):
             "the schedule has 1 active of num_inference_steps=4",
         ),
         (["--skip-last", 9], [*GENERATE[:3], "--steps", 10], "leave no step to gate: the schedule has 10 active"),
-        (["--plan", "1010"], [*GENERATE[:3], "--steps", 5], "steps plans 4 steps and the schedule has 5 active"),
+        (["--steps", "1010"], [*GENERATE[:3], "--steps", 5], "steps plans 4 steps and the schedule has 5 active"),
     ],
 )
 def test_steps_are_checked_before_weights(own, command, message, no_weights):
@@ -336,11 +386,11 @@ def test_steps_are_checked_before_weights(own, command, message, no_weights):
 
 
 def test_every_pipeline_that_a_command_makes_is_gated(weights):
-    handles = []
-    with commands.gating({"rel_l1_thresh": 0.3}, handles):
+    handles, policy = [], Policy.of(rel_l1_thresh=0.3)
+    with commands.gating(lambda flux: handles.append(mlx_teacache_fast.apply(flux, policy)), policy):
         pipelines = [Flux2Klein(model_config=ModelConfig.flux2_klein_base_4b()) for _ in range(2)]
-    assert [patch.live_handle(flux) for flux in pipelines] == handles
-    assert patch.live_handle(Flux2Klein(model_config=ModelConfig.flux2_klein_base_4b())) is None
+    assert [hook.hook_of(flux).handle for flux in pipelines] == handles
+    assert hook.hook_of(Flux2Klein(model_config=ModelConfig.flux2_klein_base_4b())) is None
     for handle in handles:
         handle.restore()
 
@@ -353,7 +403,7 @@ def test_the_command_sees_its_own_name(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("name", commands.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_mflux_s(name):
     result = run("run", "--", name, "--help")
     out = io.StringIO()
@@ -365,21 +415,22 @@ def test_help_is_mflux_s(name):
 
 
 def test_commands_are_all_of_mflux_s_flux_commands():
-    flux = [name for name, script in commands.scripts().items() if script.module.startswith(commands._FLUX_MODULES)]
-    assert set(flux) - set(commands.COMMANDS) == {"mflux-concept", "mflux-concept-from-image"}
-    assert set(commands.COMMANDS) <= set(flux)
+    modules = ("mflux.models.flux.cli.", "mflux.models.flux2.cli.")
+    flux = {name for name, script in commands.scripts().items() if script.module.startswith(modules)}
+    assert flux - set(COMMANDS) == {"mflux-concept", "mflux-concept-from-image"}
+    assert set(COMMANDS) <= flux
 
 
-def test_each_command_makes_a_class_that_can_be_gated():
-    for name in commands.COMMANDS:
+def test_each_command_makes_its_pipeline():
+    for name, command in COMMANDS.items():
         module = importlib.import_module(commands.scripts()[name].module)
-        assert any(pipeline in vars(module).values() for pipeline in CLASSES), name
+        assert command.pipeline in vars(module).values(), name
 
 
 # ---- What is refused, before weights are loaded
 
 REASON = "it returns attention maps beside the image, which a step whose blocks are skipped does not have"
-ALL = ", ".join(commands.COMMANDS)
+ALL = ", ".join(COMMANDS)
 NO_COMMAND = (
     'no mflux command: it goes after "--", as in mlx-teacache-fast run -- mflux-generate-flux2 --prompt "a red apple"'
 )
@@ -397,14 +448,14 @@ NO_COMMAND = (
         (["--", "mflux-concept-from-image"], f"mflux-concept-from-image cannot be gated: {REASON}"),
         (
             ["--", "mflux-generate-qwen", "--prompt", "x"],
-            f"mflux-generate-qwen is not for FLUX.1 or FLUX.2, and only those can be gated: {ALL}",
+            f"mflux-generate-qwen cannot be gated: those that can be are {ALL}",
         ),
         (
             ["--", "mflux-genrate-kontext"],
             "mflux has no command 'mflux-genrate-kontext'; did you mean mflux-generate-kontext or "
             "mflux-generate-in-context or mflux-generate-controlnet?",
         ),
-        (["--", "convert"], f"mflux has no command 'convert'; its FLUX commands are {ALL}"),
+        (["--", "convert"], f"mflux has no command 'convert'; those that can be gated are {ALL}"),
         (
             ["--", "/opt/bin/mflux-upscale-controlnet"],
             "mflux has no command '/opt/bin/mflux-upscale-controlnet'; did you mean mflux-upscale-controlnet or "
@@ -430,29 +481,30 @@ def test_unknown_model_is_refused_before_its_weights():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--threshold", "1.5"], "argument --threshold: must be a number from 0 to 1, got 1.5"),
-        (
-            ["--coefficients", "1", "2", "3", "4", "inf"],
-            "argument --coefficients: must be a finite number of float32's range, got inf",
-        ),
-        (["--coefficients", "1", "2"], "argument --coefficients: expected 5 arguments"),
-        (["--skip-first", "-1"], "argument --skip-first: must be a whole number of steps, 0 or more, got -1"),
-        (["--skip-last", "x"], "argument --skip-last: must be a whole number of steps, 0 or more, got x"),
+        (["--threshold", "1.5"], "--threshold: rel_l1_thresh must be a number from 0.0 to 1.0, got 1.5"),
+        (["--threshold", "nan"], "--threshold: rel_l1_thresh must be a number from 0.0 to 1.0, got nan"),
+        (["--threshold", "much"], "--threshold: rel_l1_thresh must be a number from 0.0 to 1.0, got 'much'"),
+        (["--coefficients", "1", "2"], "--coefficients: expected 5 arguments"),
+        (["--skip-first", "-1"], "--skip-first: skip_first_n_steps must be a whole number of steps, 0 or more, got -1"),
+        (["--skip-last", "x"], "--skip-last: skip_last_n_steps must be a whole number of steps, 0 or more, got 'x'"),
         (
             ["--max-consecutive-skips", "1.5"],
-            "argument --max-consecutive-skips: must be a whole number of steps, 0 or more, got 1.5",
+            "--max-consecutive-skips: max_consecutive_skips must be a whole number of steps, 0 or more, got '1.5'",
         ),
-        (["--max-skips", "-2"], "argument --max-skips: must be a whole number of steps, 0 or more, got -2"),
-        (["--plan", "1120"], "argument --plan: must be a 1 or 0 for each active step, such as \"1101\", got '1120'"),
+        (["--max-skips", "-2"], "--max-skips: max_skips must be a whole number of steps, 0 or more, got -2"),
+        (["--budget", "0"], "--budget: budget must be a share of the steps above 0.0 and up to 1.0, got 0.0"),
+        (["--forecast", "3"], "--forecast: forecast must be an order from 0 (reuse) to 2, got 3"),
+        (["--steps", "1120"], "--steps: steps must be a 1 or 0 for each active step, such as \"1101\", got '1120'"),
         (
-            ["--plan", "011"],
-            "argument --plan: must begin with a computed step (1), got '011': there is nothing to reuse",
+            ["--steps", "011"],
+            "--steps: steps must begin with a computed step (1), got '011': there is nothing to reuse",
         ),
     ],
 )
 def test_bad_values(arguments, message):
     result = run("run", *arguments, "--", *GENERATE)
-    assert result == Result(2, "", f"mlx-teacache-fast run: error: {message} (see mlx-teacache-fast run --help)\n")
+    message = f"argument {message} (see mlx-teacache-fast run --help)"
+    assert result == Result(2, "", f"mlx-teacache-fast run: error: {message}\n")
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -572,7 +624,7 @@ def test_finished_pictures_are_summed_up_after_an_error(tmp_path, weights, monke
     output = tmp_path / "x.png"
     result = run("run", "--", *command, "--steps", 4, "--seed", 1, 2, "--output", output)
     assert result.code == 0  # mflux prints this error, and no more
-    assert "flux2-klein-base-4b, rel_l1_thresh 0.17, forecast 1 of the output\ngenerations     1\n" in result.out
+    assert f"flux2-klein-base-4b, {Policy.of(rel_l1_thresh=0.17)}\ngenerations     1\n" in result.out
     assert (tmp_path / "x_seed_1.png").exists()
     assert not (tmp_path / "x_seed_2.png").exists()
 
@@ -624,10 +676,8 @@ def test_ctrl_c_in_a_step(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "Stopping image generation at step 4/6\n" in result.stdout
-    assert (
-        "flux2-klein-base-4b, rel_l1_thresh 0.17, forecast 1 of the output\ngenerations     1\nsteps           6: "
-        in result.stdout
-    )
+    head = f"flux2-klein-base-4b, {Policy.of(rel_l1_thresh=0.17)}"
+    assert f"{head}\ngenerations     1\nsteps           6: " in result.stdout
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["x_seed_1.png"]
 
@@ -703,9 +753,9 @@ def test_info_says_which_model_a_name_is_taken_for():
             ["flux2-klien-base-4b"],
             "mflux knows no model 'flux2-klien-base-4b'; did you mean flux2-klein-base-4b or ",
         ),
-        (["xyzzy"], "mflux knows no model 'xyzzy'; the FLUX models are dev, schnell, krea-dev, "),
+        (["xyzzy"], "mflux knows no model 'xyzzy'; those that can be gated are dev, schnell, krea-dev, "),
         (["me/x", "--base-model", "krea-def"], "mflux knows no model 'krea-def'; did you mean krea-dev"),
-        (["qwen-image"], "qwen-image is none of the FLUX models that can be gated: dev, schnell, "),
+        (["qwen-image"], "qwen-image is none of the models that can be gated: dev, schnell, "),
         (["--steps", "5"], "--steps and --base-model are about one model: name it"),
         (["dev", "--steps", "0"], "argument --steps: must be a whole number of at least 1, got 0"),
     ],
@@ -732,11 +782,13 @@ def test_published_skips_are_at_the_default_threshold_once():
     for variant in VARIANTS.values():
         defaults = [p for p in variant.published if p.rel_l1_thresh == variant.rel_l1_thresh]
         assert len(defaults) == (variant.variant_id != "flux1-schnell"), variant.variant_id
-        assert all(isinstance(p, variants.Published) and 0 <= p.skipped < p.steps for p in variant.published)
+        assert all(isinstance(p, models.Published) and 0 <= p.skipped < p.steps for p in variant.published)
         assert not variant.distilled or all(p.skipped == 0 for p in variant.published)
 
 
 # ---- Help
+
+SETTINGS = settings(*RULES, Policy)
 
 
 @pytest.mark.parametrize(
@@ -744,8 +796,8 @@ def test_published_skips_are_at_the_default_threshold_once():
     [
         (
             "run",
-            "--threshold --coefficients --skip-first --skip-last --max-consecutive-skips --max-skips --plan --trace "
-            "--force bound rel-L1 130 mflux-generate-in-context-catvton",
+            "--policy --like --trace --force bound rel-L1 130 "
+            + " ".join(setting.metadata["flag"] for setting in SETTINGS),
         ),
         ("info", "--base-model --steps calibrated threshold range published helps MODEL"),
     ],
@@ -761,26 +813,47 @@ def test_help(command, words, monkeypatch):
 
 def test_run_s_help_names_every_command():
     text = run("run", "--help").out
-    for name in commands.COMMANDS:
-        assert f"  {name} " in text.replace("\n", " ")
+    assert set(COMMANDS) <= set(re.split(r"[,\s]+", text))
     assert run("run", "-h").out == text
 
 
 def test_run_s_defaults_are_apply_s(monkeypatch):
-    """Options that are not given are left to ``apply``, and the help says what it does then."""
+    """Options that are not given are left to the policy, and the help says what it has then."""
     seen = []
     monkeypatch.setattr(commands, "find", lambda name: lambda: 0)
-    monkeypatch.setattr(commands, "gating", lambda options, *_, **__: contextlib.nullcontext(seen.append(options)))
+    monkeypatch.setattr(commands, "gating", lambda gate, policy, **_: contextlib.nullcontext(seen.append(policy)))
     assert run("run", "--", "mflux-generate").code == 0
-    assert seen == [{"save_metadata": True}]
-    defaults = {name: p.default for name, p in inspect.signature(mlx_teacache_fast.apply).parameters.items()}
+    assert seen == [Policy()]
     words = " ".join(run("run", "--help").out.split())
-    assert f"first steps are always computed (default: {defaults['skip_first_n_steps']})" in words
-    assert f"last steps are always computed (default: {defaults['skip_last_n_steps']})" in words
-    assert f"after so many skipped ones (default: {defaults['max_consecutive_skips']})" in words
+    for setting in SETTINGS:
+        says = setting.metadata["says"]
+        assert " ".join(says.split()) in words
+        if type(setting.default) in (int, str):
+            assert says.endswith(f"(default: {setting.default})")
 
 
 def test_as_a_module():
     result = subprocess.run([*COMMAND, "run", "--", "mflux-fly"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("mlx-teacache-fast run: error: mflux has no command 'mflux-fly'; ")
+
+
+# ---- README
+
+
+def pipelines_table():
+    """The table of families as README has it."""
+    rows = [("mflux's class", "commands", "calibrated models", "refused why"), ("---",) * 4]
+    for family in FAMILIES:
+        for pipeline in family.pipelines:
+            names = [f"`{name}`" for name, command in family.commands.items() if command.pipeline is pipeline]
+            known = {alias: match(SimpleNamespace(aliases=[alias]), pipeline) for alias in family.models}
+            calibrated = [alias for alias, found in known.items() if found.calibrated]
+            rows.append((f"`{pipeline.__name__}`", ", ".join(names), ", ".join(calibrated), ""))
+        rows += [(f"`{pipeline.__name__}`", "", "", why) for pipeline, why in family.refused.items()]
+    return "".join("| {} | {} | {} | {} |\n".format(*row) for row in rows)
+
+
+def test_readme_has_the_table_of_families():
+    text = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    assert text.split("<!-- pipelines -->\n")[1].split("<!-- /pipelines -->")[0] == pipelines_table()

@@ -25,8 +25,8 @@ from mlx_teacache_fast.demo import compare as compare_module
 from mlx_teacache_fast.demo import report
 from mlx_teacache_fast.demo._extra import demo_extra
 from mlx_teacache_fast.demo.compare import Comparison, Settings, Summary, check_prompts, compare
-from mlx_teacache_fast.record.stats import GenerationStats, StepRecord
 from mlx_teacache_fast.models import TINY_KLEIN
+from mlx_teacache_fast.record.stats import GenerationStats, StepRecord
 
 # 4 tokens instead of 64 and no guidance: a step in milliseconds. At 0.5 some of 14 steps are skipped, some computed.
 QUICK = Settings(steps=14, seed=3, guidance=1.0, size=32, threshold=0.5)

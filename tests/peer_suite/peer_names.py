@@ -4,7 +4,9 @@
 counts, warns and raises is this package; what is here brings the tests' fake objects to it.
 """
 
+import contextlib
 import sys
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
@@ -19,8 +21,9 @@ from mlx import nn
 
 import mlx_teacache_fast as ours
 from mlx_teacache_fast import ops
-from mlx_teacache_fast.step.generation import Generation
+from mlx_teacache_fast.mflux.hook import hook_of
 from mlx_teacache_fast.record.stats import Kind, step_record
+from mlx_teacache_fast.step.generation import Generation
 
 NOT_HERE = ("CalibrationError", "StatsFrozenError", "TransformerShapeError")  # docs/mlx-teacache.md says why
 
@@ -38,14 +41,14 @@ class Transformer(nn.Module):  # type: ignore[misc, name-defined]
 
 
 class Gated:
-    """One of mflux's pipelines, without weights and gated by ``apply``; its loop is a function of a test."""
+    """One of mflux's pipelines, without weights and gated by ``apply_teacache``; its loop is a function of a test."""
 
     def __init__(
         self, stats: ours.Stats, first: int = 1, last: int = 1, threshold: float = 0.0, on_instance: bool = False
     ) -> None:
         self.flux = flux = pipeline(Flux1, "dev")
         if on_instance:
-            flux.generate_image = lambda: flux.loop()
+            flux.generate_image = types.MethodType(type(flux).generate_image, flux)
         with warnings.catch_warnings(action="ignore"):
             self.handle = ours.apply_teacache(
                 flux,
@@ -54,20 +57,25 @@ class Gated:
                 skip_last_n_steps=last,
                 save_metadata=False,  # the tests' functions return no picture
             )
-        vars(self.handle)["stats"] = stats
-        self.patch: Any = self.handle._patch
+        self.hook = cast(Any, hook_of(flux))
+        self.hook.stats = stats
 
-    def generate(self, loop: Callable[[], Any]) -> Any:
+    def generate(self, loop: Callable[[Any], Any]) -> Any:
+        """``loop`` is called with what a generation runs on."""
         self.flux.loop = loop
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "this generation is not counted")  # some tests stop after a step
-            return self.flux.generate_image()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "this generation is not counted")  # some tests stop after a step
+                return self.flux.generate_image()
+        finally:
+            del self.flux.loop
 
-    def begin(self, config: Any) -> Generation:
-        """What mflux does before its loop, and the generation that comes of it."""
-        for callback in self.flux.callbacks.before_loop:
-            callback.call_before_loop(config=config)
-        return cast(Generation, self.patch._generation)
+
+def begin(view: Any, config: Any) -> Generation:
+    """What mflux does before its loop, and the generation that comes of it."""
+    for callback in view.callbacks.before_loop:
+        callback.call_before_loop(config=config)
+    return cast(Generation, view._run._steps[-1].generation)
 
 
 def pipeline(base: Any, model: str) -> Any:
@@ -79,13 +87,13 @@ def pipeline(base: Any, model: str) -> Any:
             self.callbacks = CallbackRegistry()
 
         def generate_image(self) -> Any:
-            return self.loop()
+            return self.loop(self)
 
     return Pipeline()
 
 
 def schedule(num_inference_steps: int, init_time_step: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(num_inference_steps=num_inference_steps, init_time_step=init_time_step)
+    return SimpleNamespace(num_inference_steps=num_inference_steps, init_time_step=init_time_step, scheduler=None)
 
 
 # ---- gate, cache
@@ -151,16 +159,17 @@ def gate_step(
     step_idx: int,
     mod_in: mx.array,
 ) -> SimpleNamespace:
-    generation = Generation(Gated(ours.Stats(), skip_first, skip_last).handle, num_steps, None)
+    policy = ours.Policy.of(skip_first_n_steps=skip_first, skip_last_n_steps=skip_last)
+    generation = Generation(policy, num_steps, list)
     for _ in range(step_idx):
-        generation.record_kind("computed")
+        generation.record("computed")
     after = gate(
         mod_in,
         state.previous_mod_input,
         coefficients=coefficients,
         threshold=rel_l1_thresh,
         accumulated=state.accumulated_distance,
-        force=generation.next_force(),
+        force=generation.force(),
     )
     step = step_record(step_idx, after)
     state.accumulated_distance = step.accumulated
@@ -206,13 +215,12 @@ class TeaCacheStats(ours.Stats):
         self.waiting = []
 
     def finalize_last_generation(self, *, num_inference_steps: int, cfg_was_active: bool) -> None:
-        gated = Gated(self)
-        gated.generate(lambda: self.play(gated.begin(schedule(num_inference_steps))))
+        Gated(self).generate(lambda view: self.play(begin(view, schedule(num_inference_steps))))
 
     def play(self, generation: Generation) -> None:
         steps, self.waiting = self.waiting, []
         for step in steps:
-            generation.record_kind(step.kind)
+            generation.record(step.kind)
 
 
 # ---- lifecycle
@@ -223,37 +231,48 @@ class GenerationContext(SimpleNamespace):
 
 
 def active_step_count(config: Any) -> int:
-    gated = Gated(ours.Stats())
-    return cast(int, gated.generate(lambda: gated.begin(config).num_steps))
+    return cast(int, Gated(ours.Stats()).generate(lambda view: begin(view, config).num_steps))
 
 
 class GenerationContextCallback:
-    """Begins a generation, which calls what ``apply`` has registered with mflux's callbacks."""
+    """Runs generations: one to its end, where this package warns of short schedules, and one that is interrupted."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._gated = gated_as(handle)
+        self._gated = gated_as(handle, ours.Stats())  # a test counts only what it records itself
+        self._config: Any = None
 
     def call_before_loop(self, *, config: Any, **_: Any) -> None:
         # mflux's configuration always has an init_time_step; some of the tests' have none.
-        config = schedule(config.num_inference_steps, getattr(config, "init_time_step", 0))
-        count = self._gated.generate(lambda: self._gated.begin(config).num_steps)
-        self._handle._gen_ctx.active_num_steps = count
-        self._handle._state.no_benefit_warned = self._gated.patch._short_schedule_told
+        self._config = schedule(config.num_inference_steps, getattr(config, "init_time_step", 0))
 
-    def call_after_loop(self, **kwargs: Any) -> None:
-        for callback in self._gated.flux.callbacks.after_loop:
-            callback.call_after_loop(**kwargs)
+        def loop(view: Any) -> int:
+            generation = begin(view, self._config)
+            while not generation.is_over:
+                generation.record("computed")
+            return generation.num_steps
 
-    def call_interrupt(self, **kwargs: Any) -> None:
-        for callback in self._gated.flux.callbacks.interrupt:
-            callback.call_interrupt(**kwargs)
+        self._handle._gen_ctx.active_num_steps = self._gated.generate(loop)
+        self._handle._state.no_benefit_warned = self._gated.hook.short_schedule_told
+
+    def call_after_loop(self, **_: Any) -> None:
+        """Nothing of this package is called then."""
+
+    def call_interrupt(self, **_: Any) -> None:
+        stats = self._handle._state.stats
+
+        def loop(view: Any) -> None:
+            stats.play(begin(view, self._config))
+            raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            gated_as(self._handle, stats).generate(loop)
 
 
-def gated_as(handle: Any) -> Gated:
+def gated_as(handle: Any, stats: ours.Stats) -> Gated:
     """With the settings of a test's handle."""
     window = handle.skip_first_n_steps, handle.skip_last_n_steps
-    return Gated(handle._state.stats, *window, getattr(handle, "rel_l1_thresh", 0.2))
+    return Gated(stats, *window, getattr(handle, "rel_l1_thresh", 0.2))
 
 
 def wrap_generate_image(flux: Any, handle: Any) -> None:
@@ -263,12 +282,13 @@ def wrap_generate_image(flux: Any, handle: Any) -> None:
     restored.handle.restore()
     handle._generate_image_was_instance_attr = "generate_image" in vars(restored.flux)
     gated = Gated(stats, on_instance=on_instance)
+    before = dict(vars(gated.flux))
 
-    def loop() -> Any:
+    def loop(view: Any) -> Any:
         try:
             return original()
         finally:  # the steps of a test that fails come before the failure
-            stats.play(gated.begin(schedule(len(stats.waiting))))
+            stats.play(begin(view, schedule(len(stats.waiting))))
 
     def generate_image() -> Any:
         if getattr(flux, "callbacks", None) is not callbacks:  # the test has replaced them
@@ -276,8 +296,8 @@ def wrap_generate_image(flux: Any, handle: Any) -> None:
         try:
             return gated.generate(loop)
         finally:
-            running = gated.patch._generation
-            handle._gen_ctx.active_num_steps = None if running is None else running.num_steps
+            if vars(gated.flux) == before:  # nothing of a generation is left
+                handle._gen_ctx.active_num_steps = None
 
     flux.generate_image = generate_image
 
@@ -286,19 +306,19 @@ def flux1_forward_with_gate(
     inner: Any, handle: Any, *, t: int, config: Any, hidden_states: mx.array, **_: Any
 ) -> mx.array:
     """The step that follows on ``step_counter`` others. The tests have a threshold of 0: mflux's forward runs."""
-    gated, cache = gated_as(handle), handle._state.cache
+    cache = handle._state.cache
     nominal = config.num_inference_steps
     config = schedule(nominal, nominal - handle._gen_ctx.active_num_steps)
 
-    def loop() -> mx.array:
-        generation = gated.begin(config)
+    def loop(view: Any) -> mx.array:
+        generation = begin(view, config)
         while True:
-            noise: mx.array = gated.flux.transformer(t, config, hidden_states)
+            noise: mx.array = view.transformer(t, config, hidden_states)
             if generation.index > cache.step_counter:
                 cache.step_counter = generation.index
                 return noise
 
-    return cast(mx.array, gated.generate(loop))
+    return cast(mx.array, gated_as(handle, handle._state.stats).generate(loop))
 
 
 # ---- errors, and all names

@@ -70,6 +70,10 @@ DIFFERS = {
     "test_lifecycle.py": {
         "test_before_loop_captures_num_steps": ("no attribute 'token'", "asserts a private counter of generations"),
         "test_after_loop_marks_pending_finalize_does_not_commit": ("assert 25 is None", NO_PENDING),
+        "test_wrap_callback_replacement_raises_missing_context": (
+            "DID NOT RAISE PatchLostError",
+            "nothing is registered with mflux's callbacks, so they may be replaced",
+        ),
     },
     "test_lifecycle_img2img.py": {
         "test_active_step_count_missing_init_time_step_attribute_treats_as_txt2img": (
