@@ -1,7 +1,6 @@
 """``apply`` on mflux's real FLUX.2 pipeline, run by mflux's own ``generate_image`` on the embedded model."""
 
 import functools
-import gc
 import inspect
 import itertools
 import json
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import warnings
-import weakref
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +16,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from every_pipeline import kinds
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.lora.layer.linear_lora_layer import LoRALinear
-from mflux.models.common.lora.mapping.lora_saver import LoRASaver
 from mlx import nn
-from mlx.utils import tree_flatten
 
 import mlx_teacache_fast as tc
-from mlx_teacache_fast import ops
 
 Generate = Callable[..., np.ndarray]
 MFLUX = tuple(int(part) for part in version("mflux").split(".")[:2])
@@ -79,37 +75,6 @@ def test_threshold_zero_is_bit_equal(
     assert handle.stats.computed_count == active
     if steps <= 4:  # the plain pipeline again, after restore
         assert np.array_equal(generate(**arguments), plain)
-
-
-@pytest.mark.parametrize(
-    ("guidance", "steps", "size", "dtype"),
-    [
-        (1.0, 4, (128, 128), mx.float32),
-        (4.0, 4, (96, 160), mx.float32),
-        (4.0, 12, (64, 64), mx.float32),
-        (4.0, 4, (32, 64), mx.bfloat16),
-        pytest.param(4.0, 50, (128, 128), mx.float32, marks=pytest.mark.slow),
-        pytest.param(1.0, 12, (128, 128), mx.bfloat16, marks=pytest.mark.slow),
-    ],
-)
-def test_computed_steps_are_bit_equal_through_gate_and_branch(
-    guidance: float, steps: int, size: tuple[int, int], dtype: mx.Dtype
-) -> None:
-    """A threshold that nothing stays below: every step goes through gate and branch, and every body is computed."""
-    from mlx_teacache_fast import demo
-
-    flux = demo.pipeline(dtype)
-
-    def image() -> np.ndarray:
-        arguments = dict(guidance=guidance, num_inference_steps=steps, height=size[0], width=size[1])
-        return np.asarray(flux.generate_image(prompt="blue heart", seed=3, **arguments).image)
-
-    plain = image()
-    with tc.apply_teacache(flux, rel_l1_thresh=1e-9) as handle:
-        ops.reset_counters()
-        assert np.array_equal(image(), plain)
-    assert handle.stats.skipped_count == 0
-    assert ops.counters() == {"reads": steps, "computed": steps * (2 if guidance > 1 else 1), "reused": 0}
 
 
 # ---- Against the peer
@@ -185,17 +150,6 @@ def test_same_steps_and_image_as_the_peer(
 # ---- What it costs
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_one_host_read_a_step(flux: Any, generate: Generate, guidance: float) -> None:
-    with tc.apply_teacache(flux, rel_l1_thresh=0.4) as handle:
-        ops.reset_counters()
-        generate(guidance=guidance, num_inference_steps=30, height=64, width=64)
-    branches = 2 if guidance > 1 else 1
-    skipped = handle.stats.skipped_count
-    assert skipped > 0
-    assert ops.counters() == {"reads": 30, "computed": (30 - skipped) * branches, "reused": skipped * branches}
-
-
 MEMORY = """
     import json, os, sys, warnings
     import mlx.core as mx
@@ -234,12 +188,12 @@ def peak_memory(guidance: float, **settings: Any) -> float:
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("cache", "guidance", "limit"), [("residual", 1.0, 2), ("residual", 4.0, 3), ("output", 1.0, 2), ("output", 4.0, 2)]
+    ("cache", "guidance", "limit"), [("residual", 1.0, 2), ("residual", 4.0, 2), ("output", 1.0, 1), ("output", 4.0, 1)]
 )
 def test_peak_memory(
     cache: str, guidance: float, limit: float, order: int, record_property: Callable[[str, object], None]
 ) -> None:
-    """Above plain mflux, in arrays of [S, D]: anchor and ``x``, and with guidance a residual more; then a term each.
+    """Above plain mflux, in arrays of [S, D]: the anchor, and of residuals one more; then for each order a term more.
 
     A term is a residual for each branch of the guidance, or a noise prediction, here of [S, D / 2].
     """
@@ -249,288 +203,19 @@ def test_peak_memory(
     assert extra <= limit + 0.1  # states and scalars
 
 
-def test_memory_saver_frees_the_transformer() -> None:
-    from mflux.callbacks.instances.memory_saver import MemorySaver
-
-    from mlx_teacache_fast import demo
-
-    flux = demo.pipeline()
-    handle = tc.apply_teacache(flux, rel_l1_thresh=0.4)
-    transformer = weakref.ref(flux.transformer)
-    weights = sum(a.nbytes for _, a in tree_flatten(flux.transformer.parameters()))
-    seen = []
-
-    class Noting:
-        def call_after_loop(self, **_: Any) -> None:
-            seen.append((transformer() is None, mx.get_active_memory()))
-
-    flux.callbacks.register(Noting())
-    flux.callbacks.register(MemorySaver(flux, keep_transformer=False, cache_limit_bytes=None))
-
-    flux.callbacks.register(Noting())
-    flux.generate_image(prompt="owl", seed=1, num_inference_steps=12, height=32, width=32)
-    # mflux 0.20 keeps its function of a step, and in it the transformer, until the picture is done.
-    (before_gone, before), (after_gone, after) = seen
-    assert (before_gone, after_gone) == (False, MFLUX >= (0, 21))
-    if after_gone:
-        assert before - after > 0.99 * weights
-    assert transformer() is None
-    assert handle.stats.total_steps == 12
-
-
-FREED = """
-    import gc, os, sys, warnings
-    import mlx.core as mx
-    import mlx_teacache_fast as tc
-    from mlx_teacache_fast import demo
-    from mflux.utils.apple_silicon import AppleSiliconUtil
-
-    warnings.simplefilter("ignore")
-    mx.set_default_device(mx.cpu)
-    AppleSiliconUtil.is_m1_or_m2 = staticmethod(lambda: sys.argv[1] == "uncompiled")
-    for settings in (dict(rel_l1_thresh=1e-9), dict(rel_l1_thresh=0.5, coefficients=(0,) * 5), dict(steps="110101")):
-        for guidance in (1.0, 4.0):
-            flux = demo.pipeline()
-            with tc.apply_teacache(flux, **settings) as handle:
-                flux.generate_image(1, "red apple", 6, 64, 64, guidance=guidance)
-            del flux, handle
-    gc.collect()
-    print(mx.get_active_memory(), flush=True)
-    os._exit(0)  # MLX's threads may abort at exit
-"""
-
-
-@pytest.mark.parametrize("step", ["compiled", "uncompiled"])
-def test_weights_are_freed_with_the_pipeline(step: str) -> None:
-    """All arrays: not only mflux's modules go, but also what graphs held of them."""
-    command = [sys.executable, "-c", textwrap.dedent(FREED), step]
-    assert int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout) < 1000
-
-
-def test_two_generations_in_two_threads() -> None:
-    """Each on a pipeline of its own. Without the interpreter's exit: MLX may abort there once threads have used it."""
-    program = """
-        import os, threading
-        import mlx.core as mx
-        import numpy as np
-        import mlx_teacache_fast as tc
-        from mlx_teacache_fast import demo
-
-        pipelines = [demo.pipeline(), demo.pipeline()]
-
-        def generate(i, results):
-            mx.set_default_device(mx.cpu)
-            with tc.apply_teacache(pipelines[i], rel_l1_thresh=0.3) as handle:
-                size = dict(num_inference_steps=8, height=64, width=64)
-                image = pipelines[i].generate_image(prompt="red apple", seed=i, **size)
-            steps = handle.stats.last_generation.steps
-            results[i] = np.asarray(image.image).tobytes(), [s.kind for s in steps]
-
-        mx.set_default_device(mx.cpu)
-        alone, together = {}, {}
-        for i in range(2):
-            generate(i, alone)
-        threads = [threading.Thread(target=generate, args=(i, together)) for i in range(2)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-        print("equal" if alone == together else "different", "skipped" in alone[0][1], flush=True)
-        os._exit(0)
-        """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.stdout == "equal True\n", result.stderr
-    assert result.returncode == 0
-
-
-def dies_with_its_last_reference(holder: list[Any]) -> bool:
-    """Without the garbage collector: no reference cycle goes through gigabytes of weights."""
-    alive = weakref.ref(holder[0])
-    gc.collect()
-    gc.disable()
-    try:
-        holder.clear()
-        return alive() is None
-    finally:
-        gc.enable()
-
-
-def test_the_handle_does_not_keep_the_pipeline() -> None:
-    from mlx_teacache_fast import demo
-
-    flux = demo.pipeline()
-    handle = tc.apply_teacache(flux)
-    pipelines = [flux]
-    del flux
-    assert dies_with_its_last_reference(pipelines)
-    handle.restore()
-
-
-# ---- What it changes, and takes back
-
-
-def snapshot(flux: Any) -> dict[str, Any]:
-    return {
-        "class": type(flux),
-        "attributes": {k: id(v) for k, v in vars(flux).items()},
-        "children": [(k, id(v)) for k, v in flux.items()],
-        "transformer class": type(flux.transformer),
-        "transformer": [(k, id(v)) for k, v in flux.transformer.items()],
-        "transformer attributes": sorted(vars(flux.transformer)),
-        "block 0": [(k, id(v)) for k, v in flux.transformer.transformer_blocks[0].items()],
-        "parameters": [k for k, _ in tree_flatten(flux.parameters())],
-        "callbacks": {k: list(map(id, v)) for k, v in vars(flux.callbacks).items()},
-    }
-
-
-def test_restore_leaves_everything_as_it_was(flux: Any, generate: Generate) -> None:
-    before = snapshot(flux)
-    handle = tc.apply_teacache(flux, rel_l1_thresh=0.3)
-    generate(num_inference_steps=5, height=32, width=32, guidance=4.0)
-    between = snapshot(flux)
-    # gated, only three instance attributes and one callback are there in addition, and the transformer is untouched
-    for key in before.keys() - {"attributes", "callbacks"}:
-        assert between[key] == before[key], key
-    assert set(between["attributes"]) - set(before["attributes"]) == {
-        "generate_image",
-        "_predict",
-        "_mlx_teacache_fast_handle",
-    }
-    handle.restore()
-    handle.restore()
-    assert snapshot(flux) == before
-
-
-def test_an_own_generate_image_comes_back(flux: Any) -> None:
-    def mine(*args: Any, **kwargs: Any) -> str:
-        return "mine"
-
-    object.__setattr__(flux, "generate_image", mine)
-    try:
-        with tc.apply_teacache(flux):
-            assert flux.generate_image() == "mine"
-        assert flux.generate_image is mine
-    finally:
-        object.__delattr__(flux, "generate_image")
-
-
-def test_an_exception_in_a_generation(flux: Any, generate: Generate) -> None:
-    class Boom(Exception):
-        pass
-
-    class Fails:
-        def call_in_loop(self, t: int, **_: Any) -> None:
-            if t == 3:
-                raise Boom
-
-    plain = generate(num_inference_steps=8, height=32, width=32)
-    fails = Fails()
-    with tc.apply_teacache(flux, rel_l1_thresh=1e-9) as handle:
-        flux.callbacks.register(fails)
-        with pytest.raises(Boom):
-            generate(num_inference_steps=8, height=32, width=32)
-        assert handle.stats.generations == 0
-        flux.callbacks.in_loop.remove(fails)
-        # the next generation starts from nothing
-        assert np.array_equal(generate(num_inference_steps=8, height=32, width=32), plain)
-        assert handle.stats.generations == 1
-    assert np.array_equal(generate(num_inference_steps=8, height=32, width=32), plain)
-
-
-def test_ctrl_c_takes_mfluxs_way(flux: Any, generate: Generate) -> None:
-    from mflux.utils.exceptions import StopImageGenerationException
-
-    class Interrupts:
-        def call_in_loop(self, t: int, **_: Any) -> None:
-            if t == 2:
-                raise KeyboardInterrupt
-
-    interrupts = Interrupts()
-    before = snapshot(flux)
-    with tc.apply_teacache(flux) as handle:
-        flux.callbacks.register(interrupts)
-        with pytest.raises(StopImageGenerationException):
-            generate(num_inference_steps=6, height=32, width=32)
-        assert handle.stats.generations == 0
-        flux.callbacks.in_loop.remove(interrupts)
-    assert snapshot(flux) == before
-
-
-def test_an_exception_inside_the_with_block_restores(flux: Any) -> None:
-    before = snapshot(flux)
-    with pytest.raises(ZeroDivisionError), tc.apply_teacache(flux):
-        raise ZeroDivisionError
-    assert snapshot(flux) == before
-
-
-def test_a_failure_while_tracing_leaves_the_blocks_in_place(flux: Any, generate: Generate) -> None:
-    """The stand-ins are there only while mflux's forward is traced."""
-
-    class Boom(Exception):
-        pass
-
-    block = flux.transformer.single_transformer_blocks[1]
-    before = snapshot(flux)
-
-    class Failing(type(block)):  # type: ignore[misc]
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            raise Boom
-
-    kind = type(block)
-    with tc.apply_teacache(flux):
-        block.__class__ = Failing
-        try:
-            with pytest.raises(Boom):
-                generate(num_inference_steps=6, height=32, width=32)
-        finally:
-            block.__class__ = kind
-        assert flux.transformer.single_transformer_blocks[1] is block
-        generate(num_inference_steps=6, height=32, width=32)
-    assert snapshot(flux) == before
-
-
-def test_replaced_callbacks_are_noticed(flux: Any, generate: Generate) -> None:
-    from mflux.callbacks.callback_registry import CallbackRegistry
-
-    registry = flux.callbacks
-    with tc.apply_teacache(flux):
-        flux.callbacks = CallbackRegistry()
-        try:
-            with pytest.raises(tc.PatchLostError) as error:
-                generate(num_inference_steps=4, height=32, width=32)
-        finally:
-            flux.callbacks = registry
-    assert str(error.value) == (
-        "the pipeline's callbacks were replaced after apply(), so gating cannot follow the schedule: "
-        "call restore() on the handle and apply() again"
-    )
-
-
-def test_the_uncompiled_step_of_some_macs(flux: Any, generate: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mflux does not compile the step on base and Pro M1 and M2; there the gated step is not compiled either."""
-    from mflux.utils.apple_silicon import AppleSiliconUtil
-
-    arguments: dict[str, Any] = dict(num_inference_steps=20, height=64, width=64, guidance=4.0)
-    with tc.apply_teacache(flux, rel_l1_thresh=0.4) as compiled:
-        generate(**arguments)
-    monkeypatch.setattr(AppleSiliconUtil, "is_m1_or_m2", classmethod(lambda cls: True))
-    with tc.apply_teacache(flux, rel_l1_thresh=0.4) as eager:
-        generate(**arguments)
-    assert eager.stats.skipped_count == compiled.stats.skipped_count > 0
-
-
 # ---- Whoever else touches the pipeline
 
 
-def test_a_wrapped_predict(flux: Any, generate: Generate) -> None:
-    """Somebody times mflux's compiled step: what is compiled in there must not keep a trace of the stand-ins."""
+@pytest.mark.parametrize("cache", ["output", "residual"])
+def test_a_wrapped_predict(flux: Any, generate: Generate, cache: Any) -> None:
+    """Somebody times mflux's compiled step."""
     arguments: dict[str, Any] = dict(num_inference_steps=6, height=32, width=32)
     plain = generate(**arguments)
     calls = []
-    compiled = type(flux)._predict(flux.transformer)  # kept over generations
 
     def timed(transformer: Any) -> Callable[..., mx.array]:
+        compiled = type(flux)._predict(transformer)
+
         def predict(**kwargs: Any) -> mx.array:
             calls.append(1)
             return compiled(**kwargs)
@@ -539,75 +224,34 @@ def test_a_wrapped_predict(flux: Any, generate: Generate) -> None:
 
     object.__setattr__(flux, "_predict", timed)
     try:
-        with tc.apply_teacache(flux, rel_l1_thresh=1e-9) as handle:
+        with tc.apply(flux, rel_l1_thresh=1e-9, cache=cache) as handle:
             assert np.array_equal(generate(**arguments), plain)
+            # A computed step is what has been put there; and the prelude is traced, without an anchor and with one.
+            assert cache == "residual" or len(calls) == 6 + 2
         assert handle.stats.last_generation is not None
         assert handle.stats.last_generation.steps[2].rel_l1
-        assert calls
         assert np.array_equal(generate(**arguments), plain)
     finally:
         object.__delattr__(flux, "_predict")
 
 
-def test_a_step_that_does_not_reach_the_blocks(flux: Any, generate: Generate) -> None:
-    object.__setattr__(flux, "_predict", lambda transformer: lambda latents, **_: latents)
+@pytest.mark.parametrize("keeps", ["a trace", "nothing"])
+def test_a_step_that_does_not_run_the_transformer_it_is_given(flux: Any, generate: Generate, keeps: str) -> None:
+    compiled = type(flux)._predict(flux.transformer)
+    wrapper = {
+        "a trace": lambda transformer: lambda **k: compiled(**k),
+        "nothing": lambda _: lambda latents, **__: latents,
+    }
+    object.__setattr__(flux, "_predict", wrapper[keeps])
     try:
-        with tc.apply_teacache(flux), pytest.raises(tc.TeaCacheError) as error:
+        with tc.apply(flux), pytest.raises(tc.InternalStateError) as error:
             generate(num_inference_steps=6, height=32, width=32)
     finally:
         object.__delattr__(flux, "_predict")
     assert str(error.value) == (
-        "a step called the transformer's blocks 0 times where 1 were expected: something between generate_image and "
-        "the transformer (a wrapped _predict, another patch) keeps its own trace of the step"
+        "a step did not call block 0 of the transformer that it was given: something between generate_image and the "
+        "transformer (a wrapped _predict, another patch) keeps a transformer or a trace of its own"
     )
-
-
-def test_generate_image_wrapped_after_apply(flux: Any, generate: Generate) -> None:
-    arguments: dict[str, Any] = dict(num_inference_steps=4, height=32, width=32)
-    plain = generate(**arguments)
-    handle = tc.apply_teacache(flux)
-    gated = flux.generate_image
-    object.__setattr__(flux, "generate_image", lambda *a, **k: gated(*a, **k))
-    try:
-        handle.restore()
-        assert np.array_equal(generate(**arguments), plain)
-    finally:
-        object.__delattr__(flux, "generate_image")
-
-
-def test_a_generation_inside_a_callback(flux: Any, generate: Generate) -> None:
-    class Nested:
-        def call_in_loop(self, t: int, **_: Any) -> None:
-            if t == 2:
-                flux.callbacks.in_loop.remove(self)
-                generate(num_inference_steps=4, height=32, width=32)
-
-    with tc.apply_teacache(flux) as handle:
-        flux.callbacks.register(Nested())
-        generate(num_inference_steps=8, height=32, width=32)
-    assert handle.stats.generations == 2
-    assert handle.stats.total_steps == 12
-
-
-def test_an_interruption_while_the_stand_ins_are_put_in(flux: Any, generate: Generate) -> None:
-    """Ctrl-C between the two assignments."""
-    transformer = flux.transformer
-    before = snapshot(flux)
-    kind = type(transformer)
-
-    class Interrupted(kind):  # type: ignore[misc, valid-type]
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name == "single_transformer_blocks" and len(value) == 1:
-                raise KeyboardInterrupt
-            super().__setattr__(name, value)
-
-    transformer.__class__ = Interrupted
-    try:
-        with tc.apply_teacache(flux), pytest.raises(BaseException, match="Stopping image generation"):
-            generate(num_inference_steps=4, height=32, width=32)
-    finally:
-        transformer.__class__ = kind
-    assert snapshot(flux) == before
 
 
 def test_the_signature_stays(flux: Any) -> None:
@@ -616,28 +260,12 @@ def test_the_signature_stays(flux: Any) -> None:
         assert inspect.signature(flux.generate_image) == before
 
 
-def test_a_restored_handle(flux: Any) -> None:
-    handle = tc.apply_teacache(flux)
-    handle.restore()
-    with pytest.raises(tc.TeaCacheError, match="gates nothing any more: call apply") as error, handle:
-        pass
-    assert "restored" in str(error.value)
-
-
-def test_settings_are_fixed(flux: Any) -> None:
-    with tc.apply_teacache(flux) as handle:
-        with pytest.raises(AttributeError, match=r"rel_l1_thresh is fixed by apply\(\): call restore"):
-            handle.rel_l1_thresh = 0.5
-        assert handle.rel_l1_thresh == 0.17
-
-
 # ---- Statistics
 
 
 def test_stats(flux: Any, generate: Generate) -> None:
     with tc.apply_teacache(flux, rel_l1_thresh=0.3) as handle:
         assert (handle.variant_id, handle.rel_l1_thresh) == ("flux2-klein-base-4b", 0.3)
-        assert handle.coefficients == tc.VARIANTS["flux2-klein-base-4b"].coefficients
         assert handle.stats.last_generation is None
         assert handle.stats.bound == 1.0
         for _ in range(2):
@@ -659,12 +287,15 @@ def test_stats(flux: Any, generate: Generate) -> None:
 
 def test_defaults_are_the_variants(flux: Any) -> None:
     with tc.apply_teacache(flux) as handle:
-        assert handle.rel_l1_thresh == 0.17
-        assert handle.calibrated_range == (0.028261402621865273, 0.21984468400478363)
+        rule = handle.policy.rule
+        assert isinstance(rule, tc.Gate)
+        assert rule.rel_l1_thresh == handle.rel_l1_thresh == 0.17
+        assert rule.coefficients == tc.VARIANTS["flux2-klein-base-4b"].coefficients
+        assert rule.calibrated_range == (0.028261402621865273, 0.21984468400478363)
     with tc.apply_teacache(flux, coefficients=[0, 0, 0, 1, 0]) as handle:
-        assert handle.rel_l1_thresh == 0.20
-        assert handle.coefficients == (0, 0, 0, 1, 0)
-        assert handle.calibrated_range is None
+        assert handle.policy.rule == tc.Gate(rel_l1_thresh=0.20, coefficients=(0, 0, 0, 1, 0))
+    with pytest.raises(AttributeError):
+        handle.policy.rule.rel_l1_thresh = 0.5  # type: ignore[union-attr, misc]
 
 
 def test_forced_steps(flux: Any, generate: Generate) -> None:
@@ -730,7 +361,6 @@ def test_bad_windows(flux: Any, name: str, value: object) -> None:
 def test_a_window_as_long_as_the_schedule(
     flux: Any, generate: Generate, photo: Path, steps: int, strength: float | None, active: int
 ) -> None:
-    before = snapshot(flux)
     with tc.apply_teacache(flux) as handle:
         with pytest.raises(tc.InvalidStepWindowError) as error:
             generate(num_inference_steps=steps, image_path=photo if strength else None, image_strength=strength)
@@ -739,7 +369,6 @@ def test_a_window_as_long_as_the_schedule(
         f"skip_first_n_steps=1 and skip_last_n_steps=1 leave no step to gate: the schedule has {active} active "
         f"of num_inference_steps={steps}; use 4 or more active steps"
     )
-    assert snapshot(flux) == before
 
 
 def test_a_schedule_in_which_nothing_can_be_skipped_warns_once(flux: Any, generate: Generate) -> None:
@@ -750,23 +379,6 @@ def test_a_schedule_in_which_nothing_can_be_skipped_warns_once(flux: Any, genera
         with warnings.catch_warnings():
             warnings.simplefilter("error", tc.TeaCacheWarning)
             generate(num_inference_steps=3, height=32, width=32)
-
-
-def test_a_second_apply(flux: Any) -> None:
-    with tc.apply_teacache(flux, rel_l1_thresh=0.3):
-        before = snapshot(flux)
-        with pytest.raises(tc.AlreadyPatchedError) as error:
-            tc.apply_teacache(flux)
-        assert str(error.value) == (
-            "this TinyKlein is gated already (<Handle flux2-klein-base-4b rel_l1_thresh=0.3 live>): "
-            "call restore() on that handle first (this error has it as its attribute `handle`)"
-        )
-        assert snapshot(flux) == before
-    tc.apply_teacache(flux)  # its handle is lost
-    with pytest.raises(tc.AlreadyPatchedError) as error:
-        tc.apply_teacache(flux)
-    error.value.handle.restore()
-    tc.apply_teacache(flux).restore()
 
 
 PIPELINES = (
@@ -829,20 +441,6 @@ def test_a_finetune_warns(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_pipeline_without_its_transformer(flux: Any) -> None:
-    transformer = flux.transformer
-    flux.transformer = None
-    try:
-        with pytest.raises(tc.IncompatibleModelError) as error:
-            tc.apply_teacache(flux)
-    finally:
-        flux.transformer = transformer
-    assert str(error.value) == (
-        "this TinyKlein has no transformer any more (mflux's low-memory mode drops it after a generation): "
-        "load the pipeline again"
-    )
-
-
 def test_base_9b_is_known(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flux, "model_config", ModelConfig.flux2_klein_base_9b())
     with tc.apply_teacache(flux) as handle:
@@ -850,10 +448,10 @@ def test_base_9b_is_known(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_newer_mflux_warns_once(monkeypatch: pytest.MonkeyPatch, flux: Any) -> None:
-    from mlx_teacache_fast.mflux import patch
+    from mlx_teacache_fast.mflux import hook
 
-    monkeypatch.setattr(patch, "version", lambda name: "0.25.0")
-    patch.warn_if_untested.cache_clear()
+    monkeypatch.setattr(hook, "version", lambda name: "0.25.0")
+    hook.warn_if_untested.cache_clear()
     try:
         with pytest.warns(tc.UntestedVersionWarning, match=r"mflux 0\.25\.0 is newer than 0\.24\.0") as warned:
             tc.apply_teacache(flux).restore()
@@ -862,52 +460,10 @@ def test_a_newer_mflux_warns_once(monkeypatch: pytest.MonkeyPatch, flux: Any) ->
             warnings.simplefilter("error", tc.UntestedVersionWarning)
             tc.apply_teacache(flux).restore()
     finally:
-        patch.warn_if_untested.cache_clear()
+        hook.warn_if_untested.cache_clear()
 
 
 # ---- Weights of a gated pipeline
-
-
-def with_lora(transformer: Any) -> None:
-    """Not baked: mflux's LoRA layers, one of them the layer that the gate takes shift and scale from."""
-    modulation = transformer.double_stream_modulation_img
-    for module, name in ((modulation, "linear"), (transformer.transformer_blocks[0].attn, "to_q")):
-        layer = LoRALinear.from_linear(getattr(module, name), r=4)
-        for i, matrix in enumerate(("lora_A", "lora_B")):
-            setattr(layer, matrix, mx.random.normal(getattr(layer, matrix).shape, key=mx.random.key(i)) * 0.1)
-        setattr(module, name, layer)
-
-
-@pytest.mark.parametrize("change", [4, 8, "baked lora", "lora", "lora, 4 bits"])
-def test_quantised_and_with_lora(change: int | str) -> None:
-    """Changed while gated; computed and skipped steps as those of a pipeline that was changed before.
-
-    The changed weights are evaluated: MLX would compile what is left to do for them into mflux's step, and mflux's own
-    picture would be another one as soon as they are.
-    """
-    from mlx_teacache_fast import demo
-
-    def changed(flux: Any) -> Any:
-        if isinstance(change, str):
-            with_lora(flux.transformer)
-        if change == "baked lora":
-            LoRASaver.bake_and_strip_lora(flux.transformer)
-        elif change != "lora":
-            nn.quantize(flux.transformer, group_size=64, bits=change if isinstance(change, int) else 4)
-        mx.eval(flux.parameters())
-        return flux
-
-    def image(flux: Any) -> np.ndarray:
-        return np.asarray(flux.generate_image(1, "red apple", 6, 64, 64, guidance=4.0).image)
-
-    plain, flux = changed(demo.pipeline()), demo.pipeline()
-    before, expected = image(flux), image(plain)
-    assert not np.array_equal(before, expected)
-    with tc.apply_teacache(flux, rel_l1_thresh=1e-9):
-        assert np.array_equal(image(flux), before)
-        assert np.array_equal(image(changed(flux)), expected)
-    with tc.apply_teacache(flux, steps="110101"), tc.apply_teacache(plain, steps="110101"):
-        assert np.array_equal(image(flux), image(plain))
 
 
 @pytest.mark.parametrize("settings", [dict(rel_l1_thresh=1e-9), dict(steps="110101")], ids=["gate", "plan"])
@@ -990,34 +546,7 @@ def test_save_model_of_a_gated_pipeline(flux: Any, generate: Generate, tmp_path:
 # ---- Other limits, and plans
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_plan(flux: Any, generate: Generate, guidance: float) -> None:
-    """Which steps compute is said beforehand: nothing is measured or read."""
-    arguments: dict[str, Any] = dict(num_inference_steps=8, guidance=guidance, height=64, width=64)
-    plain = generate(**arguments)
-    with pytest.warns(tc.DisabledWarning):
-        handle = tc.apply_teacache(flux, steps="11111111")
-    with handle:
-        ops.reset_counters()
-        assert np.array_equal(generate(**arguments), plain)
-    assert kinds(handle) == ["computed"] * 8
-    with tc.apply_teacache(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as gated:
-        expected = generate(**arguments)
-    assert kinds(gated) == ["forced", "computed", *["skipped"] * 5, "forced"]
-    ops.reset_counters()
-    with tc.apply_teacache(flux, steps=[1, 1, 0, 0, 0, 0, 0, 1]) as handle:
-        assert np.array_equal(generate(**arguments), expected)
-    assert kinds(handle) == ["computed", "computed", *["skipped"] * 5, "computed"]
-    assert ops.counters() == {"reads": 0, "computed": 0, "reused": 0}
-    assert np.array_equal(generate(**arguments), plain)
-
-
 ALWAYS_SKIP = (0.0, 0.0, 0.0, 0.0, 0.0)
-
-
-def kinds(handle: tc.Handle) -> list[str]:
-    assert handle.stats.last_generation is not None
-    return [step.kind for step in handle.stats.last_generation.steps]
 
 
 def test_a_plan_of_another_length(flux: Any, generate: Generate, photo: Path) -> None:
@@ -1106,27 +635,3 @@ def test_gradient_checkpointing(flux: Any, generate: Generate) -> None:
         assert flux.transformer.gradient_checkpointing is True
     finally:
         del flux.transformer.gradient_checkpointing
-
-
-def test_the_classes_generate_image_is_mfluxs(flux: Any, generate: Generate) -> None:
-    """Called past the instance, as by super() in a wrapper: a plain generation, which is not counted."""
-    arguments: dict[str, Any] = dict(
-        prompt="red apple", seed=1, height=32, width=32, guidance=1.0, num_inference_steps=6
-    )
-    plain = generate(**arguments)
-    with tc.apply_teacache(flux, rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP) as handle:
-        for _ in range(2):
-            assert np.array_equal(np.asarray(type(flux).generate_image(flux, **arguments).image), plain)
-        assert handle.stats.generations == 0
-        generate(**arguments)
-        assert "skipped" in kinds(handle)
-
-
-def test_another_pipeline_with_the_same_callbacks(flux: Any, generate: Generate) -> None:
-    from mlx_teacache_fast import demo
-
-    other = demo.pipeline()
-    other.callbacks = flux.callbacks
-    with tc.apply_teacache(flux) as handle:
-        other.generate_image(prompt="owl", seed=1, height=32, width=32, num_inference_steps=1)  # one step: not ours
-        assert handle.stats.generations == 0

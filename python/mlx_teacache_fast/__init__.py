@@ -47,7 +47,6 @@ from .errors import (
     InvalidStepWindowError,
     NoBenefitWarning,
     OutputError,
-    PatchLostError,
     TeaCacheError,
     TeaCacheValueError,
     TeaCacheWarning,
@@ -68,7 +67,6 @@ if TYPE_CHECKING:
     from .tune.search import search as search
 
 # mlx-teacache's names for the same things; docs/mlx-teacache.md compares the two.
-MissingGenerationContextError = PatchLostError
 StepDecision = StepRecord
 TeaCacheDisabledWarning = DisabledWarning
 TeaCacheHandle = Handle
@@ -92,10 +90,8 @@ __all__ = [
     "InternalStateError",
     "InvalidStepWindowError",
     "Metadata",
-    "MissingGenerationContextError",
     "NoBenefitWarning",
     "OutputError",
-    "PatchLostError",
     "Pipeline",
     "Pipelines",
     "Policy",

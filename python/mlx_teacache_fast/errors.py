@@ -38,10 +38,6 @@ class AlreadyPatchedError(TeaCacheError):
         return type(self), self.args, vars(self) | {"handle": None}
 
 
-class PatchLostError(TeaCacheError):
-    """Something replaced what ``apply`` had put in place (callbacks, blocks), so gating cannot work."""
-
-
 class InternalStateError(TeaCacheError):
     """A step did not run mflux's forward pass as it was traced: something between wraps or replaces it, or a bug."""
 

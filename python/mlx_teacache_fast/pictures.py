@@ -32,9 +32,11 @@ def read_metadata(path: str | Path) -> Metadata:
 def read_policy(path: str | Path) -> Policy:
     """Of a file that ``Policy.to_json``, ``search`` or ``calibrate`` wrote, or of a gated picture; errors as there."""
     path = Path(path)
-    if path.suffix == ".json" and not path.name.endswith(".metadata.json"):
-        return Policy.from_json(path)
-    return read_metadata(path).policy
+    is_picture = path.suffix != ".json" or path.name.endswith(".metadata.json")
+    data = _json(path)
+    if is_picture and not (isinstance(data, dict) and "format" in data):
+        return read_metadata(path).policy
+    return Policy.from_json(path)
 
 
 def _json(path: Path) -> Any:

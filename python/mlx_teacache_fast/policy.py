@@ -245,9 +245,8 @@ class Gate(_Checked):
             )
 
     def __str__(self) -> str:
-        return (
-            f"mode {self.mode or DEFAULT_MODE}" if self.rel_l1_thresh is None else f"threshold {self.rel_l1_thresh:g}"
-        )
+        named = f"mode {self.mode or DEFAULT_MODE}"
+        return named if self.rel_l1_thresh is None else f"rel_l1_thresh {self.rel_l1_thresh:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         help="as for mflux; with several the polynomial is for all of them (default: 4, and 1 for distilled models)",
     )
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the polynomial, as JSON")
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the policy, as JSON")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="default: the output's name, with .png")
     parser.add_argument("--force", action="store_true", help="overwrite both files")
     parser.set_defaults(run=run)

@@ -4,6 +4,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,13 @@ def run(arguments: argparse.Namespace) -> int:
         command = commands.find(arguments.mflux[0])
     given = {s.name: getattr(arguments, s.name) for s in settings(*RULES, Policy) if s.name in arguments}
     like = None if arguments.like is None else read_metadata(arguments.like)
+    saves_metadata = given.pop("save_metadata", True)
     if like is None:
         policy = policy_of(arguments.policy, given)
     else:
-        save = {name: given.pop(name) for name in ("save_metadata",) if name in given}
         if given or arguments.policy is not None:
             raise TeaCacheValueError("--like has all options of the gate: leave out either it or them")
-        policy = Policy.of(**like.policy.flat | save)
+        policy = like.policy
         if (made_with := like.versions.get(KEY)) != (here := version("mlx-teacache-fast")):
             again = f"--steps {like.steps} --forecast {policy.forecast} --cache {policy.cache}"
             print(
@@ -140,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"otherwise: {again} repeats its steps",
                 file=sys.stderr,
             )
+    policy = replace(policy, save_metadata=saves_metadata)
     handles: list[Handle] = []
     try:
         with (

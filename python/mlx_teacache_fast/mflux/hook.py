@@ -149,7 +149,10 @@ class _Run:
         own: Callable[..., mx.array] = make(transformer)
         if not self._steps:
             return own
-        return self._steps[-1].through(make, lambda: transformer, own, is_traced=True)
+        # What somebody has put in the factory's place may hide mflux's compiled function in its own.
+        hides = name in vars(self._flux) and self._hook.policy.cache == "residual"
+        is_compiled = _is_compiled(own) or hides
+        return self._steps[-1].through(make, lambda: transformer, own, is_traced=True, is_compiled=is_compiled)
 
     def called(self, *args: Any, **kwargs: Any) -> mx.array:
         """In place of a call of the transformer."""
@@ -181,7 +184,7 @@ class _Run:
                 noise: mx.array = flux.transformer(**arguments)
                 return noise
 
-            self._step = steps.through(lambda t: t, lambda: flux.transformer, own, is_traced=False)
+            self._step = steps.through(lambda t: t, lambda: flux.transformer, own, is_traced=False, is_compiled=False)
         self._steps.append(steps)
 
     def finish(self, image: Any, seconds: float) -> None:
@@ -232,6 +235,16 @@ class _Run:
         return generation.num_steps - rule.skip_first_n_steps - rule.skip_last_n_steps == 1
 
 
+def _is_compiled(function: Any) -> bool:
+    """Whether ``mx.compile`` made it, which isinstance says of Python's functions too."""
+    while hasattr(function, "__wrapped__") and type(function) is not _COMPILED:
+        function = function.__wrapped__
+    return type(function) is _COMPILED
+
+
+_COMPILED = type(mx.compile(lambda: None))
+
+
 def _warn(message: str, category: type[Warning]) -> None:
     try:
         warn_caller(message, category)
@@ -252,8 +265,17 @@ class _Transformer:
         return getattr(self._run._flux.transformer, name)
 
 
+_OF_THE_RUN = ("callbacks", "transformer", "generate_image")
+
+
 class _View:
     """A pipeline in one generation: what is asked of it or set on it is the pipeline's, but for what the run has."""
+
+    def __getattribute__(self, name: str) -> Any:
+        own = object.__getattribute__(self, "__dict__")
+        if name not in own and name not in _OF_THE_RUN and name in vars(own["_pipeline"]):
+            return vars(own["_pipeline"])[name]  # on the instance, before the class's of that name
+        return object.__getattribute__(self, name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)

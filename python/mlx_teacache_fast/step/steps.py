@@ -38,7 +38,9 @@ class Steps:
         # residual, call by call. As many as the forecast's order wants; those of unknown steps have no weight.
         self._history: Arrays = []
 
-    def through(self, make: Make, get_transformer: Callable[[], Any], own: Step, *, is_traced: bool) -> Step:
+    def through(
+        self, make: Make, get_transformer: Callable[[], Any], own: Step, *, is_traced: bool, is_compiled: bool
+    ) -> Step:
         """What stands for a function that mflux runs a step with.
 
         Args:
@@ -46,9 +48,9 @@ class Steps:
             get_transformer: The transformer, as it is at a step.
             own: mflux's.
             is_traced: Whether a graph is made of its prelude; else that runs as it is.
+            is_compiled: Whether mflux compiles it.
         """
         tap, generation, keeps_residual = self._tap, self.generation, self._keeps_residual
-        is_compiled = _is_compiled(own)
 
         def compute(kept: Arrays, arguments: Arguments) -> Arrays:
             """The noise, and the history with what this step makes; ``kept`` are all but the oldest of each call."""
@@ -189,13 +191,3 @@ class Steps:
 
     def _of_each_call(self, history: Arrays) -> list[Arrays]:
         return [history[i : i + self._n_kept] for i in range(0, len(history), self._n_kept)]
-
-
-def _is_compiled(function: Any) -> bool:
-    """Whether ``mx.compile`` made it; its type is that of no Python function, whatever isinstance says."""
-    while hasattr(function, "__wrapped__") and type(function) is not _COMPILED:
-        function = function.__wrapped__
-    return type(function) is _COMPILED
-
-
-_COMPILED = type(mx.compile(lambda: None))
