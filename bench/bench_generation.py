@@ -86,7 +86,7 @@ def load(model: str | None, quantize: int | None) -> Any:
 def is_flux2(model: str | None) -> bool:
     from mlx_teacache_fast.mflux import names
 
-    return model is None or names.find(model).pipeline == "Flux2Klein"
+    return model is None or names.find(model)[1].family.name == "FLUX.2"
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ FLUX.1 dev and schnell: ali-vilab/TeaCache (Apache-2.0). The others: fitted on r
 (Apache-2.0). See NOTICE.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Coefficients = tuple[float, float, float, float, float]
@@ -35,21 +35,6 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """How a polynomial was found.
-
-    Attributes:
-        url: The source; None for this package.
-        dataset: The generations it was fitted on; None where the source does not say.
-        r2: Coefficient of determination over pairs of consecutive steps; None where the source does not say.
-    """
-
-    url: str | None
-    dataset: str | None = None
-    r2: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Published:
     """Skipped steps on real weights, as published for mlx-teacache, whose rules are also ours. On an M1 Max.
 
@@ -76,7 +61,7 @@ class Variant:
         coefficients: Polynomial of the relative L1 distance, c4 first, dimensionless.
         calibrated_range: The distances that the polynomial was fitted on; None where it is used without limits.
         rel_l1_thresh: Default threshold on the accumulated polynomial.
-        fit: Where the polynomial comes from.
+        fit: Where the polynomial comes from, but for the threshold.
         distilled: Trained for a few steps, of which none can be skipped.
         published: What others measured.
     """
@@ -86,7 +71,7 @@ class Variant:
     coefficients: Coefficients
     calibrated_range: tuple[float, float] | None
     rel_l1_thresh: float
-    fit: Fit
+    fit: Provenance
     distilled: bool = False
     published: tuple[Published, ...] = ()
 
@@ -97,19 +82,22 @@ class Variant:
 
     @property
     def provenance(self) -> Provenance:
-        fit = self.fit
-        metric = None if fit.r2 is None else "R^2"
-        return Provenance("builtin", fit.dataset, metric, fit.r2, fit.url, self.default_thresh)
+        return replace(self.fit, default_thresh=self.default_thresh)
 
 
-_UPSTREAM = Fit("https://github.com/ali-vilab/TeaCache/blob/main/TeaCache4FLUX/teacache_flux.py")
+def _fit(url: str | None, dataset: str | None = None, r2: float | None = None) -> Provenance:
+    return Provenance("builtin", dataset, None if r2 is None else "R^2", r2, url)
+
+
+_UPSTREAM = _fit("https://github.com/ali-vilab/TeaCache/blob/main/TeaCache4FLUX/teacache_flux.py")
 _SCRIPTS = "https://github.com/IonDen/mlx-teacache/blob/main/scripts"
+_FLUX1_FITTED_BY = f"{_SCRIPTS}/calibrate_flux1.py"
 _FLUX2_FITTED_BY = f"{_SCRIPTS}/calibrate_flux2.py"
 
 _FLUX1: Coefficients = (498.651651244, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 _KLEIN_BASE: Coefficients = (-1841.022165607874, 848.4417137572868, -131.3554469956159, 8.179509586828413, 0.0)
 _KLEIN_BASE_RANGE = (0.028261402621865273, 0.21984468400478363)
-_KLEIN_BASE_4B_FIT = Fit(_FLUX2_FITTED_BY, "10 prompts, 25 steps, 512x512, guidance 1, base-4b", 0.10643408169124158)
+_KLEIN_BASE_4B_FIT = _fit(_FLUX2_FITTED_BY, "10 prompts, 25 steps, 512x512, guidance 1, base-4b", 0.10643408169124158)
 
 VARIANTS: dict[str, Variant] = {
     v.variant_id: v
@@ -133,7 +121,9 @@ VARIANTS: dict[str, Variant] = {
             (24.18037744588824, -45.41912128506917, 26.20213376107934, -3.579234954660995, 0.40140693642366004),
             None,
             0.30,
-            Fit(f"{_SCRIPTS}/calibrate_flux1.py", "10 prompts, 28 steps, 512x512, guidance 4.5, 4-bit weights", 0.6817),
+            _fit(
+                f"{_SCRIPTS}/calibrate_flux1.py", "10 prompts, 28 steps, 512x512, guidance 4.5, 4-bit weights", 0.6817
+            ),
             published=(Published(28, 10, 0.30, 4.5),),
         ),
         Variant(
@@ -142,7 +132,7 @@ VARIANTS: dict[str, Variant] = {
             (236.9190176127698, -201.47401360106662, 66.91354236854073, -11.14796738073235, 1.2674506310647067),
             (0.2001, 0.4253),
             0.20,
-            Fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.6530168924992779),
+            _fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.6530168924992779),
             distilled=True,
             published=(Published(8, 0, 0.20, 1.0),),
         ),
@@ -153,7 +143,7 @@ VARIANTS: dict[str, Variant] = {
             (-523.8412980807129, 530.2492512602308, -177.64385734082498, 20.893264957040557, 0.0),
             (0.1316, 0.4498),
             0.20,
-            Fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.4710289350635284),
+            _fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.4710289350635284),
             distilled=True,
             published=(Published(8, 0, 0.20, 1.0),),
         ),
@@ -185,5 +175,5 @@ TINY_KLEIN = Variant(
     (-2930.17101180969, 1010.9950777334856, -115.62703808486184, 5.444265215457426, -0.05386055258184849),
     (0.01794624887406826, 0.16489055752754211),
     0.039,
-    Fit(None, "9 prompts x 1 seed, 50 steps, 128x128, guidance 1 and 4", 0.17899475894303607),
+    _fit(None, "9 prompts x 1 seed, 50 steps, 128x128, guidance 1 and 4", 0.17899475894303607),
 )

@@ -31,7 +31,7 @@ MAX_ORDER = 2
 
 # ---- Checks: each returns the value in one form, or says the rule and what was given
 
-Check = Callable[[Any], Any]
+Check = Callable[[str, Any], Any]  # of a setting's name and value
 
 
 def step_count(name: str, value: object) -> int:
@@ -44,12 +44,8 @@ def step_count(name: str, value: object) -> int:
     return min(count, _INT32_MAX)  # the gate's integer; no schedule is as long
 
 
-def _steps(name: str) -> Check:
-    return lambda value: step_count(name, value)
-
-
-def _number(name: str, rule: str, accepts: Callable[[float], bool]) -> Check:
-    def check(value: Any) -> float:
+def _number(rule: str, accepts: Callable[[float], bool]) -> Check:
+    def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not accepts(cast(float, value)):
             raise TeaCacheValueError(f"{name} must be {rule}, got {value!r}")
         return float(value)
@@ -57,8 +53,8 @@ def _number(name: str, rule: str, accepts: Callable[[float], bool]) -> Check:
     return check
 
 
-def _one_of(name: str, rule: str, choices: tuple[Any, ...]) -> Check:
-    def check(value: Any) -> Any:
+def _one_of(rule: str, choices: tuple[Any, ...]) -> Check:
+    def check(name: str, value: Any) -> Any:
         if type(value) is not type(choices[0]) or value not in choices:
             raise TeaCacheValueError(f"{name} must be {rule}, got {value!r}")
         return value
@@ -66,40 +62,31 @@ def _one_of(name: str, rule: str, choices: tuple[Any, ...]) -> Check:
     return check
 
 
-def _floats(value: Any) -> tuple[float, ...]:
-    """None of them where there is one that is no number of float32's range."""
-    try:
-        found = tuple(float(number) for number in value) if not isinstance(value, str) else ()
-    except (OverflowError, TypeError, ValueError):
-        return ()
-    return found if all(abs(number) <= FLOAT32_MAX for number in found) else ()  # false for NaN
+def _floats(count: int, rule: str) -> Check:
+    def check(name: str, value: Any) -> tuple[float, ...]:
+        try:
+            found = () if isinstance(value, str) else tuple(float(number) for number in value)
+        except (OverflowError, TypeError, ValueError):
+            found = ()
+        are_finite = all(abs(number) <= FLOAT32_MAX for number in found)  # false for NaN
+        if len(found) != count or not are_finite or (count == 2 and found[0] > found[1]):
+            raise TeaCacheValueError(f"{name} must be {rule}, got {value!r}")
+        return found
+
+    return check
 
 
-def _coefficients(value: Any) -> tuple[float, ...]:
-    if len(five := _floats(value)) != 5:
-        raise TeaCacheValueError(
-            f"coefficients must be five finite numbers of float32's range, fourth degree first, got {value!r}"
-        )
-    return five
-
-
-def _calibrated_range(value: Any) -> tuple[float, ...]:
-    if len(limits := _floats(value)) != 2 or limits[0] > limits[1]:
-        raise TeaCacheValueError(
-            f"calibrated_range must be two finite numbers, the lower first, or None, got {value!r}"
-        )
-    return limits
-
-
-def _plan_text(value: Any) -> str:
+def _plan(name: str, value: Any) -> str:
     try:
         entries = [{"0": 0, "1": 1}.get(e, 2) if isinstance(value, str) else operator.index(e) for e in value]
     except TypeError:
         entries = []
     if not entries or set(entries) - {0, 1}:
-        raise TeaCacheValueError(f'steps must be a 1 or 0 for each active step, such as "1101", got {value!r}')
+        raise TeaCacheValueError(f'{name} must be a 1 or 0 for each active step, such as "1101", got {value!r}')
     if not entries[0]:
-        raise TeaCacheValueError(f"steps must begin with a computed step (1), got {value!r}: there is nothing to reuse")
+        raise TeaCacheValueError(
+            f"{name} must begin with a computed step (1), got {value!r}: there is nothing to reuse"
+        )
     return as_text(entries)
 
 
@@ -110,19 +97,21 @@ def as_text(plan: Iterable[object]) -> str:
 
 # ---- The values
 
-N: dict[str, Any] = {"metavar": "N", "type": int}
 
-
-def _setting(default: Any, check: Check, flag: str, option: dict[str, Any], says: str) -> Any:
+def _setting(default: Any, check: Check, says: str, flag: str | None = None, **option: Any) -> Any:
     """A field of a rule or of ``Policy``.
 
     Args:
         default: ``MISSING`` where it must be given; None where it may be left out.
         check: Of a value that is given.
-        flag, option: Of ``run``'s option, argparse's; its ``type`` turns text into a value to check.
-        says: The help text, and what documentation is made of.
+        says: The help text of ``run``'s option, and what documentation is made of.
+        flag: Of that option, if it is not the field's name.
+        **option: argparse's; ``type`` turns text into a value to check.
     """
-    return field(default=default, metadata={"check": check, "flag": flag, "option": option, "says": says})
+    return field(default=default, metadata={"check": check, "says": says, "flag": flag, "option": option})
+
+
+_N: dict[str, Any] = {"metavar": "N", "type": int}
 
 
 @dataclass(frozen=True)
@@ -133,7 +122,7 @@ class _Checked:
         for f in settings(type(self)):
             value = getattr(self, f.name)
             if value is not None or f.default is not None:
-                object.__setattr__(self, f.name, f.metadata["check"](value))
+                object.__setattr__(self, f.name, f.metadata["check"](f.name, value))
 
 
 def settings(*kinds: type) -> list[Field[Any]]:
@@ -153,61 +142,33 @@ class Gate(_Checked):
         {settings}
     """
 
+    # fmt: off
     mode: Mode | None = _setting(
-        None,
-        _one_of("mode", ", ".join(map(repr, MODES)), tuple(MODES)),
-        "--mode",
-        {"choices": tuple(MODES)},
+        None, _one_of(", ".join(map(repr, MODES)), tuple(MODES)),
         f"the threshold by name, in parts of the model's own: {', '.join(f'{m} {x:g}' for m, x in MODES.items())} "
-        f"(default: {DEFAULT_MODE})",
-    )
+        f"(default: {DEFAULT_MODE})", choices=tuple(MODES))
     rel_l1_thresh: float | None = _setting(
-        None,
-        _number("rel_l1_thresh", "a number from 0.0 to 1.0", lambda t: 0 <= t <= 1),
-        "--threshold",
-        {"metavar": "T", "type": float},
+        None, _number("a number from 0.0 to 1.0", lambda t: 0 <= t <= 1),
         "accumulated distance, 0 to 1, at which a step is computed again: a higher one skips more and is less faithful,"
         f" 0 skips nothing (default: the model's own, 0.17 to 0.30; {DEFAULT_THRESHOLD:g} with coefficients of yours)",
-    )
+        "--threshold", metavar="T", type=float)
     coefficients: Coefficients | None = _setting(
-        None,
-        _coefficients,
-        "--coefficients",
-        {"metavar": ("C4", "C3", "C2", "C1", "C0"), "nargs": 5, "type": float},
+        None, _floats(5, "five finite numbers of float32's range, fourth degree first"),
         "polynomial of the relative distance, fourth degree first, in plain decimals (default: the model's own)",
-    )
+        metavar=("C4", "C3", "C2", "C1", "C0"), nargs=5, type=float)
     calibrated_range: tuple[float, float] | None = _setting(
-        None,
-        _calibrated_range,
-        "--calibrated-range",
-        {"metavar": ("LOW", "HIGH"), "nargs": 2, "type": float},
+        None, _floats(2, "two finite numbers, the lower first, or None"),
         "distances that these coefficients were fitted on; a larger one computes (default: the model's own, and no "
-        "limits with coefficients of yours)",
-    )
+        "limits with coefficients of yours)", metavar=("LOW", "HIGH"), nargs=2, type=float)
     skip_first_n_steps: int = _setting(
-        1,
-        _steps("skip_first_n_steps"),
-        "--skip-first",
-        N,
-        "so many first steps are always computed (default: 1)",
-    )
+        1, step_count, "so many first steps are always computed (default: 1)", "--skip-first", **_N)
     skip_last_n_steps: int = _setting(
-        1,
-        _steps("skip_last_n_steps"),
-        "--skip-last",
-        N,
-        "so many last steps are always computed (default: 1)",
-    )
-    max_consecutive_skips: int = _setting(
-        8,  # mlx-teacache's
-        _steps("max_consecutive_skips"),
-        "--max-consecutive-skips",
-        N,
-        "a step is computed after so many skipped ones; 0 skips nothing (default: 8)",
-    )
+        1, step_count, "so many last steps are always computed (default: 1)", "--skip-last", **_N)
+    max_consecutive_skips: int = _setting(  # 8 is mlx-teacache's
+        8, step_count, "a step is computed after so many skipped ones; 0 skips nothing (default: 8)", **_N)
     max_skips: int | None = _setting(
-        None, _steps("max_skips"), "--max-skips", N, "at most so many skipped steps a picture (default: no limit)"
-    )
+        None, step_count, "at most so many skipped steps a picture (default: no limit)", **_N)
+    # fmt: on
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,15 +195,25 @@ class Gate(_Checked):
         limit = next((n for n in ("max_skips", "max_consecutive_skips") if getattr(self, n) == 0), None)
         return limit and f"{limit}=0 skips nothing"
 
-    def check_schedule(self, num_steps: int, num_inference_steps: int) -> None:
-        """Raises InvalidStepWindowError where the forced steps leave none of the active ones."""
-        if num_steps > 0 and self.rel_l1_thresh != 0:
-            check_step_window(
-                num_steps,
-                skip_first_n_steps=self.skip_first_n_steps,
-                skip_last_n_steps=self.skip_last_n_steps,
-                nominal_num_inference_steps=num_inference_steps,
+    def check_schedule(self, num_steps: int, num_inference_steps: int) -> str | None:
+        """Why nothing can be skipped of so many active steps, if so. InvalidStepWindowError if all are forced."""
+        first, last = self.skip_first_n_steps, self.skip_last_n_steps
+        if num_steps == 0 or self.rel_l1_thresh == 0:
+            return None
+        check_step_window(
+            num_steps,
+            skip_first_n_steps=first,
+            skip_last_n_steps=last,
+            nominal_num_inference_steps=num_inference_steps,
+        )
+        return (
+            None
+            if num_steps - first - last > 1
+            else (
+                f"no possible skip: skip_first_n_steps={first} and skip_last_n_steps={last} leave one eligible step of "
+                f"active_num_steps={num_steps}, and it has to be computed before another can reuse it"
             )
+        )
 
     def __str__(self) -> str:
         named = f"mode {self.mode or DEFAULT_MODE}"
@@ -257,14 +228,12 @@ class Budget(_Checked):
         {settings}
     """
 
+    # fmt: off
     budget: float = _setting(
-        MISSING,
-        _number("budget", "a share of the steps above 0.0 and up to 1.0", lambda share: 0 < share <= 1),
-        "--budget",
-        {"metavar": "SHARE", "type": float},
+        MISSING, _number("a share of the steps above 0.0 and up to 1.0", lambda share: 0 < share <= 1),
         "this share of the steps is computed, planned before the run, instead of measuring: the first and the last in "
-        "any case, others in between, the denser the more sigma changes",
-    )
+        "any case, others in between, the denser the more sigma changes", metavar="SHARE", type=float)
+    # fmt: on
 
     @property
     def skips_nothing(self) -> str | None:
@@ -285,14 +254,12 @@ class Steps(_Checked):
         {settings}
     """
 
+    # fmt: off
     steps: str = _setting(
-        MISSING,
-        _plan_text,
-        "--steps",
-        {"metavar": "1101..."},
+        MISSING, _plan,
         "which active steps are computed (1) and skipped (0), one digit for each, such as 1101, instead of measuring; "
-        "the first must be 1",
-    )
+        "the first must be 1", metavar="1101...")
+    # fmt: on
 
     @property
     def plan(self) -> tuple[bool, ...]:
@@ -328,29 +295,20 @@ class Policy(_Checked):
     """
 
     rule: Gate | Budget | Steps = Gate()
+    # fmt: off
     forecast: int = _setting(
-        1,
-        _one_of("forecast", f"an order from 0 (reuse) to {MAX_ORDER}", tuple(range(MAX_ORDER + 1))),
-        "--forecast",
-        N,
+        1, _one_of(f"an order from 0 (reuse) to {MAX_ORDER}", tuple(range(MAX_ORDER + 1))),
         "what a skipped step gets: 0 reuses what the last computed step made, 1 and 2 extrapolate the last two or "
-        "three over sigma, guarded: never much further than the gap between them (default: 1)",
-    )
+        "three over sigma, guarded: never much further than the gap between them (default: 1)", **_N)
     cache: Cache = _setting(
-        "output",
-        _one_of("cache", " or ".join(map(repr, CACHES)), CACHES),
-        "--cache",
-        {"choices": CACHES},
+        "output", _one_of(" or ".join(map(repr, CACHES)), CACHES),
         "what is reused or extrapolated: the residual of the transformer's blocks, or the output, the noise "
-        "prediction, which takes little memory (default: output)",
-    )
+        "prediction, which takes little memory (default: output)", choices=CACHES)
     save_metadata: bool = _setting(
-        True,
-        _one_of("save_metadata", "True or False", (True, False)),
-        "--no-metadata",
-        {"action": "store_false"},
+        True, _one_of("True or False", (True, False)),
         "whether pictures say in their metadata how they were gated (default: they do)",
-    )
+        "--no-metadata", action="store_false")
+    # fmt: on
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InvalidStepWindowError, TeaCacheValueError
 from ..models import VARIANTS, Published, Variant
@@ -11,9 +11,6 @@ from ..policy import check_step_window
 from ..record.stats import bound
 from ..support import supported
 from .shared import integer, quiet_logging, require_mflux
-
-if TYPE_CHECKING:
-    from ..mflux.names import Model
 
 DESCRIPTION = """\
 Say what is known of a model before its weights are loaded: which coefficients and threshold it is gated with, how many
@@ -82,7 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.model is None:
         print(f"mflux's pipelines, and the models that each can be gated with:\n\n{supported()}\n\n{_overview()}")
     else:
-        print(_about(names.find(arguments.model, arguments.base_model), arguments.steps))
+        config, (_, variant, calibrated) = names.find(arguments.model, arguments.base_model)
+        default = names.default_steps(arguments.model, arguments.base_model)
+        print(_about(config, variant, calibrated, arguments.steps, default))
     return 0
 
 
@@ -95,25 +94,25 @@ def _overview() -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _about(model: "Model", steps: int | None) -> str:
-    variant, fit = model.variant, model.variant.fit
-    rows = [("model", model.hub_name)]
-    if model.made_from is not None:
-        rows.append(("taken for", f"a checkpoint made from {model.made_from}"))
+def _about(config: Any, variant: Variant, calibrated: bool, steps: int | None, default: int) -> str:
+    fit = variant.fit
+    rows = [("model", config.model_name)]
+    if config.base_model is not None:
+        rows.append(("taken for", f"a checkpoint made from {config.base_model}"))
     rows += [
         ("variant", f"{variant.variant_id} ({variant.display_name})"),
-        ("calibrated", "yes" if model.calibrated else f"no: with the coefficients of {variant.variant_id}"),
+        ("calibrated", "yes" if calibrated else f"no: with the coefficients of {variant.variant_id}"),
         ("threshold", f"{variant.rel_l1_thresh:g}"),
-        ("coefficients", fit.url or "this package"),
+        ("coefficients", fit.reference_url or "this package"),
     ]
-    if fit.dataset is not None:
-        rows.append(("", f"fitted on {fit.dataset}; R^2 {fit.r2:.3f}"))
+    if fit.calibration_dataset is not None:
+        rows.append(("", f"fitted on {fit.calibration_dataset}; R^2 {fit.fit_metric_value:.3f}"))
     rows.append(("range", _range(variant)))
-    of = "" if model.calibrated else f"of {variant.variant_id}: "
+    of = "" if calibrated else f"of {variant.variant_id}: "
     rows += [("published", of + _published(p)) for p in variant.published]
     rows += [("", url) for url in dict.fromkeys(p.url for p in variant.published)]
-    asked = f"at {steps} steps" if steps is not None else f"at {model.default_steps} steps, mflux's default"
-    verdict, reason = _helps(variant, model.calibrated, steps or model.default_steps)
+    asked = f"at {steps} steps" if steps is not None else f"at {default} steps, mflux's default"
+    verdict, reason = _helps(variant, calibrated, steps or default)
     rows += [("helps", f"{asked}: {verdict}"), ("", reason)]
     return "\n".join(f"{name:14}{value}" for name, value in rows)
 

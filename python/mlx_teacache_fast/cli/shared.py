@@ -1,7 +1,6 @@
 """What the commands share: exit codes, kinds of arguments, how warnings are shown; models and prompts to tune on."""
 
 import argparse
-import functools
 import logging
 import math
 import sys
@@ -52,23 +51,24 @@ def number(rule: str, accepts: Callable[[float], bool]) -> Callable[[str], float
 
 def add_setting(parser: argparse.ArgumentParser, setting: Field[Any]) -> None:
     """The option of a policy's setting; not in the namespace unless it is given."""
-    option = dict(setting.metadata["option"])
+    name, option = setting.name, dict(setting.metadata["option"])
+
+    convert: Any = option.get("type", str)
+
+    def checked(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = text  # which the check refuses, and says what it wants
+        try:
+            return setting.metadata["check"](name, value)
+        except TeaCacheValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
     if not option.keys() & {"action", "choices", "nargs"}:
-        option["type"] = functools.partial(_checked, option.get("type", str), setting.metadata["check"])
-    parser.add_argument(
-        setting.metadata["flag"], dest=setting.name, default=argparse.SUPPRESS, help=setting.metadata["says"], **option
-    )
-
-
-def _checked(convert: Callable[[str], Any], check: Callable[[Any], Any], text: str) -> Any:
-    try:
-        value = convert(text)
-    except ValueError:
-        value = text  # which the check refuses, and says what it wants
-    try:
-        return check(value)
-    except TeaCacheValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        option["type"] = checked
+    flag = setting.metadata["flag"] or f"--{name.replace('_', '-')}"
+    parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=setting.metadata["says"], **option)
 
 
 seed = integer("a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)

@@ -19,9 +19,9 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..errors import IncompatibleModelError, NoBenefitWarning, TeaCacheWarning, UntestedVersionWarning, warn_caller
-from ..policy import Gate, Policy
+from ..policy import Policy
 from ..record import metadata
-from ..record.stats import GenerationStats, Stats
+from ..record.stats import Stats
 from ..step.generation import Generation
 from ..step.steps import Steps
 from .family import Family
@@ -128,6 +128,7 @@ class _Run:
         self._steps: list[Steps] = []  # of each loop that mflux has begun: one, but for a generate_image of the user's
         self._step: Any = None  # of the last one, where the pipeline calls its transformer
         self._config: Any = None
+        self._too_short: str | None = None
 
     # ---- What the view has in place of the pipeline's
 
@@ -171,7 +172,7 @@ class _Run:
         if not hook.is_live:  # restored while the generation was being prepared
             return
         num_steps = max(0, config.num_inference_steps - config.init_time_step)
-        hook.policy.rule.check_schedule(num_steps, config.num_inference_steps)
+        self._too_short = hook.policy.rule.check_schedule(num_steps, config.num_inference_steps)
 
         def sigmas() -> Any:
             return list(getattr(config.scheduler, "sigmas", ()))[config.init_time_step :]
@@ -217,22 +218,10 @@ class _Run:
             notes.append(f"this generation is not counted: {error!r}")
         for note in notes:
             _warn(note, TeaCacheWarning)
-        if any(map(self._is_too_short, counted)) and not hook.short_schedule_told:
+        if self._too_short is not None and not hook.short_schedule_told:
             hook.short_schedule_told = True
-            rule = cast(Gate, hook.policy.rule)
-            _warn(
-                f"no possible skip: skip_first_n_steps={rule.skip_first_n_steps} and "
-                f"skip_last_n_steps={rule.skip_last_n_steps} leave one eligible step of "
-                f"active_num_steps={counted[-1].num_steps}, and it has to be computed before another can reuse it",
-                NoBenefitWarning,
-            )
+            _warn(self._too_short, NoBenefitWarning)
         hook.stats.commit(*counted)  # last: an interrupted generation does not count
-
-    def _is_too_short(self, generation: GenerationStats) -> bool:
-        rule = self._hook.policy.rule
-        if not isinstance(rule, Gate) or rule.rel_l1_thresh == 0:
-            return False
-        return generation.num_steps - rule.skip_first_n_steps - rule.skip_last_n_steps == 1
 
 
 def _is_compiled(function: Any) -> bool:

@@ -1,42 +1,18 @@
 """mflux's names of models, and what they are gated as. Nothing is loaded or downloaded."""
 
 import difflib
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from mflux.cli.defaults.defaults import model_choices, model_inference_steps
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig
 from mflux.utils.exceptions import InvalidBaseModel, ModelConfigError
 
 from ..errors import TeaCacheValueError
-from ..models import Variant
-from .families import FAMILIES, match
-from .family import Family
+from .families import FAMILIES, Match, match
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model by name.
-
-    Attributes:
-        hub_name: Of its weights.
-        made_from: Hub name of the model that it is taken for a finetune of, or None.
-        pipeline: The class of mflux that it is gated in, the family's text-to-image.
-        variant: The coefficients in use.
-        calibrated: Whether they were fitted on this very model.
-        default_steps: What mflux runs when no steps are asked for.
-    """
-
-    hub_name: str
-    made_from: str | None
-    pipeline: str
-    variant: Variant
-    calibrated: bool
-    default_steps: int
-
-
-def find(name: str, base_model: str | None = None) -> Model:
-    """The model that mflux's ``--model`` and ``--base-model`` name.
+def find(name: str, base_model: str | None = None) -> tuple[ModelConfig, Match]:
+    """Of the model that mflux's ``--model`` and ``--base-model`` name, as the family's text-to-image runs it.
 
     Raises:
         TeaCacheValueError: mflux does not know it, or it is none that can be gated.
@@ -48,39 +24,29 @@ def find(name: str, base_model: str | None = None) -> Model:
     except ModelConfigError:
         message = f"{_unknown(name)}; for a checkpoint of another name, --base-model says what it was made from"
         raise TeaCacheValueError(message) from None
-    family = _family(config)
+    family = next((family for family in FAMILIES if set(config.aliases) & set(family.models)), None)
     if family is None:
         raise TeaCacheValueError(f"{name} is none of the models that can be gated: {', '.join(gated_names())}")
-    pipeline = family.pipelines[0]
-    _, variant, calibrated = match(config, pipeline)
-    return Model(
-        hub_name=config.model_name,
-        made_from=config.base_model,
-        pipeline=pipeline.__name__,
-        variant=variant,
-        calibrated=calibrated,
-        default_steps=model_inference_steps(name, base_model),
-    )
+    return config, match(config, family.pipelines[0])
 
 
-def find_text_to_image(name: str, base_model: str | None = None) -> Any:
+def find_text_to_image(name: str, base_model: str | None = None) -> tuple[Any, ModelConfig]:
     """``find``, for models that the family's text-to-image pipeline runs: that class, and mflux's configuration."""
-    find(name, base_model)
-    config = ModelConfig.from_name(name, base_model)
-    family = cast(Family, _family(config))
+    config, (family, *_) = find(name, base_model)
     if not all(family.models[alias].text_to_image for alias in config.aliases if alias in family.models):
         raise TeaCacheValueError(f"{name} is not for text-to-image: load it in Python, in the pipeline that it is for")
     return family.pipelines[0], config
-
-
-def _family(config: ModelConfig) -> Family | None:
-    return next((family for family in FAMILIES if set(config.aliases) & set(family.models)), None)
 
 
 def load(name: str, base_model: str | None = None, **options: Any) -> Any:
     """The family's text-to-image pipeline with this model; ``options`` are of its class, such as ``quantize``."""
     pipeline, config = find_text_to_image(name, base_model)
     return pipeline(model_config=config, **options)
+
+
+def default_steps(name: str, base_model: str | None = None) -> int:
+    """What mflux runs when no steps are asked for."""
+    return int(model_inference_steps(name, base_model))
 
 
 def gated_names() -> list[str]:

@@ -104,7 +104,7 @@ class Steps:
             if generation.settle() == "numerical-miss":
                 self._forget()
             plan = generation.plan
-            if plan is not None and all(plan):
+            if generation.is_over or (plan is not None and all(plan)):  # more steps than the schedule has are not ours
                 noise = own(**arguments)
                 generation.record("computed")
             elif tap.makes_cache(arguments):
