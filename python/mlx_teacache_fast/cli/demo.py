@@ -12,7 +12,7 @@ from .. import ops
 from ..errors import TeaCacheValueError
 from ..files import prepare_folder, write_file
 from ..models import TINY_KLEIN
-from .shared import PROG, guidance, integer, number, quiet_logging, seed, warnings_in_one_line
+from .shared import PROG, guidance, number, positive, quiet_logging, seed, warnings_in_one_line
 
 DEFAULT_PROMPTS = ("red apple", "panda face")
 OUTPUT_NAMES = ("images.png", "plot.png")
@@ -72,7 +72,7 @@ def add_parser(commands: Any) -> None:
     demo.add_argument(
         "--steps",
         metavar="N",
-        type=integer("a whole number of at least 1", lambda n: n >= 1),
+        type=positive,
         default=50,
         help="denoising steps per picture (default: %(default)s)",
     )
@@ -94,14 +94,14 @@ def add_parser(commands: Any) -> None:
     demo.add_argument(
         "--threshold",
         metavar="T",
-        type=number("a number from 0 to 1", lambda t: 0 <= t <= 1),
+        type=number(float, "a number from 0 to 1", lambda t: 0 <= t <= 1),
         help="accumulated distance at which a step is computed again: more skips with a higher one, none with 0 "
         f"(default: {TINY_KLEIN.rel_l1_thresh:g}, the model's own)",
     )
     demo.add_argument(
         "--size",
         metavar="PIXELS",
-        type=integer("a multiple of 16 from 32 to 512", lambda n: 32 <= n <= 512 and n % 16 == 0),
+        type=number(int, "a multiple of 16 from 32 to 512", lambda n: 32 <= n <= 512 and n % 16 == 0),
         default=128,
         help="side of the pictures; the model was trained at 128 and draws badly at others (default: %(default)s)",
     )

@@ -10,7 +10,7 @@ from ..pictures import read_metadata
 from ..policy import check_step_window
 from ..record.stats import bound
 from ..support import supported
-from .shared import integer, quiet_logging, require_mflux
+from .shared import positive, quiet_logging, require_mflux
 
 DESCRIPTION = """\
 Say what is known of a model before its weights are loaded: which coefficients and threshold it is gated with, how many
@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--steps",
         metavar="N",
-        type=integer("a whole number of at least 1", lambda n: n >= 1),
+        type=positive,
         help="denoising steps per picture (default: mflux's for the model)",
     )
     parser.set_defaults(run=run)

@@ -8,7 +8,7 @@ from ..errors import TeaCacheValueError
 from ..files import check_writable
 from ..policy import Policy, settings
 from . import shared
-from .shared import PROG, add_setting, integer, number, quiet_logging, require_mflux, warnings_in_one_line
+from .shared import PROG, add_setting, number, positive, quiet_logging, require_mflux, warnings_in_one_line
 
 DESCRIPTION = """\
 Search which steps to compute under a budget, for a model, number of steps and guidance of yours:
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--budget",
         metavar="SHARE",
-        type=number("a number above 0 and below 1", lambda b: 0 < b < 1),
+        type=number(float, "a number above 0 and below 1", lambda b: 0 < b < 1),
         required=True,
         help="share of the steps that may be computed",
     )
@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--evaluations",
         metavar="N",
-        type=integer("a whole number of at least 1", lambda n: n >= 1),
+        type=positive,
         default=40,
         help="so many plans are run (default: %(default)s)",
     )

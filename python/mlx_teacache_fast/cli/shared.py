@@ -23,23 +23,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def integer(rule: str, accepts: Callable[[int], bool]) -> Callable[[str], int]:
-    def convert(text: str) -> int:
+def number(kind: type[int] | type[float], rule: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
         try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-        return value
-
-    return convert
-
-
-def number(rule: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
         if not accepts(value):  # every comparison with NaN is false
@@ -47,6 +34,10 @@ def number(rule: str, accepts: Callable[[float], bool]) -> Callable[[str], float
         return value
 
     return convert
+
+
+positive = number(int, "a whole number of at least 1", lambda n: n >= 1)
+guidance = number(float, "a finite number of at least 1", lambda g: 1 <= g < math.inf)
 
 
 def add_setting(parser: argparse.ArgumentParser, setting: Field[Any]) -> None:
@@ -71,7 +62,7 @@ def add_setting(parser: argparse.ArgumentParser, setting: Field[Any]) -> None:
     parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=setting.metadata["says"], **option)
 
 
-seed = integer("a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)
+seed = number(int, "a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)
 
 
 @contextmanager
@@ -136,7 +127,6 @@ N_DEMO_PROMPTS = 12
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, held_out: int) -> None:
-    positive = integer("a whole number of at least 1", lambda n: n >= 1)
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -170,10 +160,6 @@ def add_model_arguments(parser: argparse.ArgumentParser, held_out: int) -> None:
         default=1,
         help="of the starting noise (default: %(default)s)",
     )
-
-
-def guidance(text: str) -> float:
-    return number("a finite number of at least 1", lambda g: 1 <= g < math.inf)(text)
 
 
 def check(arguments: argparse.Namespace) -> None:

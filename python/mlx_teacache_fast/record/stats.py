@@ -34,21 +34,9 @@ class StepRecord:
     seconds: float | None = field(default=None, compare=False)
 
     # Names that mlx-teacache has for them.
-
-    @property
-    def step_idx(self) -> int:
-        """``index``."""
-        return self.index
-
-    @property
-    def decision(self) -> Kind:
-        """``kind``."""
-        return self.kind
-
-    @property
-    def accumulated_distance(self) -> float:
-        """``accumulated``."""
-        return self.accumulated
+    step_idx = property(lambda self: self.index, doc="``index``.")
+    decision = property(lambda self: self.kind, doc="``kind``.")
+    accumulated_distance = property(lambda self: self.accumulated, doc="``accumulated``.")
 
 
 def bound(steps: int, skipped: int) -> float:
@@ -85,10 +73,7 @@ class GenerationStats:
         """``steps / (steps - skipped)``."""
         return bound(self.num_steps, self.skipped)
 
-    @property
-    def decisions(self) -> tuple[StepRecord, ...]:
-        """``steps``: mlx-teacache's name."""
-        return self.steps
+    decisions = property(lambda self: self.steps, doc="``steps``: mlx-teacache's name.")
 
 
 class Stats:
@@ -140,16 +125,8 @@ class Stats:
         return bound(self.total_steps, self.skipped_count)
 
     # Names that mlx-teacache has for them.
-
-    @property
-    def total_active_steps(self) -> int:
-        """``total_steps``."""
-        return self.total_steps
-
-    @property
-    def speedup_estimate(self) -> float:
-        """``bound``."""
-        return self.bound
+    total_active_steps = property(lambda self: self.total_steps, doc="``total_steps``.")
+    speedup_estimate = property(lambda self: self.bound, doc="``bound``.")
 
     def count(self, kind: Kind) -> int:
         """Number of steps of this kind."""
