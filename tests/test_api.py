@@ -19,8 +19,7 @@ from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast import ops
-from mlx_teacache_fast.record.stats import step_record
-from mlx_teacache_fast.record.stats import percentile, table
+from mlx_teacache_fast.record.stats import percentile, step_record, table
 
 Generate = Callable[..., np.ndarray]
 
@@ -31,14 +30,14 @@ Generate = Callable[..., np.ndarray]
 def test_the_names_of_mlx_teacache() -> None:
     """All but those of which docs/mlx-teacache.md says why they are not there."""
     theirs = set(pytest.importorskip("mlx_teacache").__all__)
-    assert theirs - set(tc.__all__) == {"CalibrationError", "StatsFrozenError", "TransformerShapeError"}
+    missing = {"CalibrationError", "MissingGenerationContextError", "StatsFrozenError", "TransformerShapeError"}
+    assert theirs - set(tc.__all__) == missing
 
 
 def test_aliases_are_the_same_things() -> None:
     assert tc.TeaCacheHandle is tc.Handle
     assert tc.TeaCacheStats is tc.Stats
     assert tc.StepDecision is tc.StepRecord
-    assert tc.MissingGenerationContextError is tc.PatchLostError
     assert tc.TeaCacheDisabledWarning is tc.DisabledWarning
     assert tc.TeaCacheNoBenefitWarning is tc.NoBenefitWarning
     assert tc.TeaCacheUncalibratedCheckpointWarning is tc.UncalibratedWarning
@@ -188,7 +187,6 @@ def test_max_consecutive_skips(flux: Any, generate: Generate, limit: int) -> Non
         generate(num_inference_steps=20, height=32, width=32)
     assert handle.stats.last_generation is not None
     assert longest_run_of_skips(handle.stats.last_generation) == min(limit, 17)  # not first, seed and last
-    assert handle.trace.max_consecutive_skips == limit
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, "1", None, True])
@@ -324,7 +322,8 @@ def test_trace_of_a_generation(flux: Any, generate: Generate, tmp_path: Path) ->
     trace = handle.trace
     assert [[s.index for s in g.steps] for g in trace.generations] == [list(range(15))] * 2
     assert trace.generations[-1] == handle.stats.last_generation
-    assert (trace.variant_id, trace.rel_l1_thresh, trace.skip_first_n_steps) == ("flux2-klein-base-4b", 0.4, 2)
+    assert (trace.variant_id, trace.policy) == ("flux2-klein-base-4b", handle.policy)
+    assert gate_of(trace) == replace(gate_of(trace), rel_l1_thresh=0.4, skip_first_n_steps=2)
 
     trace.to_json(tmp_path / "trace.json")
     assert tc.Trace.from_json(tmp_path / "trace.json") == trace
@@ -332,27 +331,24 @@ def test_trace_of_a_generation(flux: Any, generate: Generate, tmp_path: Path) ->
     fewer, more = tc.replay(trace, rel_l1_thresh=0.2), tc.replay(trace, rel_l1_thresh=0.9)
     skipped = [sum(g.skipped for g in t.generations) for t in (fewer, trace, more)]
     assert skipped[0] < skipped[1] < skipped[2]
-    assert fewer.rel_l1_thresh == 0.2
+    assert gate_of(fewer) == replace(gate_of(trace), rel_l1_thresh=0.2)
     assert longest_run_of_skips(tc.replay(trace, rel_l1_thresh=0.9, max_consecutive_skips=2).generations[0]) == 2
 
 
-def a_trace(**changes: Any) -> tc.Trace:
+def gate_of(trace: tc.Trace) -> tc.Gate:
+    assert isinstance(trace.policy.rule, tc.Gate)
+    return trace.policy.rule
+
+
+IDENTITY = tc.Gate(rel_l1_thresh=0.5, coefficients=(0.0, 0.0, 0.0, 1.0, 0.0))
+
+
+def a_trace(generations: Any = None, **rule: Any) -> tc.Trace:
+    """Of a gate that prices a distance at itself, but for ``rule``."""
     steps = (step(0, "forced"), step(1, "computed"), step(2, "skipped", 0.1, 0.5), step(3, "forced"))
-    return replace(
-        tc.Trace(
-            variant_id="flux2-klein-base-4b",
-            rel_l1_thresh=0.5,
-            coefficients=(0.0, 0.0, 0.0, 1.0, 0.0),
-            calibrated_range=None,
-            skip_first_n_steps=1,
-            skip_last_n_steps=1,
-            max_consecutive_skips=8,
-            max_skips=None,
-            steps=None,
-            generations=(tc.GenerationStats(steps, 1.5),),
-        ),
-        **changes,
-    )
+    generations = generations or (tc.GenerationStats(steps, 1.5),)
+    policy = tc.Policy(rule=replace(IDENTITY, **rule), forecast=0, cache="residual")
+    return tc.Trace("flux2-klein-base-4b", policy, generations)
 
 
 def test_seconds_are_not_compared() -> None:
@@ -396,7 +392,7 @@ def edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
         (lambda d: d.update(generations=[{}]), "is not a trace: 'steps'"),
         (lambda d: d.update(generations=[3]), "is not a trace: 'int' object is not subscriptable"),
         (
-            lambda d: d.update(rel_l1_thresh=2),
+            lambda d: d["policy"].update(rel_l1_thresh=2),
             "is not a trace: rel_l1_thresh must be a number from 0.0 to 1.0, got 2",
         ),
         (
@@ -478,7 +474,7 @@ def test_replay_decides_as_the_gate_did(
     def run(threshold: float, in_a_row: int) -> tc.Trace:
         rules = dict(coefficients=coefficients, calibrated_range=limits, max_consecutive_skips=in_a_row)
         generation = gated(seed, n_steps, window, threshold=threshold, **rules)
-        return a_trace(rel_l1_thresh=threshold, generations=(generation,), **rules)
+        return a_trace((generation,), rel_l1_thresh=threshold, **rules)
 
     trace = run(*made_with)
     assert tc.replay(trace, rel_l1_thresh=made_with[0]) == trace
@@ -493,7 +489,7 @@ def test_replay_by_hand() -> None:
         *(step(i, "computed", rel) for i, rel in ((2, 0.125), (3, 0.25), (4, 0.375), (5, 0.5))),
         step(6, "forced"),
     )
-    trace = a_trace(generations=(tc.GenerationStats(steps),))
+    trace = a_trace((tc.GenerationStats(steps),))
 
     def kinds(**arguments: Any) -> str:
         (generation,) = tc.replay(trace, **arguments).generations
@@ -510,16 +506,16 @@ def test_replay_by_hand() -> None:
 def test_replay_computes_where_no_distance_is_known() -> None:
     """A polynomial that overflowed made step 2 a miss and step 3 a seed, which measures nothing."""
     steps = (step(0, "computed"), step(1, "skipped", 0.1), step(2, "numerical-miss", 0.2), step(3, "computed"))
-    (generation,) = tc.replay(a_trace(generations=(tc.GenerationStats(steps),)), rel_l1_thresh=1.0).generations
+    (generation,) = tc.replay(a_trace((tc.GenerationStats(steps),)), rel_l1_thresh=1.0).generations
     assert [s.kind for s in generation.steps] == ["computed", "skipped", "skipped", "computed"]
     assert generation.steps[3].accumulated == 0.0
 
 
 def test_replay_keeps_the_range_only_with_the_coefficients() -> None:
     trace = a_trace(calibrated_range=(0.0, 0.2))
-    assert tc.replay(trace, rel_l1_thresh=0.3).calibrated_range == (0.0, 0.2)
-    assert tc.replay(trace, rel_l1_thresh=0.3, coefficients=[1, 2, 3, 4, 5]).calibrated_range is None
-    assert tc.replay(trace, rel_l1_thresh=0.3, calibrated_range=None).calibrated_range is None
+    assert gate_of(tc.replay(trace, rel_l1_thresh=0.3)).calibrated_range == (0.0, 0.2)
+    assert gate_of(tc.replay(trace, rel_l1_thresh=0.3, coefficients=[1, 2, 3, 4, 5])).calibrated_range is None
+    assert gate_of(tc.replay(trace, rel_l1_thresh=0.3, calibrated_range=None)).calibrated_range is None
 
 
 def test_replay_of_a_trace_without_distances(flux: Any, generate: Generate) -> None:

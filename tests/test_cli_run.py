@@ -32,6 +32,7 @@ from test_cli import COMMAND, LISTEN, Result, run
 
 import mlx_teacache_fast
 from mlx_teacache_fast import VARIANTS, Policy, Trace, cli, demo, models
+from mlx_teacache_fast.cli.shared import flag
 from mlx_teacache_fast.mflux import commands, hook
 from mlx_teacache_fast.mflux.families import COMMANDS, FAMILIES, PIPELINES, match
 from mlx_teacache_fast.policy import RULES, settings
@@ -168,7 +169,7 @@ def test_policy_that_cannot_be_used(tmp_path, photo):
     plan, mine = tmp_path / "plan.json", tmp_path / "mine.json"
     Policy.of(steps="1010100101").to_json(plan)
     mine.write_text("{}")
-    beside = "a policy has all settings: leave out either it or rel_l1_thresh, save_metadata"
+    beside = "a policy has all settings: leave out either it or rel_l1_thresh"
     unsaid = f"{photo} does not say that it was made with gating: it has no 'mlx_teacache_fast' metadata"
     for options, code, message in (
         (
@@ -796,8 +797,7 @@ SETTINGS = settings(*RULES, Policy)
     [
         (
             "run",
-            "--policy --like --trace --force bound rel-L1 130 "
-            + " ".join(setting.metadata["flag"] for setting in SETTINGS),
+            "--policy --like --trace --force bound rel-L1 130 " + " ".join(flag(setting) for setting in SETTINGS),
         ),
         ("info", "--base-model --steps calibrated threshold range published helps MODEL"),
     ],

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlx_teacache_fast import ops
-from mlx_teacache_fast.record.stats import KINDS
 from mlx_teacache_fast.models import VARIANTS
+from mlx_teacache_fast.record.stats import KINDS
 
 peer = pytest.importorskip("mlx_teacache.gate", reason="mlx-teacache is not installed")
 peer_cache = pytest.importorskip("mlx_teacache._kernel.cache", reason="mlx-teacache is not installed")

@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import flux1_pipelines as build
@@ -12,27 +11,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import Generate
+from every_pipeline import ALWAYS, edit_pipeline, kinds
 from flux1_pipelines import generate as generate_flux1
 from hypothesis import given
 from hypothesis import strategies as st
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.flux.variants.controlnet.flux_controlnet import Flux1Controlnet
 from mflux.utils.apple_silicon import AppleSiliconUtil
-from test_apply_flux1 import mask, uncompiled  # noqa: F401
-from test_apply_flux2 import ALWAYS_SKIP, kinds
-from test_apply_flux2_edit import edit_pipeline
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast import ops
+from mlx_teacache_fast.record.stats import KINDS
 from mlx_teacache_fast.step.forecast import MAX_GAIN, weights
 from mlx_teacache_fast.step.generation import Generation
 from mlx_teacache_fast.step.rules import budgeted
-from mlx_teacache_fast.record.stats import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlx_teacache_fast.UncalibratedWarning")
-
-ALWAYS: dict[str, Any] = dict(rel_l1_thresh=0.5, coefficients=ALWAYS_SKIP)
-
 
 # ---- Weights
 
@@ -203,7 +197,7 @@ def test_output_of_edit(photo: Path, guidance: float, model: str) -> None:
 
 
 @pytest.mark.parametrize("kind", build.CONFIGS, ids=lambda kind: kind.__name__)
-def test_output_of_flux1(kind: type, photo: Path, mask: Path) -> None:  # noqa: F811
+def test_output_of_flux1(kind: type, photo: Path, mask: Path) -> None:
     config = build.CONFIGS[kind]()
     transformer = build.transformer(config, dtype=mx.float32)
     controlnet = build.controlnet(config, dtype=mx.float32) if kind is Flux1Controlnet else None
@@ -294,13 +288,11 @@ def test_residual_of_flux2(
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_residual_of_flux1(order: int, photo: Path, mask: Path) -> None:  # noqa: F811
+def test_residual_of_flux1(order: int, photo: Path, mask: Path) -> None:
     kind = next(iter(build.CONFIGS))
     flux = build.pipeline(kind, build.transformer(build.CONFIGS[kind](), dtype=mx.float32))
     given = build.arguments(kind, photo, mask)
-    with uncompiled():
-        run = lambda: generate_flux1(flux, num_inference_steps=8, **given)  # noqa: E731
-        assert_residual_is_forecast(flux, run, order, calls=1)
+    assert_residual_is_forecast(flux, lambda: generate_flux1(flux, num_inference_steps=8, **given), order, calls=1)
 
 
 @pytest.mark.parametrize("cache", ["residual", "output"])
@@ -320,46 +312,51 @@ def test_compiled_as_uncompiled(
     assert np.abs(pictures[1] - pictures[3]).max() <= 3
 
 
-@pytest.mark.parametrize("cache", ["residual", "output"])
-def test_computed_steps_are_mfluxs(flux: Any, generate: Generate, cache: Any) -> None:
-    for guidance in (1.0, 4.0):
-        arguments: dict[str, Any] = dict(num_inference_steps=6, height=64, width=64, guidance=guidance)
-        plain = generate(**arguments)
-        with tc.apply(flux, rel_l1_thresh=1e-9, forecast=2, cache=cache) as handle:
-            assert np.array_equal(generate(**arguments), plain)
-        assert "skipped" not in kinds(handle)
+def gated_policy(forecast: int) -> tc.Policy:
+    return tc.Policy.of(rel_l1_thresh=0.5, coefficients=(0, 0, 0, 1, 0), forecast=forecast)
 
 
 def test_history_of_a_generation() -> None:
     """Computed and forced steps count, skipped ones do not; a numerical miss forgets all, itself too."""
-    handle: Any = SimpleNamespace(forecast=2, skip_first_n_steps=1, skip_last_n_steps=1, max_skips=None)
-    scheduler = SimpleNamespace(sigmas=[1.0, 0.95, 0.9, 0.8, 0.7, 0.55, 0.4, 0.2, 0.0])
-    generation = Generation(handle, 7, SimpleNamespace(scheduler=scheduler, init_time_step=1))
+    sigmas = [0.95, 0.9, 0.8, 0.7, 0.55, 0.4, 0.2, 0.0]
+    generation = Generation(gated_policy(2), 7, lambda: sigmas)
     codes = {kind: float(code) for code, kind in enumerate(KINDS)}
     known: list[float] = []
     for i, kind in enumerate(("forced", "computed", "skipped", "computed", "numerical-miss", "computed", "forced")):
-        sigma = scheduler.sigmas[1 + i]
         expected = [0.0, 0.0, 0.0]
         if known:
-            found = guarded(sigma, known, 2)
+            found = guarded(sigmas[i], known, 2)
             expected[: len(found)] = found
         assert generation.weights().tolist() == pytest.approx(expected, rel=1e-6)
-        assert generation.history_is_valid == (i != 5)
+        assert generation.force().item() == {0: 1, 6: 2}.get(i, 0)
         generation.record(mx.array([0.0, codes[kind], 0, 0, 0, 0, 1, 1]))
+        assert generation.settle() == kind
+        assert generation.settle() is None
         if kind in ("forced", "computed"):
-            known.insert(0, sigma)
+            known.insert(0, sigmas[i])
         elif kind == "numerical-miss":
             known.clear()
+    assert generation.is_over
     assert [s.kind for s in generation.stats(1.0).steps][3:5] == ["computed", "numerical-miss"]
 
 
 def test_a_scheduler_without_sigmas_has_even_steps() -> None:
-    handle: Any = SimpleNamespace(forecast=1)
-    for scheduler in (SimpleNamespace(), SimpleNamespace(sigmas=[1.0, 0.9])):
-        generation = Generation(handle, 4, SimpleNamespace(scheduler=scheduler, init_time_step=0))
-        generation.record_kind("computed", is_kept=True)
-        generation.record_kind("computed", is_kept=True)
+    for sigmas in ([], [1.0, 0.9]):
+        generation = Generation(gated_policy(1), 4, lambda sigmas=sigmas: sigmas)
+        generation.record("computed", is_kept=True)
+        generation.record("computed", is_kept=True)
         assert generation.weights().tolist() == pytest.approx([1 + math.sqrt(0.5), -math.sqrt(0.5)])
+
+
+def test_a_polynomial_that_overflows_forgets_what_was_kept(flux: Any, generate: Generate) -> None:
+    """Every gated step is a numerical miss: it computes, and none of them is looked at for a forecast."""
+    arguments: dict[str, Any] = dict(num_inference_steps=6, height=32, width=32)
+    plain = generate(**arguments)
+    for how in (dict(cache="output"), dict(cache="residual", forecast=2)):
+        with tc.apply(flux, rel_l1_thresh=0.5, coefficients=(3e38,) * 5, **how) as handle:
+            assert np.array_equal(generate(**arguments), plain)
+        assert kinds(handle).count("numerical-miss") > 0
+        assert "skipped" not in kinds(handle)
 
 
 @pytest.mark.parametrize("value", [-1, 3, 1.0, "1", True])
@@ -429,7 +426,7 @@ def test_a_budget(flux: Any, generate: Generate, photo: Path) -> None:
         generate(**arguments, image_path=photo, image_strength=0.4)
     assert [len(g.steps) for g in handle.stats.finished] == [10, 6]
     assert [g.skipped for g in handle.stats.finished] == [5, 3]
-    assert handle.settings == {"forecast": 1, "cache": "output", "budget": 0.5}
+    assert handle.policy == tc.Policy(rule=tc.Budget(budget=0.5))
     assert handle.summary().startswith("tiny-klein, budget 0.5, forecast 1 of the output\n")
 
 

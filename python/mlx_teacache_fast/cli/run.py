@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         command = commands.find(arguments.mflux[0])
     given = {s.name: getattr(arguments, s.name) for s in settings(*RULES, Policy) if s.name in arguments}
     like = None if arguments.like is None else read_metadata(arguments.like)
-    saves_metadata = given.pop("save_metadata", True)
+    beside = {name: given.pop(name) for name in ("save_metadata",) if name in given}  # counts beside a policy too
     if like is None:
         policy = policy_of(arguments.policy, given)
     else:
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"otherwise: {again} repeats its steps",
                 file=sys.stderr,
             )
-    policy = replace(policy, save_metadata=saves_metadata)
+    policy = replace(policy, **beside)
     handles: list[Handle] = []
     try:
         with (

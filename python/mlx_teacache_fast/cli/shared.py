@@ -40,6 +40,10 @@ positive = number(int, "a whole number of at least 1", lambda n: n >= 1)
 guidance = number(float, "a finite number of at least 1", lambda g: 1 <= g < math.inf)
 
 
+def flag(setting: Field[Any]) -> str:
+    return setting.metadata["flag"] or f"--{setting.name.replace('_', '-')}"
+
+
 def add_setting(parser: argparse.ArgumentParser, setting: Field[Any]) -> None:
     """The option of a policy's setting; not in the namespace unless it is given."""
     name, option = setting.name, dict(setting.metadata["option"])
@@ -58,8 +62,7 @@ def add_setting(parser: argparse.ArgumentParser, setting: Field[Any]) -> None:
 
     if not option.keys() & {"action", "choices", "nargs"}:
         option["type"] = checked
-    flag = setting.metadata["flag"] or f"--{name.replace('_', '-')}"
-    parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=setting.metadata["says"], **option)
+    parser.add_argument(flag(setting), dest=name, default=argparse.SUPPRESS, help=setting.metadata["says"], **option)
 
 
 seed = number(int, "a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)

@@ -1,10 +1,13 @@
-"""Defaults, modes, files of plans and calibrations; and the searches and fits that make them, on the real pipeline."""
+"""Policies: values, files, defaults and modes; and the searches and fits that make them, on the real pipeline."""
 
 import dataclasses
+import functools
+import inspect
 import json
 import math
 import random
 import statistics
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +18,18 @@ from conftest import Generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mflux.models.common.config.model_config import ModelConfig
-from test_apply_flux2 import kinds
 from test_cli import run
 from test_forecast import noises
 
 import mlx_teacache_fast as tc
-from mlx_teacache_fast.tune.calibrate import Fitted
-from mlx_teacache_fast.step.forecast import weights
+from mlx_teacache_fast.cli.shared import flag
 from mlx_teacache_fast.mflux.pictures import psnr
-from mlx_teacache_fast.tune.search import Recorded, annealed, neighbour
-from mlx_teacache_fast.step.rules import Plan, budgeted
-from mlx_teacache_fast.record.trace import replay
 from mlx_teacache_fast.models import TINY_KLEIN
+from mlx_teacache_fast.policy import settings as settings_of
+from mlx_teacache_fast.record.trace import replay
+from mlx_teacache_fast.step.forecast import weights
+from mlx_teacache_fast.step.rules import budgeted
+from mlx_teacache_fast.tune.search import Found, Recorded, annealed, neighbour
 
 SMALL: dict[str, Any] = dict(num_inference_steps=10, height=32, width=32, guidance=1.0)
 
@@ -38,25 +41,167 @@ def _callbacks_are_as_before(flux: Any) -> Iterator[None]:
     assert [list(vars(flux.callbacks)[name]) for name in ("before_loop", "in_loop", "after_loop")] == before
 
 
+# ---- Values
+
+
+POLICIES = [
+    tc.Policy(),
+    tc.Policy(rule=tc.Gate(mode="fast", skip_first_n_steps=3, max_skips=0), forecast=2),
+    tc.Policy(rule=tc.Gate(rel_l1_thresh=0.3, coefficients=(1, 2, 3, 4, 5), calibrated_range=(0.1, 0.2))),
+    tc.Policy(rule=tc.Budget(budget=0.4), cache="residual", save_metadata=False),
+    tc.Policy(rule=tc.Steps(steps="1101"), forecast=0),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: str(policy.rule))
+def test_a_policy_as_settings_and_as_a_file(flux: Any, tmp_path: Path, policy: tc.Policy) -> None:
+    path = tmp_path / "any name"
+    policy.to_json(path, about={"psnr": 40.0})
+    assert tc.Policy.from_json(path) == tc.Policy.of(**policy.flat) == policy
+    assert json.loads(path.read_text())["about"] == {"psnr": 40.0}
+    assert policy == tc.Policy.of(**json.loads(json.dumps(policy.flat)))
+    found = []
+    for how in ((policy,), (path,), (str(path),), ()):
+        with warnings.catch_warnings(action="ignore"), tc.apply(flux, *how, **({} if how else policy.flat)) as handle:
+            found.append(handle.policy)
+    assert found[1:] == found[:-1]
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        policy.to_json(path)
+    assert str(error.value) == f"{path} exists; force=True overwrites it"
+    policy.to_json(path, force=True)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.forecast = 2  # type: ignore[misc]
+
+
+def test_every_setting_is_an_option_and_is_documented() -> None:
+    fields = settings_of(tc.Gate, tc.Budget, tc.Steps, tc.Policy)
+    help_text = " ".join(run("run", "--help").out.split())
+    documentation = " ".join((tc.apply.__doc__ or "").split())
+    parameters = inspect.signature(tc.apply).parameters
+    assert {f.name for f in fields} == set(parameters) - {"flux", "policy"}
+    for f in fields:
+        text = f.metadata["says"]
+        assert f"{flag(f)} " in help_text
+        assert text in help_text
+        assert f"{f.name}: {text[0].upper()}{text[1:]}." in documentation
+        if f.default is not dataclasses.MISSING:
+            assert parameters[f.name].default == f.default
+
+
+def test_what_is_left_open_is_the_models() -> None:
+    base = tc.VARIANTS["flux2-klein-base-4b"]
+    own = dict(coefficients=base.coefficients, calibrated_range=base.calibrated_range)
+    assert tc.Gate().of_model(base) == tc.Gate(rel_l1_thresh=0.17, **own)
+    assert tc.Gate(mode="fast", max_skips=3).of_model(base) == tc.Gate(rel_l1_thresh=0.34, max_skips=3, **own)
+    mine = tc.Gate(coefficients=(0, 0, 0, 1, 0))
+    assert mine.of_model(base) == dataclasses.replace(mine, rel_l1_thresh=0.2)
+    assert tc.Gate(mode="fast", coefficients=(0, 0, 0, 1, 0)).of_model(base).rel_l1_thresh == 0.4
+    assert tc.Policy(rule=tc.Budget(budget=0.4)).of_model(base) == tc.Policy(rule=tc.Budget(budget=0.4))
+
+
+def test_the_models_own_polynomial_is_builtin_however_it_is_given(flux: Any) -> None:
+    with tc.apply(flux) as handle:
+        assert (handle.calibrated, handle.provenance.source) == (True, "builtin")
+    with tc.apply(flux, handle.policy) as again:
+        assert (again.calibrated, again.provenance) == (True, handle.provenance)
+    with tc.apply(flux, coefficients=[0, 0, 0, 1, 0]) as mine:
+        assert (mine.calibrated, mine.provenance) == (False, tc.Provenance("user"))
+
+
+NAMES = (
+    "mode, rel_l1_thresh, coefficients, calibrated_range, skip_first_n_steps, skip_last_n_steps, "
+    "max_consecutive_skips, max_skips, budget, steps, forecast, cache, save_metadata"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(mode=["fast"]), "mode must be 'quality', 'balanced', 'fast', got ['fast']"),
+        (dict(mode="best"), "mode must be 'quality', 'balanced', 'fast', got 'best'"),
+        (dict(mode="fast", rel_l1_thresh=0.3), "mode and rel_l1_thresh both set the threshold: leave out either"),
+        (dict(mode="fast", budget=0.3), "budget plans every step, and mode cannot count: leave out either"),
+        (dict(steps="11", budget=0.3), "steps plans every step, and budget cannot count: leave out either"),
+        (
+            dict(calibrated_range=(0, 1)),
+            "calibrated_range belongs to coefficients of yours: give them too",
+        ),
+        (
+            dict(coefficients=[1, 2, 3, 4, 5], calibrated_range=(1, 0)),
+            "calibrated_range must be two finite numbers, the lower first, or None, got (1, 0)",
+        ),
+        (dict(save_metadata=1), "save_metadata must be True or False, got 1"),
+        (dict(forecast=True), "forecast must be an order from 0 (reuse) to 2, got True"),
+        (dict(threshold=0.2), f"no such setting: threshold; there are {NAMES}"),
+        (dict(rule=tc.Gate()), f"no such setting: rule; there are {NAMES}"),
+    ],
+)
+def test_bad_settings(flux: Any, given: dict[str, Any], message: str) -> None:
+    for refuses in (tc.Policy.of, functools.partial(tc.apply, flux), functools.partial(tc.apply_teacache, flux)):
+        with pytest.raises(tc.TeaCacheValueError) as error:
+            refuses(**given)
+        assert str(error.value) == message
+
+
+def test_bad_policies(flux: Any) -> None:
+    for policy, message in {
+        (7,): "policy must be a Policy, or the path of one or of a picture, got 7",
+        (tc.Gate(),): f"policy must be a Policy, or the path of one or of a picture, got {tc.Gate()!r}",
+    }.items():
+        with pytest.raises(tc.TeaCacheValueError) as error:
+            tc.apply(flux, *policy)  # type: ignore[arg-type]
+        assert str(error.value) == message
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        tc.apply(flux, tc.Policy(), budget=0.4)
+    assert str(error.value) == "a policy has all settings: leave out either it or budget"
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        tc.Policy(rule="1101")  # type: ignore[arg-type]
+    assert str(error.value) == "rule must be a Gate, a Budget or Steps, got '1101'"
+
+
+GOOD: dict[str, Any] = {"format": "mlx-teacache-fast policy", "version": 1, "policy": {"steps": "10"}, "about": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not a policy: "),
+        ("[]", 'is not a policy: it has no "format": "mlx-teacache-fast policy"'),
+        (json.dumps(GOOD | {"format": "mlx-teacache-fast trace"}), "is not a policy: it has no "),
+        (json.dumps(GOOD | {"version": 2}), "is a policy of version 2, and this package reads 1"),
+        (json.dumps({"format": GOOD["format"], "version": 1}), "is not a policy: "),
+        (json.dumps(GOOD | {"policy": {"steps": "01"}}), "is not a policy: steps must begin with a computed step"),
+        (json.dumps(GOOD | {"policy": {"forecast": 9}}), "is not a policy: forecast must be an order from 0"),
+        (json.dumps(GOOD | {"policy": {"colour": 1}}), "is not a policy: no such setting: colour"),
+        (json.dumps(GOOD | {"policy": 1}), "is not a policy: "),
+    ],
+)
+def test_bad_files(flux: Any, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text(text)
+    with pytest.raises(tc.TeaCacheValueError) as error:
+        tc.apply(flux, path)
+    assert str(error.value).startswith(f"{path} {message}")
+    with pytest.raises(FileNotFoundError):
+        tc.apply(flux, tmp_path / "none.json")
+
+
 # ---- Defaults and modes
 
 
 def test_the_default_forecasts_the_output(flux: Any) -> None:
     with tc.apply(flux) as handle:
-        assert (handle.forecast, handle.cache, handle.rel_l1_thresh) == (1, "output", TINY_KLEIN.rel_l1_thresh)
+        own = dict(coefficients=TINY_KLEIN.coefficients, calibrated_range=TINY_KLEIN.calibrated_range)
+        assert handle.policy == tc.Policy.of(rel_l1_thresh=TINY_KLEIN.rel_l1_thresh, **own)
         assert (handle.variant_id, handle.calibrated) == ("tiny-klein", True)
-        assert (handle.coefficients, handle.calibrated_range) == (TINY_KLEIN.coefficients, TINY_KLEIN.calibrated_range)
     with tc.apply_teacache(flux) as handle:
-        assert (handle.forecast, handle.cache, handle.rel_l1_thresh) == (0, "residual", 0.17)
+        assert (handle.policy.forecast, handle.policy.cache, handle.rel_l1_thresh) == (0, "residual", 0.17)
         assert (handle.variant_id, handle.calibrated) == ("flux2-klein-base-4b", True)
-    for same in (dict(forecast=0, cache="residual"), handle.settings):  # by name
+    for same in (dict(forecast=0, cache="residual"), handle.policy.flat):  # by name
         with tc.apply(flux, **same) as again:
-            assert again.settings == handle.settings
-            assert (again.variant_id, again.coefficients) == (handle.variant_id, handle.coefficients)
+            assert (again.policy, again.variant_id) == (handle.policy, handle.variant_id)
     with tc.apply_teacache(flux, forecast=2, cache="output") as handle:
-        assert (handle.forecast, handle.cache) == (2, "output")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'threshold'"):
-        tc.apply_teacache(flux, threshold=0.2)
+        assert (handle.policy.forecast, handle.policy.cache) == (2, "output")
 
 
 def test_the_default_is_closer_than_teacache_with_no_more_steps(flux: Any, generate: Generate) -> None:
@@ -75,128 +220,21 @@ def test_modes_are_thresholds(flux: Any) -> None:
     for mode in tc.MODES:
         with tc.apply(flux, mode=mode) as handle:
             thresholds[mode] = handle.rel_l1_thresh
-            assert (handle.forecast, handle.cache) == (1, "output")
+            assert (handle.policy.forecast, handle.policy.cache) == (1, "output")
     assert thresholds["quality"] < thresholds["balanced"] < thresholds["fast"]
     assert thresholds["balanced"] == TINY_KLEIN.rel_l1_thresh
-    with tc.apply(flux, mode="fast", coefficients=[0, 0, 0, 1, 0]) as handle:
-        assert handle.rel_l1_thresh == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(mode=["fast"]), "mode must be 'quality', 'balanced', 'fast', got ['fast']"),
-        (dict(mode="best"), "mode must be 'quality', 'balanced', 'fast', got 'best'"),
-        (dict(mode="fast", rel_l1_thresh=0.3), "mode and rel_l1_thresh both set the threshold: leave out either"),
-        (dict(mode="fast", budget=0.3), "budget plans every step, and mode cannot count: leave out either"),
-    ],
-)
-def test_bad_modes(flux: Any, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(tc.TeaCacheValueError) as error:
-        tc.apply(flux, **arguments)
-    assert str(error.value) == message
-
-
-# ---- Files
-
-
-def test_a_plan_from_a_file(flux: Any, generate: Generate, tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    Plan("1010100101", 2, "residual", {"budget": 0.5}).to_json(path)
-    assert Plan.from_json(path) == Plan("1010100101", 2, "residual", {"budget": 0.5})
-    with tc.apply(flux, plan=path) as handle:
-        generate(**SMALL)
-    assert [kind != "skipped" for kind in kinds(handle)] == [c == "1" for c in "1010100101"]
-    assert handle.settings == {"steps": "1010100101", "forecast": 2, "cache": "residual"}
-    for plan in (str(path), Plan.from_json(path)):
-        with tc.apply(flux, plan=plan, forecast=0, cache="output") as handle:
-            assert (handle.forecast, handle.cache) == (0, "output")
-    with tc.apply_teacache(flux, plan=path) as handle:
-        assert (handle.forecast, handle.cache) == (2, "residual")
-    with tc.apply(flux, plan=path), pytest.raises(tc.InvalidStepWindowError, match="plans 10 steps and the schedule"):
-        generate(**SMALL | dict(num_inference_steps=12))
-    with pytest.raises(tc.TeaCacheValueError, match="plan plans every step, and budget cannot count"):
-        tc.apply(flux, plan=path, budget=0.4)
-    with pytest.raises(tc.TeaCacheValueError) as error:
-        Plan("10", 1, "output", {}).to_json(path)
-    assert str(error.value) == f"{path} exists; force=True overwrites it"
-    with pytest.raises(FileNotFoundError):
-        tc.apply(flux, plan=tmp_path / "none.json")
-
-
-GOOD = {"format": "mlx-teacache-fast plan", "version": 1, "steps": "10", "forecast": 1, "cache": "output", "about": {}}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        json.dumps(GOOD | {"format": "mlx-teacache-fast trace"}),
-        json.dumps(GOOD | {"version": 2}),
-        json.dumps({name: value for name, value in GOOD.items() if name != "about"}),
-        json.dumps(GOOD | {"steps": "01"}),
-        json.dumps(GOOD | {"forecast": 9}),
-        json.dumps(GOOD | {"about": 1}),
-    ],
-)
-def test_bad_plans(flux: Any, tmp_path: Path, text: str) -> None:
-    path = tmp_path / "plan.json"
-    path.write_text(text)
-    with pytest.raises(tc.TeaCacheValueError) as error:
-        tc.apply(flux, plan=path)
-    assert str(error.value).startswith(f"{path} is ")
-
-
-MINE = tc.Calibration((0.0, 0.0, 0.0, 1.0, 0.0), (0.02, 0.2), 0.11, "two prompts", 0.5)
-
-
-def test_a_calibration_from_a_file(flux: Any, tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    pairs = np.array([[0.1, 0.2]])
-    Fitted(MINE, pairs, pairs, 0.6, ((0.11, 0.3),)).to_json(path)
-    for given_as in (path, str(path), MINE, dataclasses.asdict(MINE)):
-        with tc.apply(flux, coefficients=given_as) as handle:
-            assert (handle.coefficients, handle.calibrated_range) == (MINE.coefficients, MINE.calibrated_range)
-            assert (handle.rel_l1_thresh, handle.calibrated) == (0.11, False)
-            assert handle.provenance == tc.Provenance("user", "two prompts", "held-out R^2", 0.5, None, 0.11)
-    with tc.apply(flux, coefficients=path, rel_l1_thresh=0.3) as handle:
-        assert handle.rel_l1_thresh == 0.3
-    with tc.apply(flux, coefficients=dataclasses.replace(MINE, rel_l1_thresh=None)) as handle:
-        assert handle.rel_l1_thresh == 0.2
-    with pytest.warns(tc.DisabledWarning), tc.apply(flux, coefficients=dataclasses.replace(MINE, rel_l1_thresh=0.0)):
-        pass
-
-
-def test_a_calibrated_picture_repeats(flux: Any, tmp_path: Path) -> None:
-    """Its metadata says the range too."""
-    with tc.apply(flux, coefficients=MINE) as handle:
+def test_a_picture_with_coefficients_of_the_users_repeats(flux: Any, tmp_path: Path) -> None:
+    """Its metadata say the range too."""
+    mine: dict[str, Any] = dict(coefficients=(0, 0, 0, 1, 0), calibrated_range=(0.02, 0.2), rel_l1_thresh=0.11)
+    with tc.apply(flux, **mine):
         first = flux.generate_image(prompt="red apple", seed=1, **SMALL)
     first.save(tmp_path / "a.png")
-    said = tc.read_metadata(tmp_path / "a.png")
-    assert said.settings["coefficients"] == {"coefficients": MINE.coefficients, "calibrated_range": (0.02, 0.2)}
-    with tc.apply(flux, **said.settings) as again:
+    assert tc.read_metadata(tmp_path / "a.png").policy == tc.Policy.of(**mine)
+    with tc.apply(flux, tmp_path / "a.png"):
         second = flux.generate_image(prompt="red apple", seed=1, **SMALL)
-    assert (again.coefficients, again.calibrated_range) == (handle.coefficients, handle.calibrated_range)
     np.testing.assert_array_equal(np.asarray(first.image), np.asarray(second.image))
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ({"coefficients": [1, 2, 3, 4]}, "coefficients must be five finite numbers"),
-        (
-            {"coefficients": [1, 2, 3, 4, 5], "range": [0, 1]},
-            "coefficients must be five numbers, a file or a Calibration",
-        ),
-        ({"calibrated_range": [0, 1]}, "coefficients must be five numbers, a file or a Calibration"),
-        ({"coefficients": [1, 2, 3, 4, 5], "calibrated_range": [1, 0]}, "calibrated_range must be two finite numbers"),
-        ({"coefficients": [1, 2, 3, 4, 5], "rel_l1_thresh": 2}, "rel_l1_thresh must be a number from 0.0 to 1.0"),
-    ],
-)
-def test_bad_calibrations(flux: Any, value: Any, message: str) -> None:
-    with pytest.raises(tc.TeaCacheValueError, match=message):
-        tc.apply(flux, coefficients=value)
 
 
 # ---- The search
@@ -252,31 +290,43 @@ def test_annealing_finds_what_is_best() -> None:
     assert annealed(start, judge, 2000, random.Random(1)) == best
 
 
+def about_of(path: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads(path.read_text())["about"]
+    return about
+
+
+def steps_of(policy: tc.Policy) -> str:
+    assert isinstance(policy.rule, tc.Steps)
+    return policy.rule.steps
+
+
 PROMPTS = ["red apple", "cat face"]
 SEARCH: dict[str, Any] = dict(budget=0.5, held_out=["pizza"], evaluations=5, **SMALL)
 
 
 def test_a_search(flux: Any, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    plan = tc.search(flux, PROMPTS, path=path, **SEARCH)
-    assert Plan.from_json(path) == plan
-    about = plan.about
-    assert (plan.forecast, plan.cache, len(plan.steps), plan.steps.count("1")) == (1, "output", 10, 5)
+    found = tc.search(flux, PROMPTS, path=path, **SEARCH)
+    assert tc.Policy.from_json(path) == found.policy
+    assert about_of(path) == found.about
+    about, plan = found.about, steps_of(found.policy)
+    assert found.policy == tc.Policy(rule=tc.Steps(steps=plan))
+    assert (len(plan), plan.count("1")) == (10, 5)
     assert len(about["measured"]) == 5
     assert about["rule"] in about["measured"]
     means = {steps: statistics.mean(values) for steps, values in about["measured"].items()}
-    assert about["psnr"] == {"rule": means[about["rule"]], "plan": means[plan.steps]}
-    assert means[plan.steps] == max(means.values())
+    assert about["psnr"] == {"rule": means[about["rule"]], "plan": means[plan]}
+    assert means[plan] == max(means.values())
 
     # What the file says is what its plan gives.
     for prompts, key in ((PROMPTS, "psnr"), (["pizza"], "held_out_psnr")):
-        for steps, name in ((about["rule"], "rule"), (plan.steps, "plan")):
-            found = []
+        for steps, name in ((about["rule"], "rule"), (plan, "plan")):
+            seen = []
             for prompt in prompts:
                 plain = np.asarray(flux.generate_image(prompt=prompt, seed=1, **SMALL).image)
                 with tc.apply(flux, steps=steps):
-                    found.append(psnr(plain, np.asarray(flux.generate_image(prompt=prompt, seed=1, **SMALL).image)))
-            assert statistics.mean(found) == pytest.approx(about[key][name])
+                    seen.append(psnr(plain, np.asarray(flux.generate_image(prompt=prompt, seed=1, **SMALL).image)))
+            assert statistics.mean(seen) == pytest.approx(about[key][name])
 
 
 def test_a_search_goes_on_where_it_was(flux: Any, tmp_path: Path) -> None:
@@ -297,7 +347,7 @@ def test_a_search_goes_on_where_it_was(flux: Any, tmp_path: Path) -> None:
             tc.search(flux, PROMPTS, path=path, **SEARCH)
     finally:
         flux.callbacks.in_loop.remove(callback)
-    before = Plan.from_json(path).about["measured"]
+    before = about_of(path)["measured"]
     assert len(before) == 1
 
     with pytest.raises(tc.TeaCacheValueError, match="exists; force=True overwrites it"):
@@ -316,16 +366,16 @@ def test_a_search_goes_on_where_it_was(flux: Any, tmp_path: Path) -> None:
         flux.model_config = config
     with pytest.raises(tc.TeaCacheValueError, match="resume needs the path"):
         tc.search(flux, PROMPTS, resume=True, **SEARCH)
-    plan = tc.search(flux, PROMPTS, path=path, resume=True, **SEARCH)
-    assert len(plan.about["measured"]) == 5
-    assert before.items() <= plan.about["measured"].items()
+    found = tc.search(flux, PROMPTS, path=path, resume=True, **SEARCH)
+    assert len(found.about["measured"]) == 5
+    assert before.items() <= found.about["measured"].items()
 
 
 def test_a_search_ends_when_there_are_no_more_plans(flux: Any) -> None:
     few = dict(num_inference_steps=5, height=32, width=32, guidance=1.0)
-    plan = tc.search(flux, PROMPTS[:1], budget=0.6, evaluations=40, **few)
-    assert sorted(plan.about["measured"]) == ["10011", "10101", "10110", "11001", "11010", "11100"]
-    assert plan.about["held_out_psnr"] == {"rule": None, "plan": None}
+    found = tc.search(flux, PROMPTS[:1], budget=0.6, evaluations=40, **few)
+    assert sorted(found.about["measured"]) == ["10011", "10101", "10110", "11001", "11010", "11100"]
+    assert found.about["held_out_psnr"] == {"rule": None, "plan": None}
 
 
 def test_options_of_every_kind_are_written(flux: Any, photo: Path, tmp_path: Path) -> None:
@@ -333,8 +383,8 @@ def test_options_of_every_kind_are_written(flux: Any, photo: Path, tmp_path: Pat
     path = tmp_path / "plan.json"
     options = SEARCH | dict(held_out=[], evaluations=2, image_path=photo, image_strength=0.3)
     for resume in (False, True):
-        plan = tc.search(flux, PROMPTS[:1], seeds=[np.int64(1)], path=path, resume=resume, **options)
-    assert len(plan.steps) == 7
+        found = tc.search(flux, PROMPTS[:1], seeds=[np.int64(1)], path=path, resume=resume, **options)
+    assert len(steps_of(found.policy)) == 7
     with pytest.raises(tc.TeaCacheValueError, match="the generation has no steps"):
         tc.search(flux, PROMPTS[:1], **options | dict(image_strength=1.0))
 
@@ -362,20 +412,20 @@ def test_searches_that_are_refused(flux: Any, prompts: Any, arguments: dict[str,
 
 def test_a_calibration(flux: Any, tmp_path: Path) -> None:
     fitted = tc.calibrate(flux, PROMPTS, held_out=["pizza"], guidances=(1.0, 4.0), **SMALL | {"guidance": 1.0})
-    calibration = fitted.calibration
+    rule: Any = fitted.policy.rule
     # Nothing is measured in the forced first and last steps, nor in the one after the first: 7 pairs a picture.
     assert fitted.pairs.shape == (2 * 2 * 7, 2)
     assert fitted.held_out.shape == (2 * 7, 2)
     x, y = fitted.pairs.T
-    assert calibration.calibrated_range == (x.min(), x.max())
-    assert calibration.dataset == "2 prompts x 1 seed, 10 steps, 32x32, guidance 1 and 4"
+    assert rule.calibrated_range == (x.min(), x.max())
+    assert fitted.dataset == "2 prompts x 1 seed, 10 steps, 32x32, guidance 1 and 4"
 
     def r2(pairs: np.ndarray) -> float:
-        residuals = pairs[:, 1] - np.polynomial.Polynomial(calibration.coefficients[::-1])(pairs[:, 0])
+        residuals = pairs[:, 1] - np.polynomial.Polynomial(rule.coefficients[::-1])(pairs[:, 0])
         return 1 - float((residuals**2).mean() / pairs[:, 1].var())
 
     assert fitted.r2 == pytest.approx(r2(fitted.pairs))
-    assert calibration.r2 == pytest.approx(r2(fitted.held_out))
+    assert fitted.held_out_r2 == pytest.approx(r2(fitted.held_out))
     best = np.polynomial.Polynomial.fit(x, y, 4)
     assert ((best(x) - y) ** 2).sum() == pytest.approx((1 - fitted.r2) * ((y - y.mean()) ** 2).sum(), rel=1e-6)
 
@@ -391,11 +441,9 @@ def test_a_calibration(flux: Any, tmp_path: Path) -> None:
 
     path = tmp_path / "mine.json"
     fitted.to_json(path)
-    with tc.apply(flux, coefficients=path) as handle:
-        assert handle.rel_l1_thresh == calibration.rel_l1_thresh
-        assert handle.coefficients == calibration.coefficients
-    said = json.loads(path.read_text())
-    assert len(said["skipped_share_at_threshold"]) == len(fitted.shares)
+    with tc.apply(flux, path) as handle:
+        assert handle.policy == fitted.policy
+    assert len(about_of(path)["skipped_share_at_threshold"]) == len(fitted.shares)
     axes = fitted.plot().axes[0]
     assert [len(points.get_offsets()) for points in axes.collections] == [28, 14]
 
@@ -404,7 +452,7 @@ def test_the_suggested_threshold_skips_a_third(flux: Any) -> None:
     """With it a third of the steps or more would have been skipped, with the next lower one of two digits fewer."""
     options = SMALL | {"num_inference_steps": 20}
     fitted = tc.calibrate(flux, PROMPTS, held_out=["pizza"], **options)
-    found = fitted.calibration
+    found: Any = fitted.policy.rule
     assert found.rel_l1_thresh is not None
     assert found.rel_l1_thresh in dict(fitted.shares)
     with tc.apply(flux, rel_l1_thresh=1e-9) as handle:
@@ -413,14 +461,14 @@ def test_the_suggested_threshold_skips_a_third(flux: Any) -> None:
     lower = found.rel_l1_thresh - 10.0 ** math.floor(math.log10(found.rel_l1_thresh) - 1)
     for threshold, is_enough in ((found.rel_l1_thresh, True), (lower, False)):
         how = {"coefficients": found.coefficients, "calibrated_range": found.calibrated_range}
-        again = replay(handle.trace, rel_l1_thresh=threshold, **how)  # type: ignore[arg-type]
+        again = replay(handle.trace, rel_l1_thresh=threshold, **how)
         assert (statistics.mean(g.skipped / g.num_steps for g in again.generations) >= 1 / 3) == is_enough
 
 
 def test_so_few_steps_that_no_threshold_skips_a_third(flux: Any) -> None:
     prompts = [*PROMPTS, "owl", "rocket", "candy", "blue heart"]
     fitted = tc.calibrate(flux, prompts, held_out=["pizza"], **SMALL | {"num_inference_steps": 4})
-    assert fitted.calibration.rel_l1_thresh is None
+    assert fitted.policy.flat["rel_l1_thresh"] is None
     assert len(dict(fitted.shares)) == len(fitted.shares)
 
 
@@ -456,22 +504,22 @@ def test_search_on_the_command_line(tmp_path: Path, prompt_file: Path) -> None:
     command = ["search", "demo", *TINY, "--guidance", 1, "--budget", 0.5, "--prompts", prompt_file, "--held-out", 1]
     result = run(*command, "--evaluations", 3, "--output", path)
     assert result.code == 0, result.err
-    plan = Plan.from_json(path)
+    plan, about = steps_of(tc.Policy.from_json(path)), about_of(path)
     lines = result.out.splitlines()
     assert lines[0] == "4 of 8 steps computed; PSNR against the full pictures, mean:"
     assert lines[3].split()[0] == "searched"
     assert lines[4].split()[:2] == ["held", "out"]
-    assert lines[7] == f"plan  {plan.steps}"
-    unseen = plan.about["held_out_psnr"]
+    assert lines[7] == f"plan  {plan}"
+    unseen = about["held_out_psnr"]
     assert ("does not beat the rule" in result.out) == (unseen["plan"] <= unseen["rule"])
-    n = 80 if plan.steps == plan.about["rule"] else 88  # one bar: 2 x (1 + 3) + 3 pictures of 8 steps; two if equal
+    n = 80 if plan == about["rule"] else 88  # one bar: 2 x (1 + 3) + 3 pictures of 8 steps; two if equal
     assert f"step {n}/{n}" in result.err
     assert run(*command, "--output", path).err == (
         f"mlx-teacache-fast search: error: {path} exists; --force overwrites it\n"
     )
     result = run(*command, "--evaluations", 4, "--resume", "--output", path)
     assert result.code == 0, result.err
-    assert len(Plan.from_json(path).about["measured"]) == 4
+    assert len(about_of(path)["measured"]) == 4
 
 
 def test_calibrate_on_the_command_line(tmp_path: Path, prompt_file: Path) -> None:
@@ -519,5 +567,6 @@ def test_help(command: str) -> None:
 
 def test_a_plan_that_is_no_better_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about = {"psnr": {"rule": 40.0, "plan": 41.0}, "held_out_psnr": {"rule": 40.0, "plan": 39.0}, "rule": "1101"}
-    monkeypatch.setattr("mlx_teacache_fast.plan_search.search", lambda *_, **__: Plan("1011", 1, "output", about))
+    found = Found(tc.Policy(rule=tc.Steps(steps="1011")), about)
+    monkeypatch.setattr("mlx_teacache_fast.tune.search.search", lambda *_, **__: found)
     assert run("search", "demo", "--budget", 0.5, "--output", tmp_path / "x.json").out.count("does not beat") == 1
