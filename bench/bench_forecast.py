@@ -1,7 +1,7 @@
 """What does the guard of forecasts do, and where should the computed steps of a budget lie?
 
 The demonstration model's pictures against plain mflux's: no times. These tables are where the constants come from:
-REACH and MAX_GAIN of forecast.py, and SIGMA_EXPONENT of plans.py.
+REACH and MAX_GAIN of step/forecast.py, and SIGMA_EXPONENT of step/rules.py.
 
     python bench/bench_forecast.py --json build/forecast.json       # 8 minutes on two cores, with a faster BLAS
 """
@@ -32,9 +32,8 @@ FORECASTS: dict[str, tuple[int, dict[str, float]]] = {
 
 def row(flux: Any, plain: dict[str, Any], options: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
     """PSNR and computed steps of the prompts' pictures when gated in this way; ``plain`` has mflux's."""
-    from mlx_teacache_fast.mflux.pictures import generate, psnr
-
     import mlx_teacache_fast as tc
+    from mlx_teacache_fast.mflux.pictures import generate, psnr
 
     with tc.apply(flux, **how) as handle:
         found = [min(99.0, psnr(picture, generate(flux, prompt, 1, options))) for prompt, picture in plain.items()]
@@ -44,10 +43,9 @@ def row(flux: Any, plain: dict[str, Any], options: dict[str, Any], how: dict[str
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from mlx_teacache_fast import demo
     from mlx_teacache_fast.mflux.pictures import generate, progress_bar
-
-    from mlx_teacache_fast import demo, forecast, plans
-    from mlx_teacache_fast.mflux import generation
+    from mlx_teacache_fast.step import forecast, generation, rules
 
     flux = demo.pipeline()
     captions = [caption for group in flux.captions.values() for caption in group]
@@ -55,7 +53,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     which: list[dict[str, Any]] = [{"mode": "balanced"}, {"mode": "fast"}, *({"budget": b} for b in BUDGETS)]
     rows: list[dict[str, Any]] = []
     pictures = len(args.guidance) * (1 + len(which) * len(FORECASTS) + len(BUDGETS) * len(EXPONENTS)) * len(prompts)
-    exponent, weights = plans.SIGMA_EXPONENT, forecast.weights
+    exponent, weights = rules.SIGMA_EXPONENT, forecast.weights
     with progress_bar(flux, pictures * sum(args.steps)) as bar:
         for steps, guidance in itertools.product(args.steps, args.guidance):
             bar.set_description_str(f"{steps} steps, guidance {guidance:g}")
@@ -66,10 +64,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 about = {"which": " ".join(map(str, *how.items())), "forecast": name}
                 rows.append(row(flux, plain, options, how | {"forecast": order}) | about)
             generation.weights = weights
-            for budget, plans.SIGMA_EXPONENT in itertools.product(BUDGETS, EXPONENTS):
-                about = {"which": f"budget {budget}", "exponent": plans.SIGMA_EXPONENT}
+            for budget, rules.SIGMA_EXPONENT in itertools.product(BUDGETS, EXPONENTS):
+                about = {"which": f"budget {budget}", "exponent": rules.SIGMA_EXPONENT}
                 rows.append(row(flux, plain, options, {"budget": budget}) | about)
-            plans.SIGMA_EXPONENT = exponent
+            rules.SIGMA_EXPONENT = exponent
     return rows
 
 

@@ -51,13 +51,13 @@ import common
 import mlx.core as mx
 import numpy as np
 from common import DTYPES
-from mlx_teacache_fast.models import DEFAULT_MAX_CONSECUTIVE_SKIPS
 
 from mlx_teacache_fast import ops
+from mlx_teacache_fast.policy import Gate
 
 TOKENS = (256, 1024, 4096, 16384)  # 256 x 256 to 2048 x 2048 pixels
 CHANNELS = (3072, 4096)  # klein-4b and FLUX.1; klein-9b
-MAX_SKIPS = DEFAULT_MAX_CONSECUTIVE_SKIPS
+MAX_SKIPS = Gate.max_consecutive_skips
 THREADS = [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)]  # of a copy; the gate takes at most 8
 DEFAULT_MEMORY = (4096, 3072)  # tokens and channels of what is measured without keeping memory, too
 DISTRIBUTIONS = ("mlx-teacache", "numpy")

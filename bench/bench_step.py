@@ -5,20 +5,24 @@ processes. A step's time ends when its latents are evaluated. The first step of 
 out. A ratio is that of two images of the same turn, each by its median step; printed are the median over all turns and
 the quartiles. bench_branch.py measures the conditional by itself.
 
-The limit of a computed step is mflux's own; ours at threshold 0 runs just that, and counts it. That of a skipped step
-is mflux's step without its blocks, its prelude and tail: embeddings, all modulations, the last layers, the scheduler.
-Of these ours leaves out what only the blocks need, rotary embeddings and the text's embedding and modulations: a step
-skipped by a plan, which measures and reads nothing, is below that limit.
+The limit of a computed step is mflux's own; a gated one computes the prelude up to block 0 twice, for the gate reads it.
+Ours at threshold 0 runs mflux's own and counts it. A skipped step that reuses a residual needs mflux's prelude and tail:
+embeddings, modulations, the last layers, the scheduler. One that gets a forecast of the output leaves out the tail too,
+and one that a plan skips has nothing but the forecast. "On the host": the decision is read before the step instead of
+in its graph.
 
     python bench/bench_step.py
     python bench/bench_step.py --device gpu --models demo wide --sizes 256 512 --dtype bfloat16 --guidance 4
+    pip install --target before . && git switch main && python bench/bench_step.py --before before
 """
 
 import argparse
+import functools
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -28,11 +32,17 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
-KINDS = common.KINDS | {"no blocks": "mflux's prelude and tail", "planned": "ours, skipped by a plan"}
-SKIPPED = ("skipped", "forecast", "planned", "peer skipped")
-RIVALS = {"off": "peer off", "computed": "peer computed", "skipped": "peer skipped"}  # of ours
+KINDS = common.KINDS | {
+    "host computed": "ours, computed, decided on the host",
+    "host forecast": "ours, skipped, decided on the host",
+    "planned": "ours, skipped by a plan",
+    "no blocks": "mflux's prelude and tail",
+}
+SKIPPED = ("skipped", "forecast", "host forecast", "planned", "peer skipped")
+RIVALS = {"off": "peer off", "kept": "peer computed", "skipped": "peer skipped"}  # of ours
 LIMITS = {kind: "no blocks" if kind in SKIPPED else "mflux" for kind in KINDS}
 LIMITS["no blocks"] = "mflux"
+BEFORE = ("mflux", "off", "computed", "kept", "forecast", "skipped", "planned")  # of an earlier version
 
 # Heads of 64 channels, joint and single blocks; random weights, but for the demo model's own.
 MODELS = {"demo": None, "deep": (2, 5, 20), "wide": (8, 1, 1), "wider": (16, 1, 1)}
@@ -85,30 +95,42 @@ def without_blocks(flux: Any) -> Iterator[None]:
         t.transformer_blocks, t.single_transformer_blocks = blocks
 
 
+@contextmanager
+def on_the_host(gated: Callable[[], AbstractContextManager[Any]]) -> Iterator[Any]:
+    from mlx_teacache_fast.step.steps import Steps
+
+    Steps.in_graph = False
+    try:
+        with gated() as handle:
+            yield handle
+    finally:
+        Steps.in_graph = True
+
+
 PARTS = {
-    "mflux": "mflux's other layers and its loop: a step skipped by a plan",
+    "planned": "forecast, scheduler and mflux's loop: a step skipped by a plan",
     "modulation": "block 0's modulation, which the gate needs",
     "gate": "the gate",
     "read": "one evaluation, and a number read from it",
-    "rest": "the rest: a larger graph, Python",
+    "rest": "the rest: the image's embedding, a larger graph, Python",
 }
 
 
-def parts(flux: Any, size: int, branches: int, dtype: Any) -> dict[str, Callable[[], object]]:
+def parts(flux: Any, size: int, dtype: Any) -> dict[str, Callable[[], object]]:
     """What a gated step does outside mflux's own, each by itself."""
     from mlx_teacache_fast import ops
 
     modulation = flux.transformer.double_stream_modulation_img
     tokens, channels = (size // 16) ** 2, flux.transformer.inner_dim
     time = mx.ones((1, channels), dtype)
-    x, anchor, *residuals = (mx.random.normal((1, tokens, channels)).astype(dtype) for _ in range(2 + branches))
+    x, anchor = (mx.random.normal((1, tokens, channels)).astype(dtype) for _ in range(2))
     zero, force, number = mx.zeros((1, 1, channels), dtype), mx.array(0, mx.int32), mx.array(1.0)
     modulate, negate = mx.compile(modulation), mx.compile(mx.negative)
-    mx.eval(x, anchor, residuals, zero)
+    mx.eval(x, anchor, zero)
 
     def gate() -> None:
-        terms, weights, rules = [[r] for r in residuals], mx.ones((branches, 1)), common.ALWAYS_SKIP
-        mx.eval(ops.gate(x, zero, zero, anchor, terms, weights, mx.zeros(8), force, coefficients=rules, threshold=1.0))
+        state, weights, rules = mx.zeros(8), mx.zeros((0, 0)), common.ALWAYS_SKIP
+        mx.eval(ops.gate(x, zero, zero, anchor, [], weights, state, force, coefficients=rules, threshold=1.0))
 
     return {"modulation": lambda: mx.eval(modulate(time)), "gate": gate, "read": lambda: negate(number).item()}
 
@@ -125,7 +147,7 @@ def median_seconds(run: Callable[[], object], times: int = 20) -> float:
 
 
 def measure(
-    model: str, size: int, guidance: float, steps: int, turns: int, dtype: Any, process: int
+    model: str, size: int, guidance: float, steps: int, turns: int, dtype: Any, process: int, is_before: bool
 ) -> list[dict[str, float]]:
     """Median seconds of a step of each kind and of each part, for each turn in this process."""
     import mlx_teacache_fast as tc
@@ -163,10 +185,16 @@ def measure(
 
     contexts = common.contexts(flux) | {
         "no blocks": lambda: without_blocks(flux),
-        "planned": lambda: tc.apply_teacache(flux, steps=plan),
+        "planned": lambda: tc.apply(flux, steps=plan),
     }
+    if is_before:
+        contexts = {kind: contexts[kind] for kind in BEFORE}
+    else:
+        contexts |= {
+            f"host {kind}": functools.partial(on_the_host, contexts[kind]) for kind in ("computed", "forecast")
+        }
     measured = []
-    of_step = parts(flux, size, 2 if guidance > 1 else 1, dtype)
+    of_step = parts(flux, size, dtype)
     for turn in range(1 + turns):
         seconds = {}
         for kind in common.orders(list(contexts), turn + 2 * turns * process):  # a drift falls on each kind in turn
@@ -201,6 +229,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="of each image (default 6)")
     parser.add_argument("--repetitions", type=int, default=6, help="processes (default 6)")
     parser.add_argument("--turns", type=int, default=3, help="of all kinds in each process (default 3)")
+    parser.add_argument(
+        "--before", type=Path, metavar="FOLDER", help="an earlier version, installed there: measured too"
+    )
+    parser.add_argument("--is-before", action="store_true", help=argparse.SUPPRESS)  # of this process
     args = common.parse(parser, models=["demo"], sizes=(128,), guidance=(1.0,), steps=5, turns=2, repetitions=4)
     if args.steps < 5 or any(size < 16 or size % 16 for size in args.sizes) or min(args.repetitions, args.turns) < 1:
         parser.error("--steps must be at least 5, --sizes multiples of 16, --repetitions and --turns at least 1")
@@ -216,9 +248,15 @@ def main() -> None:
         cases += [("demo", size, other) for other in args.guidance[1:]]
     dtype = common.DTYPES[args.dtype]
     if args.measure:
-        common.answer([measure(*case, args.steps, args.turns, dtype, args.process) for case in cases])
+        how = args.steps, args.turns, dtype, args.process, args.is_before
+        common.answer([measure(*case, *how) for case in cases])
 
-    processes: list[list[list[dict[str, float]]]] = common.in_fresh_processes(args.repetitions)
+    processes: list[list[list[dict[str, float]]]] = []
+    before: list[list[list[dict[str, float]]]] = []
+    for i in range(args.repetitions):
+        processes += common.in_fresh_processes(1, first=i)
+        if args.before is not None:
+            before += common.in_fresh_processes(1, "--is-before", first=i, PYTHONPATH=str(args.before.resolve()))
     from mflux.utils.apple_silicon import AppleSiliconUtil
 
     results = []
@@ -242,10 +280,23 @@ def main() -> None:
             }
             for kind in KINDS
         }
+        result["planned_to_computed"] = ratio("planned", "computed")
+        result["host_to_graph"] = {kind: ratio(f"host {kind}", kind) for kind in ("computed", "forecast")}
+        # Each in parts of mflux's step in the same turn of its process.
+        result["to_before"] = {
+            kind: common.summary(
+                [
+                    [a[kind] / a["mflux"] / (b[kind] / b["mflux"]) for a, b in zip(now, then[i], strict=True)]
+                    for now, then in zip(turns, before, strict=True)
+                ]
+            )
+            for kind in BEFORE[1:]
+            if before
+        }
         parts_ms = {name: median_ms(turns, f"part {name}") for name in ("modulation", "gate", "read")}
         own = {name: max(0.0, ms - parts_ms["read"]) for name, ms in parts_ms.items()} | {"read": parts_ms["read"]}
-        own = {"mflux": median_ms(turns, "planned")} | own
-        own["rest"] = median_ms(turns, "skipped") - sum(own.values())
+        own = {"planned": median_ms(turns, "planned")} | own
+        own["rest"] = median_ms(turns, "forecast") - sum(own.values())
         results.append(result | {"skipped_parts_ms": own})
     numbers = {"repetitions": args.repetitions, "compiled": not AppleSiliconUtil.is_m1_or_m2(), "results": results}
     common.finish(args, common.collect(args, numbers, *DISTRIBUTIONS), report)
@@ -281,7 +332,14 @@ def report(data: dict[str, Any]) -> None:
         )
         common.print_table([["part", "ms"], *([PARTS[n], f"{ms:.2f}"] for n, ms in own.items())], left=1)
         at = f"{result['model']}, {shape}"
-        claims.append(common.claim(f"{at}: threshold 0 / mflux", kinds["off"]["to_mflux"], at_most=1.02))
+        for kind in ("off", "computed", "kept"):
+            claims.append(common.claim(f"{at}: {KINDS[kind]} / mflux", kinds[kind]["to_mflux"], at_most=1.02))
+        claims.append(common.claim(f"{at}: skipped by a plan / computed", result["planned_to_computed"], at_most=0.1))
+        for kind, r in result["host_to_graph"].items():
+            claims.append(common.claim(f"{at}: {KINDS[kind]}, on the host / in the graph", r, at_least=1))
+        for kind, r in result["to_before"].items():
+            limit = 1.1 if kind in SKIPPED else 1.02
+            claims.append(common.claim(f"{at}: {KINDS[kind]} / before", r, at_most=limit))
         claims.append(common.claim(f"{at}: skipped / prelude + tail", kinds["skipped"]["to_limit"], at_most=1.15))
         claims += [
             common.claim(f"{at}: {KINDS[kind]} / {KINDS[rival]}", kinds[kind]["to_rival"], at_most=1)

@@ -61,8 +61,9 @@ KINDS = {
     "mflux": "mflux",
     "off": "ours, threshold 0",
     "computed": "ours, gated and computed",
-    "skipped": "ours, skipped",
-    "forecast": "ours, skipped with a forecast",
+    "kept": "ours, computed, residual kept",
+    "forecast": "ours, skipped",
+    "skipped": "ours, skipped, residual reused",
     "peer off": "mlx-teacache, threshold 0",
     "peer computed": "mlx-teacache, gated and computed",
     "peer skipped": "mlx-teacache, skipped",
@@ -80,9 +81,10 @@ def contexts(flux: Any) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     return {
         "mflux": nullcontext,
         "off": lambda: tc.apply_teacache(flux, rel_l1_thresh=0.0),
-        "computed": lambda: tc.apply_teacache(flux, rel_l1_thresh=1e-9),
-        "skipped": lambda: tc.apply_teacache(flux, **always),
+        "computed": lambda: tc.apply(flux, rel_l1_thresh=1e-9),
+        "kept": lambda: tc.apply_teacache(flux, rel_l1_thresh=1e-9),
         "forecast": lambda: tc.apply(flux, **always),  # of the output, as by default
+        "skipped": lambda: tc.apply_teacache(flux, **always),
         "peer off": lambda: apply_teacache(flux, rel_l1_thresh=0.0),
         "peer computed": lambda: apply_teacache(flux, rel_l1_thresh=1e-9),
         "peer skipped": lambda: apply_teacache(flux, **always),
@@ -239,12 +241,12 @@ def finish(args: argparse.Namespace, data: dict[str, Any], report: Callable[[dic
     report(data)
 
 
-def in_fresh_processes(count: int, *options: str, **environment: str) -> list[Any]:
+def in_fresh_processes(count: int, *options: str, first: int = 0, **environment: str) -> list[Any]:
     """This program with --measure and ``options``, ``count`` times: what each gives to ``answer``."""
     results = []
     env = os.environ | environment
-    for i in range(count):
-        print(f"\rprocess {i + 1} of {count} ...", end="", file=sys.stderr, flush=True)
+    for i in range(first, first + count):
+        print(f"\rprocess {i + 1} ...", end="", file=sys.stderr, flush=True)
         command = [sys.executable, *sys.argv, "--measure", "--process", str(i), *options]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:

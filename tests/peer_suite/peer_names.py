@@ -25,7 +25,7 @@ from mlx_teacache_fast.mflux.hook import hook_of
 from mlx_teacache_fast.record.stats import Kind, step_record
 from mlx_teacache_fast.step.generation import Generation
 
-NOT_HERE = ("CalibrationError", "StatsFrozenError", "TransformerShapeError")  # docs/mlx-teacache.md says why
+NOT_HERE = ("CalibrationError", "MissingGenerationContextError", "StatsFrozenError", "TransformerShapeError")  # docs/mlx-teacache.md says why
 
 
 class NotHere(Exception):
