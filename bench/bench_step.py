@@ -5,11 +5,11 @@ processes. A step's time ends when its latents are evaluated. The first step of 
 out. A ratio is that of two images of the same turn, each by its median step; printed are the median over all turns and
 the quartiles. bench_branch.py measures the conditional by itself.
 
-The limit of a computed step is mflux's own; a gated one computes the prelude up to block 0 twice, for the gate reads it.
-Ours at threshold 0 runs mflux's own and counts it. A skipped step that reuses a residual needs mflux's prelude and tail:
-embeddings, modulations, the last layers, the scheduler. One that gets a forecast of the output leaves out the tail too,
-and one that a plan skips has nothing but the forecast. "On the host": the decision is read before the step instead of
-in its graph.
+The limit of a computed step is mflux's own; a gated one computes the prelude up to block 0 twice, for the gate reads
+it. Ours at threshold 0 runs mflux's own and counts it. A skipped step that reuses a residual needs mflux's prelude and
+tail: embeddings, modulations, the last layers, the scheduler. One that gets a forecast of the output leaves out the
+tail too, and one that a plan skips has nothing but the forecast. "On the host": the decision is read before the step
+instead of in its graph.
 
     python bench/bench_step.py
     python bench/bench_step.py --device gpu --models demo wide --sizes 256 512 --dtype bfloat16 --guidance 4
