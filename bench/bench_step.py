@@ -97,14 +97,14 @@ def without_blocks(flux: Any) -> Iterator[None]:
 
 @contextmanager
 def on_the_host(gated: Callable[[], AbstractContextManager[Any]]) -> Iterator[Any]:
-    from mlx_teacache_fast.step.steps import Steps
+    from mlx_teacache_fast.step.engine import Engine
 
-    Steps.in_graph = False
+    Engine.in_graph = False
     try:
         with gated() as handle:
             yield handle
     finally:
-        Steps.in_graph = True
+        Engine.in_graph = True
 
 
 PARTS = {

@@ -123,7 +123,7 @@ def test_a_decision_on_the_host_is_the_graphs(
         for cache in ("output", "residual"):
             made = []
             for in_graph in (True, False):
-                monkeypatch.setattr("mlx_teacache_fast.step.steps.Steps.in_graph", in_graph)
+                monkeypatch.setattr("mlx_teacache_fast.step.engine.Engine.in_graph", in_graph)
                 with tc.apply(flux, rel_l1_thresh=0.6, cache=cache) as handle:
                     made.append(run(flux, given))
                 assert handle.stats.skipped_count > 0

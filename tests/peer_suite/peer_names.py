@@ -25,7 +25,13 @@ from mlx_teacache_fast.mflux.hook import hook_of
 from mlx_teacache_fast.record.stats import Kind, step_record
 from mlx_teacache_fast.step.generation import Generation
 
-NOT_HERE = ("CalibrationError", "MissingGenerationContextError", "StatsFrozenError", "TransformerShapeError")  # docs/mlx-teacache.md says why
+# docs/mlx-teacache.md says why.
+NOT_HERE = ("CalibrationError", "MissingGenerationContextError", "StatsFrozenError", "TransformerShapeError")
+    "CalibrationError",
+    "MissingGenerationContextError",
+    "StatsFrozenError",
+    "TransformerShapeError",
+)  # docs/mlx-teacache.md says why
 
 
 class NotHere(Exception):
@@ -75,7 +81,7 @@ def begin(view: Any, config: Any) -> Generation:
     """What mflux does before its loop, and the generation that comes of it."""
     for callback in view.callbacks.before_loop:
         callback.call_before_loop(config=config)
-    return cast(Generation, view._run._steps[-1].generation)
+    return cast(Generation, view._run._engines[-1].generation)
 
 
 def pipeline(base: Any, model: str) -> Any:

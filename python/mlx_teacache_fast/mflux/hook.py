@@ -22,8 +22,8 @@ from ..errors import IncompatibleModelError, NoBenefitWarning, TeaCacheWarning, 
 from ..policy import Policy
 from ..record import metadata
 from ..record.stats import Stats
+from ..step.engine import Engine
 from ..step.generation import Generation
-from ..step.steps import Steps
 from .family import Family
 
 NEWEST_VERIFIED_MFLUX = "0.24.0"
@@ -125,7 +125,9 @@ class _Run:
     def __init__(self, hook: Hook, flux: Any) -> None:
         self._hook = hook
         self._flux = flux
-        self._steps: list[Steps] = []  # of each loop that mflux has begun: one, but for a generate_image of the user's
+        self._engines: list[
+            Engine
+        ] = []  # of each loop that mflux has begun: one, but for a generate_image of the user's
         self._step: Any = None  # of the last one, where the pipeline calls its transformer
         self._config: Any = None
         self._too_short: str | None = None
@@ -148,12 +150,12 @@ class _Run:
         """In place of a factory: what mflux's returns, gated."""
         make = getattr(self._flux, name)
         own: Callable[..., mx.array] = make(transformer)
-        if not self._steps:
+        if not self._engines:
             return own
         # What somebody has put in the factory's place may hide mflux's compiled function in its own.
         hides = name in vars(self._flux) and self._hook.policy.cache == "residual"
         is_compiled = _is_compiled(own) or hides
-        return self._steps[-1].through(make, lambda: transformer, own, is_traced=True, is_compiled=is_compiled)
+        return self._engines[-1].through(make, lambda: transformer, own, is_traced=True, is_compiled=is_compiled)
 
     def called(self, *args: Any, **kwargs: Any) -> mx.array:
         """In place of a call of the transformer."""
@@ -177,7 +179,7 @@ class _Run:
         def sigmas() -> Any:
             return list(getattr(config.scheduler, "sigmas", ()))[config.init_time_step :]
 
-        steps = Steps(Generation(hook.policy, num_steps, sigmas), hook.family.tap)
+        engine = Engine(Generation(hook.policy, num_steps, sigmas), hook.family.tap)
         self._config = config
         if not hook.family.factories:
 
@@ -185,20 +187,20 @@ class _Run:
                 noise: mx.array = flux.transformer(**arguments)
                 return noise
 
-            self._step = steps.through(lambda t: t, lambda: flux.transformer, own, is_traced=False, is_compiled=False)
-        self._steps.append(steps)
+            self._step = engine.through(lambda t: t, lambda: flux.transformer, own, is_traced=False, is_compiled=False)
+        self._engines.append(engine)
 
     def finish(self, image: Any, seconds: float) -> None:
         """Statistics and metadata of a finished picture, which is not lost, whatever happens here."""
         hook = self._hook
         counted, notes = [], []
-        if not self._steps and hook.is_live:
+        if not self._engines and hook.is_live:
             notes.append("this generation was not gated: generate_image did not tell mflux's callbacks of its loop")
         try:
-            for steps in self._steps:
-                generation = steps.generation
+            for engine in self._engines:
+                generation = engine.generation
                 if generation.index == generation.num_steps:
-                    counted.append(generation.stats(seconds if steps is self._steps[-1] else None))
+                    counted.append(generation.stats(seconds if engine is self._engines[-1] else None))
                 else:
                     notes.append(
                         f"this generation is not counted: {generation.index} of its {generation.num_steps} steps went "

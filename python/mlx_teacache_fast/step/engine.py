@@ -18,7 +18,7 @@ from .generation import Generation
 from .tap import Make, Signal, Step, Tap
 
 
-class Steps:
+class Engine:
     """The steps of one generation.
 
     Attributes:
