@@ -27,11 +27,6 @@ from mlx_teacache_fast.step.generation import Generation
 
 # docs/mlx-teacache.md says why.
 NOT_HERE = ("CalibrationError", "MissingGenerationContextError", "StatsFrozenError", "TransformerShapeError")
-    "CalibrationError",
-    "MissingGenerationContextError",
-    "StatsFrozenError",
-    "TransformerShapeError",
-)  # docs/mlx-teacache.md says why
 
 
 class NotHere(Exception):
