@@ -413,14 +413,20 @@ def program(text: str, *arguments: object, timeout: float) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("more", [pytest.param(10), pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("which", "more"),
+    [
+        *[pytest.param(case, 3, marks=[] if not case.how else [pytest.mark.slow], id=str(case)) for case in FEW],
+        *[pytest.param(case, 600, marks=pytest.mark.slow, id=f"{case} more") for case in FEW],
+    ],
+)
 def test_ctrl_c_at_every_line(
-    case: Case, photo: Path, mask: Path, more: int, record_property: Callable[[str, object], None]
+    which: Case, photo: Path, mask: Path, more: int, record_property: Callable[[str, object], None]
 ) -> None:
     """Every line of the package that a generation runs; ``more`` at others of the times that it does."""
-    out = program(INTERRUPTED, case, photo, mask, more, timeout=390 if more < 100 else 3600)
+    out = program(INTERRUPTED, which, photo, mask, more, timeout=390 if more < 100 else 3600)
     assert out.count("interrupts") == len(WAYS)
-    record_property("ctrl_c", f"{case}: {', '.join(out.splitlines())}")
+    record_property("ctrl_c", f"{which}: {', '.join(out.splitlines())}")
 
 
 THREADS = """
