@@ -235,8 +235,34 @@ def test_a_wrapped_predict(flux: Any, generate: Generate, cache: Any) -> None:
         object.__delattr__(flux, "_predict")
 
 
+@pytest.mark.parametrize("cache", ["output", "residual"])
+def test_a_subclass_that_wraps_predict(flux: Any, generate: Generate, cache: Any) -> None:
+    arguments: dict[str, Any] = dict(num_inference_steps=6, height=32, width=32, guidance=4.0)
+    plain, kind = generate(**arguments), type(flux)
+
+    class Timed(kind):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def _predict(transformer: Any) -> Any:
+            compiled = kind._predict(transformer)
+            return functools.wraps(compiled)(lambda **arguments: compiled(**arguments))
+
+    flux.__class__ = Timed
+    try:
+        with tc.apply(flux, rel_l1_thresh=1e-9, cache=cache):
+            assert np.array_equal(generate(**arguments), plain)
+        with tc.apply(flux, steps="110101", cache=cache):
+            wrapped = generate(**arguments)
+    finally:
+        flux.__class__ = kind
+    with tc.apply(flux, steps="110101", cache=cache):
+        assert np.array_equal(generate(**arguments), wrapped)
+
+
+@pytest.mark.parametrize("how", [{}, dict(cache="residual"), dict(cache="residual", budget=0.5)], ids=str)
 @pytest.mark.parametrize("keeps", ["a trace", "nothing"])
-def test_a_step_that_does_not_run_the_transformer_it_is_given(flux: Any, generate: Generate, keeps: str) -> None:
+def test_a_step_that_does_not_run_the_transformer_it_is_given(
+    flux: Any, generate: Generate, keeps: str, how: dict[str, Any]
+) -> None:
     compiled = type(flux)._predict(flux.transformer)
     wrapper = {
         "a trace": lambda transformer: lambda **k: compiled(**k),
@@ -244,7 +270,7 @@ def test_a_step_that_does_not_run_the_transformer_it_is_given(flux: Any, generat
     }
     object.__setattr__(flux, "_predict", wrapper[keeps])
     try:
-        with tc.apply(flux), pytest.raises(tc.InternalStateError) as error:
+        with tc.apply(flux, **how), pytest.raises(tc.InternalStateError) as error:
             generate(num_inference_steps=6, height=32, width=32)
     finally:
         object.__delattr__(flux, "_predict")

@@ -114,6 +114,34 @@ def test_a_plan_skips_as_the_gate_does(case: Case, photo: Path, mask: Path) -> N
                 assert same(run(flux, given), gated), cache
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.is_flux2 or case.how], ids=str)
+def test_an_eager_skipped_step_calls_no_block(case: Case, photo: Path, mask: Path) -> None:
+    """Also where it reuses a residual; and blocks may evaluate what they make."""
+    given = case.arguments(photo, mask)
+    with case.pipeline() as flux:
+        called: list[int] = []
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            for block in getattr(flux.transformer, name):
+                kind = type(block)
+
+                class Counted(kind):  # type: ignore[misc, valid-type]
+                    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                        called.append(1)
+                        made = super().__call__(*args, **kwargs)
+                        mx.eval(made)
+                        return made
+
+                block.__class__ = Counted
+        run(flux, given)
+        of_a_step = len(called) // 5
+        for cache in ("output", "residual"):
+            called.clear()
+            with tc.apply(flux, steps="11010", cache=cache) as handle:
+                run(flux, given)
+            assert handle.stats.skipped_count == 2
+            assert len(called) == 3 * of_a_step
+
+
 @pytest.mark.parametrize("case", [Case(every.Flux2Klein), Case(every.Flux2KleinEdit)], ids=str)
 def test_a_decision_on_the_host_is_the_graphs(
     case: Case, photo: Path, mask: Path, monkeypatch: pytest.MonkeyPatch

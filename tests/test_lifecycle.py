@@ -215,6 +215,37 @@ def test_a_subclass_that_calls_super(flux: Any, given: dict[str, Any]) -> None:
         assert same(run(flux, given), both)
 
 
+def test_a_subclass_that_registers_a_callback_and_writes_into_itself(flux: Any, given: dict[str, Any]) -> None:
+    seen: list[str] = []
+    kind = type(flux)
+
+    class Noting:
+        def call_before_loop(self, **_: Any) -> None:
+            seen.append("before")
+
+        def call_in_loop(self, t: int, **_: Any) -> None:
+            seen.append(f"step {t}")
+
+    class Own(kind):  # type: ignore[misc, valid-type]
+        last = None
+
+        def generate_image(self, **arguments: Any) -> Any:
+            self.callbacks.register(Noting())
+            self["array"] = mx.ones(1)
+            self.last = "set"
+            assert self.last == "set"
+            return super().generate_image(**arguments)
+
+    flux.__class__ = Own
+    with tc.apply(flux, **ALWAYS) as handle:
+        run(flux, given)
+    assert kinds(handle) == SKIPS
+    assert seen == ["before", *[f"step {t}" for t in range(5)]]
+    assert flux.last == "set"
+    assert "array" in flux
+    flux.__class__ = kind
+
+
 def test_other_callbacks(flux: Any, given: dict[str, Any]) -> None:
     """A registry that takes the place of the one at apply()."""
     seen: list[int] = []

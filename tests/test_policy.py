@@ -133,6 +133,20 @@ def test_the_models_own_polynomial_is_builtin_however_it_is_given(flux: Any) -> 
         assert (mine.calibrated, mine.provenance) == (False, tc.Provenance("user"))
 
 
+def test_another_models_polynomial_warns(flux: Any) -> None:
+    """As of a picture that another model made."""
+    krea = tc.Gate().of_model(tc.VARIANTS["flux1-krea-dev"])
+    with pytest.warns(tc.UncalibratedWarning, match="with the coefficients of flux1-krea-dev, fitted on"):
+        tc.apply(flux, tc.Policy(rule=krea)).restore()
+
+
+def test_a_handle_is_read_only(flux: Any) -> None:
+    with tc.apply(flux) as handle:
+        for name in ("policy", "stats", "forecast", "rel_l1_thresh"):
+            with pytest.raises(AttributeError, match=f"{name} cannot be set on a handle: call restore"):
+                setattr(handle, name, 2)
+
+
 NAMES = (
     "mode, rel_l1_thresh, coefficients, calibrated_range, skip_first_n_steps, skip_last_n_steps, "
     "max_consecutive_skips, max_skips, budget, steps, forecast, cache, save_metadata"
@@ -175,6 +189,7 @@ def test_bad_policies(flux: Any) -> None:
         assert refusal(tc.apply, flux, policy) == message
     message = "a policy has all settings: leave out either it or budget, mode"
     assert refusal(tc.apply, flux, tc.Policy(), budget=0.4, mode=None) == message
+    assert refusal(tc.apply, flux, "fast") == "a policy is a Policy or a path, and 'fast' a mode: mode='fast'"
     assert refusal(tc.Policy, rule="1101") == "rule must be a Gate, a Budget or Steps, got '1101'"
 
 
@@ -369,6 +384,10 @@ def test_a_search_goes_on_where_it_was(flux: Any, tmp_path: Path, monkeypatch: p
     assert len(before) == 1
 
     assert refusal(tc.search, flux, PROMPTS, path=path, **SEARCH) == f"{path} exists; force=True overwrites it"
+    tc.Policy().to_json(tmp_path / "other.json")
+    assert refusal(tc.search, flux, PROMPTS, path=tmp_path / "other.json", resume=True, **SEARCH) == (
+        f"{tmp_path}/other.json is a policy, but not one of a search that can be gone on with"
+    )
     assert refusal(tc.search, flux, PROMPTS, resume=True, **SEARCH) == (
         "resume needs the path of the search to go on with"
     )

@@ -67,8 +67,8 @@ class UntestedVersionWarning(TeaCacheWarning):
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """Warn of a call of this package: at the line of it, outside of the package."""
+    """Warn of a call of this package: at the line of it, outside of the package and of mflux."""
     frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (__package__, "mflux"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category=category, stacklevel=level + 1)

@@ -3,7 +3,6 @@
 import inspect
 from dataclasses import MISSING
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .errors import (
@@ -16,9 +15,9 @@ from .errors import (
     UncalibratedWarning,
     warn_caller,
 )
-from .models import Provenance, Variant
+from .models import VARIANTS, Provenance, Variant
 from .pictures import read_policy
-from .policy import RULES, Gate, Policy, described, settings
+from .policy import MODES, RULES, Gate, Policy, described, settings
 from .record.stats import Stats, table
 from .record.trace import Trace
 from .support import require_mflux
@@ -38,15 +37,28 @@ class Handle:
         stats: Totals over finished generations, and the last one step by step. Kept after ``restore``.
     """
 
+    policy: Policy
+    variant_id: str
+    calibrated: bool
+    provenance: Provenance
+    stats: Stats
+
     def __init__(self, policy: Policy, variant: Variant, calibrated: bool) -> None:
         rule, models = policy.rule, (variant.coefficients, variant.calibrated_range)
         own = isinstance(rule, Gate) and (rule.coefficients, rule.calibrated_range) != models
-        self.policy = policy
-        self.variant_id = variant.variant_id
-        self.calibrated = calibrated and not own
-        self.provenance = Provenance("user") if own else variant.provenance
-        self.stats = Stats()
+        vars(self).update(
+            policy=policy,
+            variant_id=variant.variant_id,
+            calibrated=calibrated and not own,
+            provenance=Provenance("user") if own else variant.provenance,
+            stats=Stats(),
+        )
         self._hook: Hook | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            raise AttributeError(f"{name} cannot be set on a handle: call restore() and apply() again")
+        super().__setattr__(name, value)
 
     @property
     def rel_l1_thresh(self) -> float | None:
@@ -74,9 +86,7 @@ class Handle:
             raise TeaCacheError(f"{self!r} gates nothing any more: call apply() again")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.restore()
 
     def __repr__(self) -> str:
@@ -146,6 +156,8 @@ def policy_of(policy: Policy | str | Path | None, given: dict[str, Any]) -> Poli
         return Policy.of(**given)
     if given:
         raise TeaCacheValueError(f"a policy has all settings: leave out either it or {', '.join(given)}")
+    if policy in tuple(MODES):
+        raise TeaCacheValueError(f"a policy is a Policy or a path, and {policy!r} a mode: mode={policy!r}")
     if isinstance(policy, str | Path):
         return read_policy(policy)
     if not isinstance(policy, Policy):
@@ -186,6 +198,11 @@ def gate(flux: Any, policy: Policy) -> Handle:
             )
         if not calibrated:
             warn_caller(families.uncalibrated_message(flux, variant), UncalibratedWarning)
+    elif isinstance(policy.rule, Gate):
+        pair = policy.rule.coefficients, policy.rule.calibrated_range
+        other = next((v for v in VARIANTS.values() if (v.coefficients, v.calibrated_range) == pair), None)
+        if other is not None:  # as in a picture of another model
+            warn_caller(families.uncalibrated_message(flux, other), UncalibratedWarning)
     hook.warn_if_untested()
     try:
         handle._hook.install()

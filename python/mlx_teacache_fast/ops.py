@@ -26,7 +26,7 @@ class Body:
     Args:
         fn (callable): Takes arrays, returns a list of one or more arrays.
         fold (bool): False: what does not depend on the inputs and is not evaluated yet is computed at each call, and
-            rounded as in ``mx.compile``, which does so too. For a body that is called, not for ``branch``.
+            rounded as in ``mx.compile``, which does so too.
     """
 
     def __init__(self, fn: Callable[..., Sequence[mx.array]], *, fold: bool = True) -> None:

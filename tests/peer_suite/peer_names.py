@@ -74,7 +74,7 @@ class Gated:
 
 def begin(view: Any, config: Any) -> Generation:
     """What mflux does before its loop, and the generation that comes of it."""
-    for callback in view.callbacks.before_loop:
+    for callback in view.callbacks.before_loop_callbacks():
         callback.call_before_loop(config=config)
     return cast(Generation, view._run._engines[-1].generation)
 

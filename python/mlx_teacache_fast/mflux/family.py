@@ -1,8 +1,28 @@
 """What is to be said of a family of mflux's pipelines. Each is one value in a file of its own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
 
 from ..step.tap import Tap
+
+
+def idle_joint(*, hidden_states: mx.array, encoder_hidden_states: mx.array, **_: Any) -> tuple[mx.array, mx.array]:
+    """Of a block of image and text, as FLUX has them; see ``Tap.idle``."""
+    return mx.array(encoder_hidden_states), mx.array(hidden_states)
+
+
+def idle_single(*, hidden_states: mx.array, **_: Any) -> mx.array:
+    """Of a block of image and text in one."""
+    return mx.array(hidden_states)
+
+
+IDLE: dict[str, Callable[..., Any]] = {
+    "transformer_blocks": idle_joint,
+    "single_transformer_blocks": idle_single,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

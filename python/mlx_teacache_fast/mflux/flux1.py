@@ -16,7 +16,7 @@ from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 from mflux.models.flux.variants.txt2img.flux import Flux1
 
 from ..step.tap import Signal, Tap
-from .family import Command, Family, Model
+from .family import IDLE, Command, Family, Model
 
 
 def _signal(block: Any, *, hidden_states: mx.array, text_embeddings: mx.array, **_others: Any) -> Signal:
@@ -59,7 +59,7 @@ FLUX1 = Family(
         "dev-fill-catvton": Model(variant="flux1-dev", **_SPECIAL),
         "schnell-controlnet-canny": Model(variant="flux1-schnell", **_SPECIAL),
     },
-    tap=Tap(signal=_signal, n_tokens=lambda arguments: _tokens(arguments["config"])),
+    tap=Tap(signal=_signal, n_tokens=lambda arguments: _tokens(arguments["config"]), idle=IDLE),
 )
 
 

@@ -62,7 +62,8 @@ class Hook:
             )
         if self._own is not None:
             self._own = self._own.__func__
-        self._set = {"generate_image": self._replacement(flux), "__getstate__": self._state, _HOOK: self}
+        # The hook is there first and goes last: an interrupted apply() or restore() can be gone on with.
+        self._set = {_HOOK: self, "generate_image": self._replacement(flux), "__getstate__": self._state}
 
     def install(self) -> None:
         flux = self._flux()
@@ -130,15 +131,15 @@ class _Run:
         ] = []  # of each loop that mflux has begun: one, but for a generate_image of the user's
         self._step: Any = None  # of the last one, where the pipeline calls its transformer
         self._config: Any = None
-        self._too_short: str | None = None
 
     # ---- What the view has in place of the pipeline's
 
     @property
     def callbacks(self) -> Any:
         """The pipeline's registry, and before its own callbacks ours."""
-        registry = copy.copy(self._flux.callbacks)
-        registry.before_loop = [self, *registry.before_loop]
+        own = self._flux.callbacks
+        registry = copy.copy(own)  # with its lists, to which callbacks may be added
+        registry.before_loop_callbacks = lambda: [self, *own.before_loop_callbacks()]
         return registry
 
     @property
@@ -152,10 +153,11 @@ class _Run:
         own: Callable[..., mx.array] = make(transformer)
         if not self._engines:
             return own
-        # What somebody has put in the factory's place may hide mflux's compiled function in its own.
-        hides = name in vars(self._flux) and self._hook.policy.cache == "residual"
-        is_compiled = _is_compiled(own) or hides
-        return self._engines[-1].through(make, lambda: transformer, own, is_traced=True, is_compiled=is_compiled)
+        # A function of somebody else may hide mflux's compiled one: then no array of its trace may get out.
+        is_mfluxs = getattr(own, "__globals__", {}).get("__name__", "").startswith("mflux.")
+        is_traced = type(own) is _COMPILED or not is_mfluxs
+        is_compiled = type(own) is _COMPILED or (is_traced and self._hook.policy.cache == "residual")
+        return self._engines[-1].through(make, lambda: transformer, own, is_traced=is_traced, is_compiled=is_compiled)
 
     def called(self, *args: Any, **kwargs: Any) -> mx.array:
         """In place of a call of the transformer."""
@@ -174,7 +176,10 @@ class _Run:
         if not hook.is_live:  # restored while the generation was being prepared
             return
         num_steps = max(0, config.num_inference_steps - config.init_time_step)
-        self._too_short = hook.policy.rule.check_schedule(num_steps, config.num_inference_steps)
+        too_short = hook.policy.rule.check_schedule(num_steps, config.num_inference_steps)
+        if too_short is not None and not hook.short_schedule_told:
+            hook.short_schedule_told = True
+            _warn(too_short, NoBenefitWarning)
 
         def sigmas() -> Any:
             return list(getattr(config.scheduler, "sigmas", ()))[config.init_time_step :]
@@ -182,11 +187,7 @@ class _Run:
         engine = Engine(Generation(hook.policy, num_steps, sigmas), hook.family.tap)
         self._config = config
         if not hook.family.factories:
-
-            def own(**arguments: Any) -> mx.array:
-                noise: mx.array = flux.transformer(**arguments)
-                return noise
-
+            own: Any = lambda **arguments: flux.transformer(**arguments)  # noqa: E731
             self._step = engine.through(lambda t: t, lambda: flux.transformer, own, is_traced=False, is_compiled=False)
         self._engines.append(engine)
 
@@ -220,20 +221,10 @@ class _Run:
             notes.append(f"this generation is not counted: {error!r}")
         for note in notes:
             _warn(note, TeaCacheWarning)
-        if self._too_short is not None and not hook.short_schedule_told:
-            hook.short_schedule_told = True
-            _warn(self._too_short, NoBenefitWarning)
         hook.stats.commit(*counted)  # last: an interrupted generation does not count
 
 
-def _is_compiled(function: Any) -> bool:
-    """Whether ``mx.compile`` made it, which isinstance says of Python's functions too."""
-    while hasattr(function, "__wrapped__") and type(function) is not _COMPILED:
-        function = function.__wrapped__
-    return type(function) is _COMPILED
-
-
-_COMPILED = type(mx.compile(lambda: None))
+_COMPILED: Any = type(mx.compile(lambda: None))  # of no Python function, whatever isinstance says
 
 
 def _warn(message: str, category: type[Warning]) -> None:
@@ -247,13 +238,16 @@ class _Transformer:
     """Stands for the transformer in a generation: to call it is a step, and all else is the transformer's."""
 
     def __init__(self, run: _Run) -> None:
-        self._run = run
+        object.__setattr__(self, "_run", run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return self._run.called(*args, **kwargs)
+        return cast(_Run, self._run).called(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._run._flux.transformer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._run._flux.transformer, name, value)
 
 
 _OF_THE_RUN = ("callbacks", "transformer", "generate_image")
@@ -285,7 +279,9 @@ def _delegated(name: str) -> Callable[..., Any]:
     return lambda self, *args: getattr(self._pipeline, name)(*args)
 
 
-for _name in ("__contains__", "__getitem__", "__iter__", "__len__", "get", "items", "keys", "values"):  # of nn.Module
+# nn.Module is a dict of its arrays and children.
+_DICT = "__contains__ __delitem__ __getitem__ __iter__ __len__ __setitem__ get items keys pop values"
+for _name in _DICT.split():
     setattr(_View, _name, _delegated(_name))
 
 

@@ -35,7 +35,8 @@ class Captured:
         constants: list[Any] = [len(arrays)]
         for path, leaf in leaves:
             is_value = isinstance(leaf, bool | int | float | str | None)
-            constants.append((path, _INPUT if isinstance(leaf, mx.array) else leaf if is_value else id(leaf)))
+            value = _INPUT if isinstance(leaf, mx.array) else leaf if is_value else id(leaf)
+            constants.append((path, type(leaf), value))  # 1 == 1.0 == True
         body = next((body for known, body in self._bodies if known == constants), None)
         if body is None:
             body = ops.Body(_over_inputs(self._function, len(arrays), arguments), fold=False)

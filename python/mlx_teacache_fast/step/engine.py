@@ -52,11 +52,11 @@ class Engine:
         """
         tap, generation, keeps_residual = self._tap, self.generation, self._keeps_residual
 
-        def compute(kept: Arrays, arguments: Arguments) -> Arrays:
-            """The noise, and the history with what this step makes; ``kept`` are all but the oldest of each call."""
+        def compute(_: Arrays, arguments: Arguments) -> Arrays:
+            """The noise, and what is kept of it."""
             if not keeps_residual:
                 noise = own(**arguments)
-                return [noise, *self._renewed([mx.array(noise)], kept)]
+                return [noise, mx.array(noise)]
             made: Arrays = []
 
             def note(call: int, entered: mx.array, left: mx.array) -> mx.array:
@@ -64,9 +64,8 @@ class Engine:
                 made.append(left[:, :n] - entered[:, :n])
                 return left
 
-            noise = tap.through(make, get_transformer(), note)(**arguments)
-            # A residual that stays lazy would keep all tokens alive.
-            return [*mx.depends([noise], made), *self._renewed(made, kept)]
+            noise = tap.through(make, get_transformer(), note, is_idle=False)(**arguments)
+            return [*mx.depends([noise], made), *made]  # a residual that stays lazy would keep all tokens alive
 
         def forecast(arrays: Arrays, arguments: Arguments, reused: Sequence[mx.array] = ()) -> Arrays:
             """The noise, of weights and history; ``reused`` is what the gate has made of the residuals."""
@@ -78,7 +77,7 @@ class Engine:
             def again(call: int, entered: mx.array, left: mx.array) -> mx.array:
                 return reused[call] if reused else reuse(entered[:, :n], weights, residuals[call])
 
-            return [tap.through(make, get_transformer(), again)(**arguments)]
+            return [tap.through(make, get_transformer(), again, is_idle=True)(**arguments)]
 
         def measure(arrays: Arrays, arguments: Arguments) -> Arrays:
             """State and anchor, of ``force`` and what they were."""
@@ -93,8 +92,14 @@ class Engine:
             signal = tap.measured(make, get_transformer(), arguments)
             after, reused, state = self._gate(signal, [anchor], state, force, residuals, weights)
             on_skip = [*forecast([weights, *history], arguments, reused), *history]
-            return [state, after, *ops.branch(state, on_skip, *run_compute.body(self._kept(history), arguments))]
+            return [state, after, *ops.branch(state, on_skip, *run_body.body(self._kept(history), arguments))]
 
+        def body(kept: Arrays, arguments: Arguments) -> Arrays:
+            """The noise, and the history after it; ``kept`` are all of the history but the oldest of each call."""
+            noise, *made = compute([], arguments)
+            return [noise, *self._renewed(made, kept)]
+
+        run_body = Captured(body)
         run_compute: Any = Captured(compute) if is_compiled else compute
         run_forecast: Function = Captured(forecast) if is_compiled else forecast
         run_measure: Any = Captured(measure) if is_traced else measure
@@ -119,7 +124,7 @@ class Engine:
                 if not self._anchor:
                     self._anchor = run_measure.zeros(before, arguments)[1:]
                 if not self._history:
-                    self._history = run_compute.zeros([], arguments)[1:]
+                    self._history = self._renewed(run_compute.zeros([], arguments)[1:], [])
                 arrays = [before[0], generation.weights(), self._state, *self._anchor, *self._history]
                 self._state, anchor, noise, *self._history = run_gated(arrays, arguments)
                 self._anchor = [anchor]
@@ -135,7 +140,8 @@ class Engine:
                     kind = "computed" if plan[generation.index] else "skipped"
                     generation.record(kind, is_kept=kind == "computed")
                 if kind != "skipped":
-                    noise, *self._history = run_compute(self._kept(self._history), arguments)
+                    noise, *made = run_compute([], arguments)
+                    self._history = self._renewed(made, self._kept(self._history))
                     if kind == "numerical-miss":
                         self._forget()
                 elif self._history:

@@ -36,12 +36,15 @@ class Tap:
         signal: From block 0, and what it is called with.
         n_tokens: Of the latents, from the step's arguments. Tokens of reference images are behind them.
         blocks: The list whose first block tells.
+        idle: For each list of blocks what stands for one of them in a step that leaves the blocks out: called as they
+            are, it returns what they return, unchanged and in arrays of its own.
         tail: The layer after all blocks, called with the image tokens.
         makes_cache: Whether a step with these arguments makes what later ones need, so that it computes in any case.
     """
 
     signal: Callable[..., Signal]
     n_tokens: Callable[[Arguments], int]
+    idle: dict[str, Callable[..., Any]]
     blocks: str = "transformer_blocks"
     tail: str = "norm_out"
     makes_cache: Callable[[Arguments], bool] = lambda arguments: False
@@ -58,16 +61,15 @@ class Tap:
         except _Reached as reached:
             n, x = self.n_tokens(arguments), reached.signal.x
             return reached.signal._replace(x=x if x.shape[1] == n else x[:, :n])
-        raise InternalStateError(
-            "a step did not call block 0 of the transformer that it was given: something between generate_image and "
-            "the transformer (a wrapped _predict, another patch) keeps a transformer or a trace of its own"
-        )
+        raise InternalStateError(_NOT_REACHED)
 
-    def through(self, make: Make, transformer: Any, tokens: Callable[[int, mx.array, mx.array], mx.array]) -> Step:
+    def through(
+        self, make: Make, transformer: Any, tokens: Callable[[int, mx.array, mx.array], mx.array], *, is_idle: bool
+    ) -> Step:
         """mflux's step, in which ``tokens(call, entered, left)`` is taken for what leaves the blocks.
 
-        ``call`` counts the transformer's calls within the step, which are branches of the guidance. Blocks are not
-        evaluated if nobody asks for what left them.
+        ``call`` counts the transformer's calls within the step, which are branches of the guidance. With ``is_idle``
+        no block is called.
         """
 
         def step(**arguments: Any) -> mx.array:
@@ -77,14 +79,26 @@ class Tap:
 
             def block_0(*args: Any, **kwargs: Any) -> Any:
                 entered.append(self.signal(first, *args, **kwargs).x)
-                return first(*args, **kwargs)
+                return (self.idle[self.blocks] if is_idle else first)(*args, **kwargs)
 
             def after(left: mx.array, *args: Any, **kwargs: Any) -> Any:
                 return tail(tokens(len(entered) - 1, entered[-1], left), *args, **kwargs)
 
-            return make(_copy(transformer, **{self.blocks: [block_0, *others], self.tail: after}))(**arguments)
+            parts: dict[str, Any] = {self.blocks: [block_0, *others], self.tail: after}
+            if is_idle:
+                parts |= {name: [block_0 if name == self.blocks else idle] for name, idle in self.idle.items()}
+            noise = make(_copy(transformer, **parts))(**arguments)
+            if not entered:
+                raise InternalStateError(_NOT_REACHED)
+            return noise
 
         return step
+
+
+_NOT_REACHED = (
+    "a step did not call block 0 of the transformer that it was given: something between generate_image and the "
+    "transformer (a wrapped _predict, another patch) keeps a transformer or a trace of its own"
+)
 
 
 def _copy(transformer: Any, **parts: Any) -> Any:

@@ -265,7 +265,9 @@ def _check_choice(rule: Plan, share: float) -> None:
 
 def _measured_before(path: Path, setup: dict[str, Any]) -> dict[str, list[float]]:
     Policy.from_json(path)
-    about = from_json(path, "policy")["about"]
+    about = from_json(path, "policy").get("about")
+    if not isinstance(about, dict) or not isinstance(about.get("measured"), dict):
+        raise TeaCacheValueError(f"{path} is a policy, but not one of a search that can be gone on with")
     other = [name for name, value in setup.items() if about.get(name) != value]
     if other:
         raise TeaCacheValueError(f"{path} is of a search with other {', '.join(other)}: resume takes the same ones")
