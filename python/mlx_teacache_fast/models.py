@@ -121,9 +121,7 @@ VARIANTS: dict[str, Variant] = {
             (24.18037744588824, -45.41912128506917, 26.20213376107934, -3.579234954660995, 0.40140693642366004),
             None,
             0.30,
-            _fit(
-                f"{_SCRIPTS}/calibrate_flux1.py", "10 prompts, 28 steps, 512x512, guidance 4.5, 4-bit weights", 0.6817
-            ),
+            _fit(_FLUX1_FITTED_BY, "10 prompts, 28 steps, 512x512, guidance 4.5, 4-bit weights", 0.6817),
             published=(Published(28, 10, 0.30, 4.5),),
         ),
         Variant(
