@@ -16,6 +16,7 @@ from flux1_pipelines import generate as generate_flux1
 from hypothesis import given
 from hypothesis import strategies as st
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.schedulers.linear_scheduler import LinearScheduler
 from mflux.models.flux.variants.controlnet.flux_controlnet import Flux1Controlnet
 from mflux.utils.apple_silicon import AppleSiliconUtil
 
@@ -357,6 +358,30 @@ def test_a_polynomial_that_overflows_forgets_what_was_kept(flux: Any, generate: 
             assert np.array_equal(generate(**arguments), plain)
         assert kinds(handle).count("numerical-miss") > 0
         assert "skipped" not in kinds(handle)
+
+
+class Hiccup(LinearScheduler):
+    """A user's, which loses the latents for step 4 and finds them again."""
+
+    def step(self, noise: mx.array, timestep: int, latents: mx.array, **_: Any) -> mx.array:
+        if timestep == 4:
+            return self.found
+        self.found = super().step(noise=noise, timestep=timestep, latents=latents)
+        return self.found * mx.nan if timestep == 3 else self.found
+
+
+@pytest.mark.parametrize("is_uncompiled", [False, True], ids=["compiled", "uncompiled"])
+@pytest.mark.parametrize("cache", ["residual", "output"])
+def test_what_a_numerical_miss_made_is_never_looked_at(
+    flux: Any, generate: Generate, cache: str, is_uncompiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AppleSiliconUtil, "is_m1_or_m2", lambda: is_uncompiled)
+    scheduler = f"{Hiccup.__module__}.Hiccup"
+    with noises(flux) as noting, tc.apply(flux, forecast=2, cache=cache, **ALWAYS) as handle:  # type: ignore[arg-type]
+        generate(num_inference_steps=9, height=32, width=32, scheduler=scheduler)
+    before = ["forced", "computed", "skipped", "skipped"]
+    assert kinds(handle) == [*before, "numerical-miss", "computed", "skipped", "skipped", "forced"]
+    assert [bool(np.isfinite(noise).all()) for noise in noting.noises] == [i != 4 for i in range(9)]
 
 
 @pytest.mark.parametrize("value", [-1, 3, 1.0, "1", True])

@@ -202,7 +202,11 @@ def gate(flux: Any, policy: Policy) -> Handle:
         pair = policy.rule.coefficients, policy.rule.calibrated_range
         other = next((v for v in VARIANTS.values() if (v.coefficients, v.calibrated_range) == pair), None)
         if other is not None:  # as in a picture of another model
-            warn_caller(families.uncalibrated_message(flux, other), UncalibratedWarning)
+            warn_caller(
+                f"{flux.model_config.model_name} is used with another model's coefficients, those of "
+                f"{other.variant_id}: they may not fit it, compare a few pictures with ungated ones",
+                UncalibratedWarning,
+            )
     hook.warn_if_untested()
     try:
         handle._hook.install()

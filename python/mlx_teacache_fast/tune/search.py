@@ -160,7 +160,9 @@ def search(
     _check_choice(budgeted([float(-i) for i in range(num_steps)], share), share)
     with apply(flux, policy) as handle:  # before anything slow
         variant_id = handle.variant_id
-    if cache == "residual" and getattr(flux.model_config, "supports_kv_cache", False):
+    has_cache = options.get("use_kv_cache")  # mflux's, of reference images
+    has_cache = getattr(flux.model_config, "supports_kv_cache", False) if has_cache is None else has_cache
+    if cache == "residual" and has_cache and options.get("image_paths"):
         raise TeaCacheValueError('search takes cache="output" only with a key-value cache, which has no first residual')
     setup: dict[str, Any] = {"budget": share, "forecast": order, "cache": cache, "options": options}
     setup |= {"prompts": list(prompts), "seeds": list(seeds), "held_out": list(held_out)}
