@@ -43,12 +43,6 @@ class Captured:
             self._bodies.append((constants, body))
         return body, inputs
 
-    def zeros(self, arrays: Arrays, arguments: Arguments) -> Arrays:
-        """Arrays like those that it returns, which are not computed for that."""
-        body, inputs = self.body(arrays, arguments)
-        graph = body.trace(inputs)
-        return [mx.zeros(s, d) for s, d in zip(graph.output_shapes, graph.output_dtypes, strict=True)]
-
 
 _INPUT = object()
 

@@ -59,23 +59,23 @@ class Engine:
                 return [noise, mx.array(noise)]
             made: Arrays = []
 
-            def note(call: int, entered: mx.array, left: mx.array) -> mx.array:
+            def note(call: int, entered: Signal, left: mx.array) -> mx.array:
                 n = tap.n_tokens(arguments)
-                made.append(left[:, :n] - entered[:, :n])
+                made.append(left[:, :n] - entered.x[:, :n])
                 return left
 
             noise = tap.through(make, get_transformer(), note, is_idle=False)(**arguments)
             return [*mx.depends([noise], made), *made]  # a residual that stays lazy would keep all tokens alive
 
-        def forecast(arrays: Arrays, arguments: Arguments, reused: Sequence[mx.array] = ()) -> Arrays:
-            """The noise, of weights and history; ``reused`` is what the gate has made of the residuals."""
+        def forecast(arrays: Arrays, arguments: Arguments) -> Arrays:
+            """The noise, of weights and history."""
             weights, *history = arrays
             if not keeps_residual:
                 return [combined(weights, history).astype(history[0].dtype)]
             n, residuals = tap.n_tokens(arguments), self._of_each_call(history)
 
-            def again(call: int, entered: mx.array, left: mx.array) -> mx.array:
-                return reused[call] if reused else reuse(entered[:, :n], weights, residuals[call])
+            def again(call: int, entered: Signal, left: mx.array) -> mx.array:
+                return reuse(entered.x[:, :n], weights, residuals[call])
 
             return [tap.through(make, get_transformer(), again, is_idle=True)(**arguments)]
 
@@ -86,28 +86,39 @@ class Engine:
             return [state, after]
 
         def gated(arrays: Arrays, arguments: Arguments) -> Arrays:
-            """A step as one graph: state and anchor, then what ``compute`` returns."""
+            """A step as one graph: state and anchor, then what ``body`` returns."""
             force, weights, state, anchor, *history = arrays
             residuals = self._of_each_call(history) if keeps_residual else []
-            signal = tap.measured(make, get_transformer(), arguments)
-            after, reused, state = self._gate(signal, [anchor], state, force, residuals, weights)
-            on_skip = [*forecast([weights, *history], arguments, reused), *history]
-            return [state, after, *ops.branch(state, on_skip, *run_body.body(self._kept(history), arguments))]
+            found: list[Any] = []  # what the gate returned
+
+            def again(call: int, entered: Signal, left: mx.array) -> mx.array:
+                if not found:
+                    signal = tap.of_latents(entered, arguments)
+                    found.extend(self._gate(signal, [anchor], state, force, residuals, weights))
+                return cast(mx.array, found[1][call])
+
+            if keeps_residual:
+                noise = tap.through(make, get_transformer(), again, is_idle=True)(**arguments)
+            else:
+                found.extend(self._gate(tap.measured(make, get_transformer(), arguments), [anchor], state, force))
+                (noise,) = forecast([weights, *history], arguments)
+            after, _, state = found
+            computed = run_body.body(self._kept(history), arguments)
+            return [state, after, *ops.branch(state, [noise, *history], *computed)]
 
         def body(kept: Arrays, arguments: Arguments) -> Arrays:
             """The noise, and the history after it; ``kept`` are all of the history but the oldest of each call."""
-            noise, *made = compute([], arguments)
+            noise, *made = run_compute([], arguments)
             return [noise, *self._renewed(made, kept)]
 
-        run_body = Captured(body)
         run_compute: Any = Captured(compute) if is_compiled else compute
         run_forecast: Function = Captured(forecast) if is_compiled else forecast
-        run_measure: Any = Captured(measure) if is_traced else measure
-        run_gated = Captured(gated)
+        run_measure: Function = Captured(measure) if is_traced else measure
+        run_body, run_gated = Captured(body), Captured(gated)
 
         def step(**arguments: Any) -> mx.array:
             if generation.settle() == "numerical-miss":
-                self._forget()
+                self._history = []  # it must not be looked at
             plan = generation.plan
             if generation.is_over or (plan is not None and all(plan)):  # more steps than the schedule has are not ours
                 noise = own(**arguments)
@@ -119,13 +130,8 @@ class Engine:
                     generation.compute_next()
                 else:
                     self._history = self._renewed([mx.array(noise)], [])
-            elif plan is None and is_compiled and self.in_graph:
-                before = [generation.force(), self._state]
-                if not self._anchor:
-                    self._anchor = run_measure.zeros(before, arguments)[1:]
-                if not self._history:
-                    self._history = self._renewed(run_compute.zeros([], arguments)[1:], [])
-                arrays = [before[0], generation.weights(), self._state, *self._anchor, *self._history]
+            elif plan is None and is_compiled and self.in_graph and self._anchor and self._history:
+                arrays = [generation.force(), generation.weights(), self._state, *self._anchor, *self._history]
                 self._state, anchor, noise, *self._history = run_gated(arrays, arguments)
                 self._anchor = [anchor]
                 generation.record(self._state)
@@ -141,9 +147,7 @@ class Engine:
                     generation.record(kind, is_kept=kind == "computed")
                 if kind != "skipped":
                     noise, *made = run_compute([], arguments)
-                    self._history = self._renewed(made, self._kept(self._history))
-                    if kind == "numerical-miss":
-                        self._forget()
+                    self._history = [] if kind == "numerical-miss" else self._renewed(made, self._kept(self._history))
                 elif self._history:
                     (noise,) = run_forecast([weights, *self._history], arguments)
                 else:
@@ -190,10 +194,6 @@ class Engine:
 
     def _kept(self, history: Arrays) -> Arrays:
         return [a for of_call in self._of_each_call(history) for a in of_call[:-1]]
-
-    def _forget(self) -> None:
-        """What was kept must not be looked at: it is no number, and has no weight."""
-        self._history = [mx.zeros_like(a) for a in self._history]
 
     def _of_each_call(self, history: Arrays) -> list[Arrays]:
         return [history[i : i + self._n_kept] for i in range(0, len(history), self._n_kept)]

@@ -59,12 +59,16 @@ class Tap:
         try:
             make(_copy(transformer, **{self.blocks: [stop]}))(**arguments)
         except _Reached as reached:
-            n, x = self.n_tokens(arguments), reached.signal.x
-            return reached.signal._replace(x=x if x.shape[1] == n else x[:, :n])
+            return self.of_latents(reached.signal, arguments)
         raise InternalStateError(_NOT_REACHED)
 
+    def of_latents(self, signal: Signal, arguments: Arguments) -> Signal:
+        """Of their tokens alone."""
+        n, x = self.n_tokens(arguments), signal.x
+        return signal if x.shape[1] == n else signal._replace(x=x[:, :n])
+
     def through(
-        self, make: Make, transformer: Any, tokens: Callable[[int, mx.array, mx.array], mx.array], *, is_idle: bool
+        self, make: Make, transformer: Any, tokens: Callable[[int, Signal, mx.array], mx.array], *, is_idle: bool
     ) -> Step:
         """mflux's step, in which ``tokens(call, entered, left)`` is taken for what leaves the blocks.
 
@@ -73,12 +77,12 @@ class Tap:
         """
 
         def step(**arguments: Any) -> mx.array:
-            entered: list[mx.array] = []
+            entered: list[Signal] = []
             first, *others = getattr(transformer, self.blocks)
             tail = getattr(transformer, self.tail)
 
             def block_0(*args: Any, **kwargs: Any) -> Any:
-                entered.append(self.signal(first, *args, **kwargs).x)
+                entered.append(self.signal(first, *args, **kwargs))
                 return (self.idle[self.blocks] if is_idle else first)(*args, **kwargs)
 
             def after(left: mx.array, *args: Any, **kwargs: Any) -> Any:
