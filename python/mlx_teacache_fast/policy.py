@@ -201,10 +201,7 @@ class Gate(_Checked):
         if num_steps == 0 or self.rel_l1_thresh == 0:
             return None
         check_step_window(
-            num_steps,
-            skip_first_n_steps=first,
-            skip_last_n_steps=last,
-            nominal_num_inference_steps=num_inference_steps,
+            num_steps, skip_first_n_steps=first, skip_last_n_steps=last, nominal_num_inference_steps=num_inference_steps
         )
         return (
             None

@@ -70,11 +70,7 @@ def add_parser(commands: Any) -> None:
     )
     demo.add_argument("--list-words", action="store_true", help="print the prompts and words that work, and stop")
     demo.add_argument(
-        "--steps",
-        metavar="N",
-        type=positive,
-        default=50,
-        help="denoising steps per picture (default: %(default)s)",
+        "--steps", metavar="N", type=positive, default=50, help="denoising steps per picture (default: %(default)s)"
     )
     demo.add_argument(
         "--seed",

@@ -58,10 +58,7 @@ def add_parser(commands: Any) -> None:
         "--base-model", metavar="NAME", help="the model that a checkpoint of another name was made from, as for mflux"
     )
     parser.add_argument(
-        "--steps",
-        metavar="N",
-        type=positive,
-        help="denoising steps per picture (default: mflux's for the model)",
+        "--steps", metavar="N", type=positive, help="denoising steps per picture (default: mflux's for the model)"
     )
     parser.set_defaults(run=run)
 

@@ -59,11 +59,7 @@ def add_parser(commands: Any) -> None:
         if setting.name in ("forecast", "cache"):
             add_setting(parser, setting)
     parser.add_argument(
-        "--evaluations",
-        metavar="N",
-        type=positive,
-        default=40,
-        help="so many plans are run (default: %(default)s)",
+        "--evaluations", metavar="N", type=positive, default=40, help="so many plans are run (default: %(default)s)"
     )
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the policy, as JSON")
     parser.add_argument("--resume", action="store_true", help="go on with FILE, with the same other options")

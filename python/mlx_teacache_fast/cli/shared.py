@@ -157,11 +157,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, held_out: int) -> None:
         "--size", metavar="PIXELS", type=positive, help=f"side of the pictures (default: 512, with {DEMO} 128)"
     )
     parser.add_argument(
-        "--seed",
-        metavar="N",
-        type=seed,
-        default=1,
-        help="of the starting noise (default: %(default)s)",
+        "--seed", metavar="N", type=seed, default=1, help="of the starting noise (default: %(default)s)"
     )
 
 

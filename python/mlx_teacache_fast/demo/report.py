@@ -163,13 +163,7 @@ def plot(comparisons: Sequence[Comparison], settings: Settings) -> Figure:
         kinds |= {step.kind for step in steps}
         measured = [step for step in steps if step.rel_l1 is not None]
         left.plot([s.index for s in measured], [s.rel_l1 for s in measured], color="#bbbbbb", linewidth=1, zorder=1)
-        left.scatter(
-            [s.index for s in measured],
-            [s.rel_l1 for s in measured],
-            c=_colours(measured),
-            s=18,
-            zorder=2,
-        )
+        left.scatter([s.index for s in measured], [s.rel_l1 for s in measured], c=_colours(measured), s=18, zorder=2)
         left.set_ylim(bottom=0)
         left.set_ylabel("relative L1 distance\nto the step before")
         left.set_title(c.prompt, loc="left", fontsize=11, fontweight="bold")

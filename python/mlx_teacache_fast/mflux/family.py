@@ -19,10 +19,7 @@ def idle_single(*, hidden_states: mx.array, **_: Any) -> mx.array:
     return mx.array(hidden_states)
 
 
-IDLE: dict[str, Callable[..., Any]] = {
-    "transformer_blocks": idle_joint,
-    "single_transformer_blocks": idle_single,
-}
+IDLE: dict[str, Callable[..., Any]] = {"transformer_blocks": idle_joint, "single_transformer_blocks": idle_single}
 
 
 @dataclass(frozen=True, kw_only=True)
