@@ -20,11 +20,15 @@ what it does, with a tiny model in this package.
 
 
 def _parser() -> Parser:
-    parser = Parser(prog=PROG, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=PROG, description=DESCRIPTION, formatter_class=layout)
     parser.add_argument("--version", action="version", version=f"{PROG} {version('mlx-teacache-fast')}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for command in (run, info, search, calibrate, demo):
-        command.add_parser(commands)
+        texts = {"help": command.HELP, "description": command.DESCRIPTION, "epilog": command.EPILOG}
+        one = commands.add_parser(command.__name__.rpartition(".")[-1], formatter_class=layout, **texts)
+        command.add_options(one)
+        one.set_defaults(run=command.run)
     return parser
 
 

@@ -2,13 +2,14 @@
 
 import argparse
 import io
-from pathlib import Path
 from typing import Any
 
 from ..errors import TeaCacheValueError
 from ..files import check_writable, write_file
 from . import shared
-from .shared import PROG, quiet_logging, require_mflux, warnings_in_one_line
+from .shared import FILE, GUIDANCE, PROG, quiet_logging, require_mflux, warnings_in_one_line
+
+HELP = "fit the gate's polynomial to a model of yours"
 
 DESCRIPTION = """\
 Fit the gate's polynomial to a model of yours: by how much the noise prediction changes from step to step, from how much
@@ -35,26 +36,13 @@ exit code: 0 done, 1 failed, 2 bad input, 130 interrupted
 """
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "calibrate",
-        help="fit the gate's polynomial to a model of yours",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    shared.add_model_arguments(parser, held_out=3)
-    parser.add_argument(
-        "--guidance",
-        metavar="G",
-        type=shared.guidance,
-        nargs="+",
-        help="as for mflux; with several the polynomial is for all of them (default: 4, and 1 for distilled models)",
-    )
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the policy, as JSON")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="default: the output's name, with .png")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    shared.add_model_options(parser, held_out=3)
+    says = "as for mflux; with several the polynomial is for all of them (default: 4, and 1 for distilled models)"
+    parser.add_argument("--guidance", **GUIDANCE, nargs="+", help=says)
+    parser.add_argument("--output", **FILE, required=True, help="the policy, as JSON")
+    parser.add_argument("--plot", **FILE, help="default: the output's name, with .png")
     parser.add_argument("--force", action="store_true", help="overwrite both files")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,10 +1,9 @@
 """``mlx-teacache-fast demo``: plain mflux against gated generation, on the embedded model."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -12,12 +11,14 @@ from .. import ops
 from ..errors import TeaCacheValueError
 from ..files import prepare_folder, write_file
 from ..models import TINY_KLEIN
-from .shared import PROG, guidance, number, positive, quiet_logging, seed, warnings_in_one_line
+from .shared import COUNT, GUIDANCE, PROG, SEED, number, quiet_logging, warnings_in_one_line
 
 DEFAULT_PROMPTS = ("red apple", "panda face")
 OUTPUT_NAMES = ("images.png", "plot.png")
 
 MAX_PROMPTS = 100  # the plot is 255 pixels per prompt, and matplotlib draws at most 65535
+
+HELP = "compare plain mflux with gated generation, on a tiny model in this package"
 
 DESCRIPTION = """\
 Generate pictures with plain mflux and again with steps skipped, and compare time and quality.
@@ -53,69 +54,35 @@ exit code: 0 done, 1 failed, 2 bad input, 130 interrupted
 """
 
 
-def add_parser(commands: Any) -> None:
-    demo = commands.add_parser(
-        "demo",
-        help="compare plain mflux with gated generation, on a tiny model in this package",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    demo.add_argument(
-        "prompts",
-        metavar="PROMPT",
-        nargs="*",
-        default=list(DEFAULT_PROMPTS),
-        help=f"what to draw, in words that the model knows (default: {' '.join(map(repr, DEFAULT_PROMPTS))})",
-    )
-    demo.add_argument("--list-words", action="store_true", help="print the prompts and words that work, and stop")
-    demo.add_argument(
-        "--steps", metavar="N", type=positive, default=50, help="denoising steps per picture (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--seed",
-        metavar="N",
-        type=seed,
-        default=1,
-        help="seed of the starting noise, the same for every picture (default: %(default)s)",
-    )
-    demo.add_argument(
-        "--guidance",
-        metavar="G",
-        type=guidance,
-        default=4.0,
+def add_options(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    parser.add_argument(
+        "prompts", metavar="PROMPT", nargs="*", default=list(DEFAULT_PROMPTS),
+        help=f"what to draw, in words that the model knows (default: {' '.join(map(repr, DEFAULT_PROMPTS))})")
+    parser.add_argument("--list-words", action="store_true", help="print the prompts and words that work, and stop")
+    parser.add_argument("--steps", **COUNT, default=50, help="denoising steps per picture (default: %(default)s)")
+    parser.add_argument(
+        "--seed", **SEED, help="seed of the starting noise, the same for every picture (default: %(default)s)")
+    parser.add_argument(
+        "--guidance", **GUIDANCE, default=4.0,
         help="how strongly the prompt steers; above 1 every step runs the model twice, so 1 takes half the time and "
-        "looks less sharp (default: %(default)g)",
-    )
-    demo.add_argument(
-        "--threshold",
-        metavar="T",
-        type=number(float, "a number from 0 to 1", lambda t: 0 <= t <= 1),
+        "looks less sharp (default: %(default)g)")
+    parser.add_argument(
+        "--threshold", metavar="T", type=number(float, "a number from 0 to 1", lambda t: 0 <= t <= 1),
         help="accumulated distance at which a step is computed again: more skips with a higher one, none with 0 "
-        f"(default: {TINY_KLEIN.rel_l1_thresh:g}, the model's own)",
-    )
-    demo.add_argument(
-        "--size",
-        metavar="PIXELS",
+        f"(default: {TINY_KLEIN.rel_l1_thresh:g}, the model's own)")
+    parser.add_argument(
+        "--size", metavar="PIXELS", default=128,
         type=number(int, "a multiple of 16 from 32 to 512", lambda n: 32 <= n <= 512 and n % 16 == 0),
-        default=128,
-        help="side of the pictures; the model was trained at 128 and draws badly at others (default: %(default)s)",
-    )
-    demo.add_argument(
-        "--device",
-        choices=("cpu", "gpu"),
-        default="gpu" if ops.gpu_supported() else "cpu",
-        help="where MLX computes (default here: %(default)s)",
-    )
-    demo.add_argument(
-        "--output",
-        metavar="FOLDER",
-        type=Path,
-        default=Path("demo_output"),
-        help="folder for images.png and plot.png, made if need be (default: %(default)s)",
-    )
-    demo.add_argument("--force", action="store_true", help="overwrite those files where they exist")
-    demo.set_defaults(run=run)
+        help="side of the pictures; the model was trained at 128 and draws badly at others (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), default="gpu" if ops.gpu_supported() else "cpu",
+        help="where MLX computes (default here: %(default)s)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", type=Path, default=Path("demo_output"),
+        help="folder for images.png and plot.png, made if need be (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="overwrite those files where they exist")
+    # fmt: on
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -127,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         from ..demo import report
         from ..demo.compare import Settings, check_prompts, compare
 
-    with _default_device(arguments.device):
+    with _on(arguments.device):
         flux = demo.pipeline()
     if arguments.list_words:
         print('Prompts that the demo model was trained on; their words may be combined ("green heart", "red car"):\n')
@@ -137,14 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     check_prompts(flux, arguments.prompts)
     images, plot = prepare_folder(arguments.output, OUTPUT_NAMES, force=arguments.force)
-    settings = Settings(
-        steps=arguments.steps,
-        seed=arguments.seed,
-        guidance=arguments.guidance,
-        size=arguments.size,
-        threshold=arguments.threshold,
-    )
-    with warnings_in_one_line(), _default_device(arguments.device):
+    settings = Settings(**{setting.name: getattr(arguments, setting.name) for setting in fields(Settings)})
+    with warnings_in_one_line(), _on(arguments.device):
         comparisons = compare(flux, arguments.prompts, settings, progress=True)
     # Both are drawn before either is written.
     files = {images: report.images_png(comparisons, settings), plot: report.plot_png(comparisons, settings)}
@@ -160,14 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _default_device(name: str) -> Iterator[None]:
+def _on(name: str) -> AbstractContextManager[object]:
     device = mx.Device(mx.gpu if name == "gpu" else mx.cpu)
     if not mx.is_available(device):
         raise TeaCacheValueError(f"--device {name}: MLX has none here")
-    before = mx.default_device()
-    mx.set_default_device(device)
-    try:
-        yield
-    finally:
-        mx.set_default_device(before)
+    return mx.stream(device)

@@ -10,7 +10,9 @@ from ..pictures import read_metadata
 from ..policy import check_step_window
 from ..record.stats import bound
 from ..support import supported
-from .shared import positive, quiet_logging, require_mflux
+from .shared import COUNT, quiet_logging, require_mflux
+
+HELP = "say how a model is gated, and whether that helps"
 
 DESCRIPTION = """\
 Say what is known of a model before its weights are loaded: which coefficients and threshold it is gated with, how many
@@ -39,28 +41,16 @@ exit code: 0 known, also where gating does not help; 1 failed; 2 unknown model o
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".json")  # .json: mflux's .metadata.json
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "info",
-        help="say how a model is gated, and whether that helps",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
     parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
+        "model", metavar="MODEL", nargs="?",
         help="a name that mflux's --model takes, such as dev or flux2-klein-base-4b, or a hub name; nothing is "
-        "downloaded. Or a gated picture's file: says how it was made",
-    )
+        "downloaded. Or a gated picture's file: says how it was made")
     parser.add_argument(
-        "--base-model", metavar="NAME", help="the model that a checkpoint of another name was made from, as for mflux"
-    )
-    parser.add_argument(
-        "--steps", metavar="N", type=positive, help="denoising steps per picture (default: mflux's for the model)"
-    )
-    parser.set_defaults(run=run)
+        "--base-model", metavar="NAME", help="the model that a checkpoint of another name was made from, as for mflux")
+    parser.add_argument("--steps", **COUNT, help="denoising steps per picture (default: mflux's for the model)")
+    # fmt: on
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from ..errors import TeaCacheError, TeaCacheValueError
 from ..files import check_writable
@@ -15,7 +14,9 @@ from ..handle import Handle, gate, policy_of
 from ..pictures import read_metadata
 from ..policy import RULES, Policy, settings
 from ..record.metadata import KEY
-from .shared import FAILED, PROG, add_setting, quiet_logging, require_mflux, warnings_in_one_line
+from .shared import FAILED, FILE, PROG, add_setting, quiet_logging, require_mflux, warnings_in_one_line
+
+HELP = "run one of mflux's commands with gating on"
 
 DESCRIPTION = """\
 Run one of mflux's commands, with all of its own options, and skip denoising steps whose input has hardly changed.
@@ -59,45 +60,31 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return ["run", *(option for option in argv if option in ("-h", "--help"))], []  # run() says what is missing
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "run",
-        help="run one of mflux's commands with gating on",
-        usage=f"{PROG} run [options] -- COMMAND [its options]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{PROG} run [options] -- COMMAND [its options]"
+    parser.allow_abbrev = False
     for setting in settings(*RULES[::-1], Policy):
         add_setting(parser, setting)
+    # fmt: off
     parser.add_argument(
-        "--policy",
-        metavar="FILE",
-        type=Path,
-        help=f"all of the above from a file of {PROG} search or calibrate, or as a gated picture was made",
-    )
+        "--policy", **FILE,
+        help=f"all of the above from a file of {PROG} search or calibrate, or as a gated picture was made")
     parser.add_argument(
-        "--like",
-        metavar="PICTURE",
-        type=Path,
+        "--like", metavar="PICTURE", type=Path,
         help="--policy PICTURE, and with commands that have mflux's --config-from-metadata also prompt, model, seed, "
-        "steps and size. What you give after COMMAND takes precedence",
-    )
+        "steps and size. What you give after COMMAND takes precedence")
     parser.add_argument(
-        "--trace",
-        metavar="FILE",
-        type=Path,
-        help="write every step of the finished pictures to FILE, as JSON for mlx_teacache_fast.Trace.from_json",
-    )
+        "--trace", **FILE,
+        help="write every step of the finished pictures to FILE, as JSON for mlx_teacache_fast.Trace.from_json")
+    # fmt: on
     parser.add_argument("--force", action="store_true", help="overwrite FILE where it exists")
-    parser.set_defaults(run=run)
     format_help = parser.format_help
 
     def with_epilog() -> str:  # made only when help is asked for
         parser.epilog = _epilog()
-        return str(format_help())
+        return format_help()
 
-    parser.format_help = with_epilog
+    parser.format_help = with_epilog  # type: ignore[method-assign]
 
 
 def _epilog() -> str:

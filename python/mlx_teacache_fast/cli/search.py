@@ -1,14 +1,14 @@
 """``mlx-teacache-fast search``: a better plan under a budget, for the user's own model."""
 
 import argparse
-from pathlib import Path
-from typing import Any
 
 from ..errors import TeaCacheValueError
 from ..files import check_writable
 from ..policy import Policy, settings
 from . import shared
-from .shared import PROG, add_setting, number, positive, quiet_logging, require_mflux, warnings_in_one_line
+from .shared import COUNT, FILE, GUIDANCE, PROG, add_setting, number, quiet_logging, require_mflux, warnings_in_one_line
+
+HELP = "find which steps to compute under a budget, for a model of yours"
 
 DESCRIPTION = """\
 Search which steps to compute under a budget, for a model, number of steps and guidance of yours:
@@ -36,35 +36,19 @@ exit code: 0 done, also if the plan is no better than the rule; 1 failed, 2 bad 
 """
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "search",
-        help="find which steps to compute under a budget, for a model of yours",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    shared.add_model_arguments(parser, held_out=2)
-    parser.add_argument(
-        "--guidance", metavar="G", type=shared.guidance, help="as for mflux (default: 4, and 1 for distilled models)"
-    )
-    parser.add_argument(
-        "--budget",
-        metavar="SHARE",
-        type=number(float, "a number above 0 and below 1", lambda b: 0 < b < 1),
-        required=True,
-        help="share of the steps that may be computed",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    shared.add_model_options(parser, held_out=2)
+    parser.add_argument("--guidance", **GUIDANCE, help="as for mflux (default: 4, and 1 for distilled models)")
+    share = number(float, "a number above 0 and below 1", lambda b: 0 < b < 1)
+    says = "share of the steps that may be computed"
+    parser.add_argument("--budget", metavar="SHARE", type=share, required=True, help=says)
     for setting in settings(Policy):
         if setting.name in ("forecast", "cache"):
             add_setting(parser, setting)
-    parser.add_argument(
-        "--evaluations", metavar="N", type=positive, default=40, help="so many plans are run (default: %(default)s)"
-    )
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the policy, as JSON")
+    parser.add_argument("--evaluations", **COUNT, default=40, help="so many plans are run (default: %(default)s)")
+    parser.add_argument("--output", **FILE, required=True, help="the policy, as JSON")
     parser.add_argument("--resume", action="store_true", help="go on with FILE, with the same other options")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -36,8 +36,15 @@ def number(kind: type[int] | type[float], rule: str, accepts: Callable[[Any], bo
     return convert
 
 
-positive = number(int, "a whole number of at least 1", lambda n: n >= 1)
-guidance = number(float, "a finite number of at least 1", lambda g: 1 <= g < math.inf)
+# Kinds of options, as argparse's keywords.
+COUNT: dict[str, Any] = dict(metavar="N", type=number(int, "a whole number of at least 1", lambda n: n >= 1))
+FILE: dict[str, Any] = dict(metavar="FILE", type=Path)
+GUIDANCE: dict[str, Any] = dict(
+    metavar="G", type=number(float, "a finite number of at least 1", lambda g: 1 <= g < math.inf)
+)
+SEED: dict[str, Any] = dict(
+    metavar="N", type=number(int, "a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64), default=1
+)
 
 
 def flag(setting: Field[Any]) -> str:
@@ -47,7 +54,6 @@ def flag(setting: Field[Any]) -> str:
 def add_setting(parser: argparse.ArgumentParser, setting: Field[Any]) -> None:
     """The option of a policy's setting; not in the namespace unless it is given."""
     name, option = setting.name, dict(setting.metadata["option"])
-
     convert: Any = option.get("type", str)
 
     def checked(text: str) -> Any:
@@ -63,9 +69,6 @@ def add_setting(parser: argparse.ArgumentParser, setting: Field[Any]) -> None:
     if not option.keys() & {"action", "choices", "nargs"}:
         option["type"] = checked
     parser.add_argument(flag(setting), dest=name, default=argparse.SUPPRESS, help=setting.metadata["says"], **option)
-
-
-seed = number(int, "a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)
 
 
 @contextmanager
@@ -129,36 +132,26 @@ PROMPTS = (
 N_DEMO_PROMPTS = 12
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, held_out: int) -> None:
+def add_model_options(parser: argparse.ArgumentParser, held_out: int) -> None:
+    # fmt: off
     parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help=f"a name that mflux's --model takes, such as flux2-klein-base-4b, or a path; or {DEMO}, the one in here",
-    )
+        "model", metavar="MODEL",
+        help=f"a name that mflux's --model takes, such as flux2-klein-base-4b, or a path; or {DEMO}, the one in here")
     parser.add_argument("--base-model", metavar="NAME", help="the model that a checkpoint was made from, as for mflux")
     parser.add_argument("--quantize", "-q", metavar="BITS", type=int, help="the weights' bits, as for mflux")
     parser.add_argument("--lora-paths", metavar="FILE", nargs="+", help="as for mflux")
     parser.add_argument("--lora-scales", metavar="S", nargs="+", type=float, help="as for mflux")
     parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        type=Path,
-        help=f"a prompt in each line; default: {len(PROMPTS)} of ours, with {DEMO} {N_DEMO_PROMPTS} of its captions",
-    )
+        "--prompts", **FILE,
+        help=f"a prompt in each line; default: {len(PROMPTS)} of ours, with {DEMO} {N_DEMO_PROMPTS} of its captions")
     parser.add_argument(
-        "--held-out",
-        metavar="N",
-        type=positive,
-        default=held_out,
-        help="the last N prompts are not learnt from, but tried at the end (default: %(default)s)",
-    )
-    parser.add_argument("--steps", metavar="N", type=positive, default=50, help="of a picture (default: %(default)s)")
+        "--held-out", **COUNT, default=held_out,
+        help="the last N prompts are not learnt from, but tried at the end (default: %(default)s)")
+    parser.add_argument("--steps", **COUNT, default=50, help="of a picture (default: %(default)s)")
     parser.add_argument(
-        "--size", metavar="PIXELS", type=positive, help=f"side of the pictures (default: 512, with {DEMO} 128)"
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=seed, default=1, help="of the starting noise (default: %(default)s)"
-    )
+        "--size", **COUNT | {"metavar": "PIXELS"}, help=f"side of the pictures (default: 512, with {DEMO} 128)")
+    parser.add_argument("--seed", **SEED, help="of the starting noise (default: %(default)s)")
+    # fmt: on
 
 
 def check(arguments: argparse.Namespace) -> None:
