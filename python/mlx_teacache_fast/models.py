@@ -99,72 +99,40 @@ _KLEIN_BASE: Coefficients = (-1841.022165607874, 848.4417137572868, -131.3554469
 _KLEIN_BASE_RANGE = (0.028261402621865273, 0.21984468400478363)
 _KLEIN_BASE_4B_FIT = _fit(_FLUX2_FITTED_BY, "10 prompts, 25 steps, 512x512, guidance 1, base-4b", 0.10643408169124158)
 
-VARIANTS: dict[str, Variant] = {
-    v.variant_id: v
-    for v in (
-        Variant(
-            "flux1-dev",
-            "FLUX.1 dev",
-            _FLUX1,
-            None,
-            0.20,
-            _UPSTREAM,
-            published=(
-                Published(25, 6, 0.20, 3.5),
-                Published(25, 11, 0.25, 3.5, "https://github.com/IonDen/mlx-teacache#threshold-guide"),
-            ),
-        ),
-        Variant("flux1-schnell", "FLUX.1 schnell", _FLUX1, None, 0.20, _UPSTREAM, distilled=True),
-        Variant(
-            "flux1-krea-dev",
-            "FLUX.1 Krea dev",
-            (24.18037744588824, -45.41912128506917, 26.20213376107934, -3.579234954660995, 0.40140693642366004),
-            None,
-            0.30,
-            _fit(_FLUX1_FITTED_BY, "10 prompts, 28 steps, 512x512, guidance 4.5, 4-bit weights", 0.6817),
-            published=(Published(28, 10, 0.30, 4.5),),
-        ),
-        Variant(
-            "flux2-klein-4b",
-            "FLUX.2 klein 4B",
-            (236.9190176127698, -201.47401360106662, 66.91354236854073, -11.14796738073235, 1.2674506310647067),
-            (0.2001, 0.4253),
-            0.20,
-            _fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.6530168924992779),
-            distilled=True,
-            published=(Published(8, 0, 0.20, 1.0),),
-        ),
-        # Without its range this polynomial goes negative above 0.475 and prices a large change as none.
-        Variant(
-            "flux2-klein-9b",
-            "FLUX.2 klein 9B",
-            (-523.8412980807129, 530.2492512602308, -177.64385734082498, 20.893264957040557, 0.0),
-            (0.1316, 0.4498),
-            0.20,
-            _fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.4710289350635284),
-            distilled=True,
-            published=(Published(8, 0, 0.20, 1.0),),
-        ),
-        Variant(
-            "flux2-klein-base-4b",
-            "FLUX.2 klein base 4B",
-            _KLEIN_BASE,
-            _KLEIN_BASE_RANGE,
-            0.17,
-            _KLEIN_BASE_4B_FIT,
-            published=(Published(50, 8, 0.17, 4.0),),
-        ),
-        Variant(
-            "flux2-klein-base-9b",
-            "FLUX.2 klein base 9B",
-            _KLEIN_BASE,
-            _KLEIN_BASE_RANGE,
-            0.17,
-            _KLEIN_BASE_4B_FIT,
-            published=(Published(50, 13, 0.17, 4.0),),
-        ),
-    )
-}
+# fmt: off
+_ALL = (
+    Variant(
+        "flux1-dev", "FLUX.1 dev", _FLUX1, None, 0.20, _UPSTREAM, published=(
+            Published(25, 6, 0.20, 3.5),
+            Published(25, 11, 0.25, 3.5, "https://github.com/IonDen/mlx-teacache#threshold-guide"))),
+    Variant("flux1-schnell", "FLUX.1 schnell", _FLUX1, None, 0.20, _UPSTREAM, distilled=True),
+    Variant(
+        "flux1-krea-dev", "FLUX.1 Krea dev",
+        (24.18037744588824, -45.41912128506917, 26.20213376107934, -3.579234954660995, 0.40140693642366004), None, 0.30,
+        _fit(_FLUX1_FITTED_BY, "10 prompts, 28 steps, 512x512, guidance 4.5, 4-bit weights", 0.6817),
+        published=(Published(28, 10, 0.30, 4.5),)),
+    Variant(
+        "flux2-klein-4b", "FLUX.2 klein 4B",
+        (236.9190176127698, -201.47401360106662, 66.91354236854073, -11.14796738073235, 1.2674506310647067),
+        (0.2001, 0.4253), 0.20,
+        _fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.6530168924992779),
+        distilled=True, published=(Published(8, 0, 0.20, 1.0),)),
+    # Without its range this polynomial goes negative above 0.475 and prices a large change as none.
+    Variant(
+        "flux2-klein-9b", "FLUX.2 klein 9B",
+        (-523.8412980807129, 530.2492512602308, -177.64385734082498, 20.893264957040557, 0.0),
+        (0.1316, 0.4498), 0.20,
+        _fit(_FLUX2_FITTED_BY, "10 prompts, 8 steps, 512x512, guidance 1", 0.4710289350635284),
+        distilled=True, published=(Published(8, 0, 0.20, 1.0),)),
+    Variant(
+        "flux2-klein-base-4b", "FLUX.2 klein base 4B", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17, _KLEIN_BASE_4B_FIT,
+        published=(Published(50, 8, 0.17, 4.0),)),
+    Variant(
+        "flux2-klein-base-9b", "FLUX.2 klein base 9B", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17, _KLEIN_BASE_4B_FIT,
+        published=(Published(50, 13, 0.17, 4.0),)),
+)
+# fmt: on
+VARIANTS: dict[str, Variant] = {variant.variant_id: variant for variant in _ALL}
 
 # The demonstration model's, which is none of mflux's: mlx-teacache-fast calibrate demo --guidance 1 4
 TINY_KLEIN = Variant(
