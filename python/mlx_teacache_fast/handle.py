@@ -186,7 +186,7 @@ def gate(flux: Any, policy: Policy) -> Handle:
         )
     policy = policy.of_model(variant)
     handle = Handle(policy, variant, calibrated)
-    handle._hook = hook.Hook(flux, family, policy, variant.variant_id, handle.stats, handle)
+    handle._hook = hook.Hook(flux, family, handle)
     if reason := policy.rule.skips_nothing:
         warn_caller(f"{reason}: every step computes", DisabledWarning)
     elif isinstance(policy.rule, Gate) and handle.provenance.source == "builtin":

@@ -39,18 +39,14 @@ class Hook:
     Args:
         flux: The pipeline.
         family: Its family.
-        policy: With its model's values.
-        variant_id: Of the model, for pictures.
-        stats: To which finished generations are added.
-        handle: The user's, for ``hook_of(flux).handle``.
+        handle: The user's, with its policy; finished generations are added to its stats.
     """
 
-    def __init__(self, flux: Any, family: Family, policy: Policy, variant_id: str, stats: Stats, handle: Any) -> None:
+    def __init__(self, flux: Any, family: Family, handle: Any) -> None:
         self.family = family
-        self.policy = policy
-        self.variant_id = variant_id
-        self.stats = stats
         self.handle = handle
+        self.policy: Policy = handle.policy
+        self.stats: Stats = handle.stats
         self.is_live = False
         self.short_schedule_told = False
         self._flux = weakref.ref(flux)
@@ -109,7 +105,7 @@ class Hook:
             return generate_image(flux, *args, **kwargs)
         run = _Run(self, flux)
         started = perf_counter()
-        image = generate_image(_view(flux, run, self.family), *args, **kwargs)
+        image = generate_image(_view(run), *args, **kwargs)
         run.finish(image, perf_counter() - started)
         return image
 
@@ -124,11 +120,10 @@ class _Run:
     """One call of ``generate_image``: what its view of the pipeline has of its own."""
 
     def __init__(self, hook: Hook, flux: Any) -> None:
-        self._hook = hook
-        self._flux = flux
-        self._engines: list[
-            Engine
-        ] = []  # of each loop that mflux has begun: one, but for a generate_image of the user's
+        self.hook = hook
+        self.flux = flux
+        # Of each loop that mflux has begun: one, but for a generate_image of the user's.
+        self._engines: list[Engine] = []
         self._step: Any = None  # of the last one, where the pipeline calls its transformer
         self._config: Any = None
 
@@ -137,31 +132,31 @@ class _Run:
     @property
     def callbacks(self) -> Any:
         """The pipeline's registry, and before its own callbacks ours."""
-        own = self._flux.callbacks
+        own = self.flux.callbacks
         registry = copy.copy(own)  # with its lists, to which callbacks may be added
         registry.before_loop_callbacks = lambda: [self, *own.before_loop_callbacks()]
         return registry
 
     @property
     def transformer(self) -> Any:
-        transformer = self._flux.transformer
-        return transformer if self._hook.family.factories or transformer is None else _Transformer(self)
+        transformer = self.flux.transformer
+        return transformer if self.hook.family.factories or transformer is None else _Transformer(self)
 
     def made(self, name: str, transformer: Any) -> Callable[..., mx.array]:
         """In place of a factory: what mflux's returns, gated."""
-        make = getattr(self._flux, name)
+        make = getattr(self.flux, name)
         own: Callable[..., mx.array] = make(transformer)
         if not self._engines:
             return own
         # A function of somebody else may hide mflux's compiled one: then no array of its trace may get out.
         is_mfluxs = getattr(own, "__globals__", {}).get("__name__", "").startswith("mflux.")
         is_traced = type(own) is _COMPILED or not is_mfluxs
-        is_compiled = type(own) is _COMPILED or (is_traced and self._hook.policy.cache == "residual")
+        is_compiled = type(own) is _COMPILED or (is_traced and self.hook.policy.cache == "residual")
         return self._engines[-1].through(make, lambda: transformer, own, is_traced=is_traced, is_compiled=is_compiled)
 
     def called(self, *args: Any, **kwargs: Any) -> mx.array:
         """In place of a call of the transformer."""
-        transformer = self._flux.transformer
+        transformer = self.flux.transformer
         if self._step is None:
             return cast(mx.array, transformer(*args, **kwargs))
         given = inspect.signature(type(transformer).__call__).bind(transformer, *args, **kwargs).arguments
@@ -172,7 +167,7 @@ class _Run:
 
     def call_before_loop(self, config: Any, **_: Any) -> None:
         """mflux's callback: the schedule is known now."""
-        hook, flux = self._hook, self._flux
+        hook, flux = self.hook, self.flux
         if not hook.is_live:  # restored while the generation was being prepared
             return
         num_steps = max(0, config.num_inference_steps - config.init_time_step)
@@ -193,7 +188,7 @@ class _Run:
 
     def finish(self, image: Any, seconds: float) -> None:
         """Statistics and metadata of a finished picture, which is not lost, whatever happens here."""
-        hook = self._hook
+        hook = self.hook
         counted, notes = [], []
         if not self._engines and hook.is_live:
             notes.append("this generation was not gated: generate_image did not tell mflux's callbacks of its loop")
@@ -208,14 +203,9 @@ class _Run:
                         "through the gate"
                     )
             if counted and hook.policy.save_metadata:
-                how = metadata.record(
-                    hook.policy,
-                    counted[-1],
-                    variant_id=hook.variant_id,
-                    pipeline=type(self._flux).__name__,
-                    scheduler=getattr(self._config, "_scheduler_str", None),
-                )
-                metadata.add_to(image, how)
+                more = {"variant_id": hook.handle.variant_id, "pipeline": type(self.flux).__name__}
+                more["scheduler"] = getattr(self._config, "_scheduler_str", None)
+                metadata.add_to(image, metadata.record(hook.policy, counted[-1], **more))
         except Exception as error:
             counted = []
             notes.append(f"this generation is not counted: {error!r}")
@@ -244,39 +234,33 @@ class _Transformer:
         return cast(_Run, self._run).called(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._run._flux.transformer, name)
+        return getattr(self._run.flux.transformer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._run._flux.transformer, name, value)
-
-
-_OF_THE_RUN = ("callbacks", "transformer", "generate_image")
+        setattr(self._run.flux.transformer, name, value)
 
 
 class _View:
-    """A pipeline in one generation: what is asked of it or set on it is the pipeline's, but for what the run has."""
+    """A pipeline in one generation, with its ``__dict__``: all is the pipeline's, but for what the run has."""
 
-    def __getattribute__(self, name: str) -> Any:
-        own = object.__getattribute__(self, "__dict__")
-        if name not in own and name not in _OF_THE_RUN and name in vars(own["_pipeline"]):
-            return vars(own["_pipeline"])[name]  # on the instance, before the class's of that name
-        return object.__getattribute__(self, name)
+    __slots__ = ()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
+        return getattr(self._run.flux, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._pipeline, name, value)
+        setattr(self._run.flux, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self._pipeline, name)
+        delattr(self._run.flux, name)
 
     callbacks = property(lambda self: self._run.callbacks)
     transformer = property(lambda self: self._run.transformer)
+    generate_image = property(lambda self: types.MethodType(type(self._run.flux).generate_image, self))  # ungated
 
 
 def _delegated(name: str) -> Callable[..., Any]:
-    return lambda self, *args: getattr(self._pipeline, name)(*args)
+    return lambda self, *args: getattr(self._run.flux, name)(*args)
 
 
 # nn.Module is a dict of its arrays and children.
@@ -286,16 +270,21 @@ for _name in _DICT.split():
 
 
 @functools.cache
-def _view_class(kind: Any) -> Any:
-    return type(kind.__name__, (_View, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+def _view_class(kind: Any, factories: tuple[str, ...]) -> Any:
+    about = {"__slots__": ("_run",), "__module__": kind.__module__, "__doc__": kind.__doc__}
+    own = {
+        name: property(lambda self, name=name: functools.partial(self._run.made, name))  # type: ignore[misc]
+        for name in factories
+        if hasattr(kind, name)
+    }
+    return type(kind.__name__, (_View, kind), about | own)
 
 
-def _view(flux: Any, run: _Run, family: Family) -> Any:
-    kind = _view_class(cast(Any, type(flux)))
+def _view(run: _Run) -> Any:
+    kind = _view_class(cast(Any, type(run.flux)), run.hook.family.factories)
     view = kind.__new__(kind)
-    factories = {name: functools.partial(run.made, name) for name in family.factories if hasattr(flux, name)}
-    for name, value in {"_pipeline": flux, "_run": run, **factories}.items():
-        object.__setattr__(view, name, value)
+    object.__setattr__(view, "_run", run)
+    object.__setattr__(view, "__dict__", vars(run.flux))
     return view
 
 
