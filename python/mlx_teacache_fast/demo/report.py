@@ -1,5 +1,6 @@
 """The demo's table, picture sheet and plot."""
 
+import functools
 import io
 import math
 from collections.abc import Sequence
@@ -27,18 +28,15 @@ HEAD = 92
 CAPTION = 26
 GAP = 18
 
-COLOURS: dict[Kind, str] = {
-    "computed": "#2f6fb0",
-    "skipped": "#f08a24",
-    "forced": "#8a8a8a",
-    "numerical-miss": "#c0272d",
+# The colour of each kind of step, and what the legend says of it.
+SHOWN: dict[Kind, tuple[str, str]] = {
+    "computed": ("#2f6fb0", "computed"),
+    "skipped": ("#f08a24", "skipped"),
+    "forced": ("#8a8a8a", "forced (first and last)"),
+    "numerical-miss": ("#c0272d", "computed: not a number"),
 }
-LABELS: dict[Kind, str] = {
-    "computed": "computed",
-    "skipped": "skipped",
-    "forced": "forced (first and last)",
-    "numerical-miss": "computed: not a number",
-}
+SAFEGUARD: dict[str, Any] = {"hatch": "////", "edgecolor": "white", "linewidth": 0}
+THRESHOLD: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
 
 
 def decibels(value: float) -> str:
@@ -48,35 +46,24 @@ def decibels(value: float) -> str:
 
 def table(comparisons: Sequence[Comparison]) -> str:
     """One line per prompt and a last one for all of them, columns aligned."""
-    head: tuple[str, ...] = ("prompt", "steps", "skipped", "plain s", "gated s", "speedup", "bound", "PSNR dB", "SSIM")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [
+        ("prompt", "steps", "skipped", "plain s", "gated s", "speedup", "bound", "PSNR dB", "SSIM")
+    ]
     for c in comparisons:
         generation = c.generation
         rows.append((c.prompt, *_numbers(generation.num_steps, generation.skipped, generation.bound, c)))
     summary = Summary.of(comparisons)
     rows.append(("all (sum, median)", *_numbers(summary.steps, summary.skipped, summary.bound, summary)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
 def _numbers(steps: int, skipped: int, bound: float, of: Comparison | Summary) -> tuple[str, ...]:
-    return (
-        str(steps),
-        str(skipped),
-        f"{of.plain_seconds:.2f}",
-        f"{of.gated_seconds:.2f}",
-        f"{of.speedup:.2f}x",
-        f"{bound:.2f}x",
-        decibels(of.psnr),
-        f"{of.ssim:.4f}",
-    )
+    counts = str(steps), str(skipped)
+    times = f"{of.plain_seconds:.2f}", f"{of.gated_seconds:.2f}", f"{of.speedup:.2f}x", f"{bound:.2f}x"
+    return *counts, *times, decibels(of.psnr), f"{of.ssim:.4f}"
 
 
 def settings_line(settings: Settings, threshold: float) -> str:
@@ -135,10 +122,6 @@ def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     return text + "…"
 
 
-def _colours(steps: Sequence[StepRecord]) -> list[str]:
-    return [COLOURS[step.kind] for step in steps]
-
-
 def plot_png(comparisons: Sequence[Comparison], settings: Settings) -> bytes:
     """``plot`` as a PNG, 1200 pixels wide."""
     buffer = io.BytesIO()
@@ -150,20 +133,16 @@ def plot(comparisons: Sequence[Comparison], settings: Settings) -> Figure:
     """A row per prompt: each step's relative L1 distance, and what the gate compared with the threshold."""
     rows = len(comparisons)
     figure = Figure(figsize=(12, 1.35 + 2.55 * rows), dpi=100, layout="constrained")
-    figure.suptitle(
-        "What the gate saw at each step (TinyKlein, a demonstration model)\n"
-        + settings_line(settings, comparisons[0].threshold),
-        fontsize=12,
-    )
+    title = "What the gate saw at each step (TinyKlein, a demonstration model)"
+    figure.suptitle(f"{title}\n{settings_line(settings, comparisons[0].threshold)}", fontsize=12)
     grid = figure.subplots(rows, 2, squeeze=False)
-    kinds: set[Kind] = set()
     safeguard = False
     for (left, right), c in zip(grid, comparisons, strict=True):
         steps = c.generation.steps
-        kinds |= {step.kind for step in steps}
         measured = [step for step in steps if step.rel_l1 is not None]
-        left.plot([s.index for s in measured], [s.rel_l1 for s in measured], color="#bbbbbb", linewidth=1, zorder=1)
-        left.scatter([s.index for s in measured], [s.rel_l1 for s in measured], c=_colours(measured), s=18, zorder=2)
+        at, distances, colours = [s.index for s in measured], [s.rel_l1 for s in measured], _colours(measured)
+        left.plot(at, distances, color="#bbbbbb", linewidth=1, zorder=1)
+        left.scatter(at, distances, c=colours, s=18, zorder=2)
         left.set_ylim(bottom=0)
         left.set_ylabel("relative L1 distance\nto the step before")
         left.set_title(c.prompt, loc="left", fontsize=11, fontweight="bold")
@@ -171,28 +150,19 @@ def plot(comparisons: Sequence[Comparison], settings: Settings) -> Figure:
         # A computed step resets the sum, so the gate saw the sum after the step before plus this step's share.
         before = [0.0, *(step.accumulated for step in steps[:-1])]
         seen = [total + (step.predicted or 0.0) for total, step in zip(before, steps, strict=True)]
-        bars = right.bar(
-            [s.index for s in measured], [seen[s.index] for s in measured], color=_colours(measured), width=0.8
-        )
+        bars = right.bar(at, [seen[i] for i in at], color=colours, width=0.8)
         for bar, step in zip(bars, measured, strict=True):
             if step.kind == "computed" and seen[step.index] < c.threshold:
-                bar.set(hatch="////", edgecolor="white", linewidth=0)
+                bar.set(**SAFEGUARD)
                 safeguard = True
-        unmeasured = [step for step in steps if step.rel_l1 is None]
-        right.scatter(
-            [s.index for s in unmeasured],
-            [0.0] * len(unmeasured),
-            c=_colours(unmeasured),
-            s=40,
-            marker="s",
-            clip_on=False,
-        )
-        right.axhline(c.threshold, color="black", linestyle="--", linewidth=1)
+        others = [step for step in steps if step.rel_l1 is None]
+        at_0 = [0.0] * len(others)
+        right.scatter([s.index for s in others], at_0, c=_colours(others), s=40, marker="s", clip_on=False)
+        right.axhline(c.threshold, **THRESHOLD)
         right.set_ylim(bottom=0)
         right.set_ylabel("accumulated distance\nat the decision")
-        right.set_title(
-            f"{c.generation.skipped} of {len(steps)} steps skipped", loc="right", fontsize=10, color="#555555"
-        )
+        skipped = f"{c.generation.skipped} of {len(steps)} steps skipped"
+        right.set_title(skipped, loc="right", fontsize=10, color="#555555")
         for axes in (left, right):
             axes.set_xlim(-1, len(steps))
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -201,24 +171,18 @@ def plot(comparisons: Sequence[Comparison], settings: Settings) -> Figure:
             axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[-1]:
         axes.set_xlabel("denoising step")
+    made = {step.kind for c in comparisons for step in c.generation.steps}
+    mark = functools.partial(Line2D, [], [], marker="s", linestyle="")
     handles: list[Any] = [
-        Line2D([], [], marker="s", linestyle="", markersize=8, color=colour, label=LABELS[kind])
-        for kind, colour in COLOURS.items()
-        if kind in kinds
+        mark(markersize=8, color=colour, label=label) for kind, (colour, label) in SHOWN.items() if kind in made
     ]
     if safeguard:
-        style: dict[str, Any] = {
-            "facecolor": COLOURS["computed"],
-            "hatch": "////",
-            "edgecolor": "white",
-            "linewidth": 0,
-        }
-        handles.append(Patch(**style, label="computed by a safeguard"))
-    handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="threshold"))
-    handles.append(
-        Line2D(
-            [], [], marker="s", linestyle="", markersize=6, color="black", fillstyle="none", label="not measured (at 0)"
-        )
-    )
+        handles.append(Patch(facecolor=SHOWN["computed"][0], **SAFEGUARD, label="computed by a safeguard"))
+    handles.append(Line2D([], [], **THRESHOLD, label="threshold"))
+    handles.append(mark(markersize=6, color="black", fillstyle="none", label="not measured (at 0)"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
     return figure
+
+
+def _colours(steps: Sequence[StepRecord]) -> list[str]:
+    return [SHOWN[step.kind][0] for step in steps]
