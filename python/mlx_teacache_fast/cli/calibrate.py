@@ -64,17 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
             from ..tune.calibrate import calibrate
 
     with warnings_in_one_line():
-        flux = shared.load(arguments)
-        prompts, held_out = shared.prompts(arguments, flux)
-        fitted = calibrate(
-            flux,
-            prompts,
-            held_out=held_out,
-            seeds=(arguments.seed,),
-            guidances=arguments.guidance or [shared.default_guidance(flux)],
-            progress=True,
-            **shared.options(arguments),
-        )
+        flux, prompts, given = shared.load(arguments)
+        fitted = calibrate(flux, prompts, guidances=arguments.guidance or [shared.default_guidance(flux)], **given)
     rule: Any = fitted.policy.rule
     fitted.to_json(arguments.output, force=arguments.force)
     drawn = io.BytesIO()

@@ -63,26 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
         from ..tune.search import search
 
     with warnings_in_one_line():
-        flux = shared.load(arguments)
-        prompts, held_out = shared.prompts(arguments, flux)
-        found = search(
-            flux,
-            prompts,
-            budget=arguments.budget,
-            held_out=held_out,
-            seeds=(arguments.seed,),
-            **{name: getattr(arguments, name) for name in ("forecast", "cache") if name in arguments},
-            evaluations=arguments.evaluations,
-            path=arguments.output,
-            force=arguments.force,
-            resume=arguments.resume,
-            progress=True,
-            **shared.options(arguments) | {"guidance": arguments.guidance or shared.default_guidance(flux)},
-        )
+        flux, prompts, given = shared.load(arguments)
+        names = ("budget", "forecast", "cache", "evaluations", "force", "resume")
+        given |= {name: getattr(arguments, name) for name in names if name in arguments}
+        guidance = arguments.guidance or shared.default_guidance(flux)
+        found = search(flux, prompts, path=arguments.output, **given, guidance=guidance)
     plan, about = found.policy.flat["steps"], found.about
     print(f"{plan.count('1')} of {len(plan)} steps computed; PSNR against the full pictures, mean:\n")
     print(f"{'':10}{'rule':>8}{'plan':>8}")
-    for name, n, key in (("searched", len(prompts), "psnr"), ("held out", len(held_out), "held_out_psnr")):
+    for name, n, key in (("searched", len(prompts), "psnr"), ("held out", arguments.held_out, "held_out_psnr")):
         rule, best = about[key]["rule"], about[key]["plan"]
         print(f"{name:10}{rule:8.1f}{best:8.1f} dB  {n} prompt{'s' * (n > 1)}")
     print(f"\nrule  {about['rule']}\nplan  {plan}")

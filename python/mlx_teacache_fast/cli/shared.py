@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field
 from pathlib import Path
@@ -159,45 +159,42 @@ def check(arguments: argparse.Namespace) -> None:
     from ..mflux import names
 
     if arguments.prompts is not None or arguments.model != DEMO:
-        split(arguments, _given(arguments))
+        _split(arguments, _prompts(arguments, PROMPTS))
     if arguments.model != DEMO:
         names.find_text_to_image(arguments.model, arguments.base_model)
-        return
-    given = ("base_model", "quantize", "lora_paths", "lora_scales")
-    if wrong := [name for name in given if getattr(arguments, name) is not None]:
+    elif wrong := [n for n in ("base_model", *_WEIGHTS) if getattr(arguments, n) is not None]:
         raise TeaCacheValueError(f"the demonstration model takes no --{wrong[0].replace('_', '-')}")
 
 
-def load(arguments: argparse.Namespace) -> Any:
-    """The pipeline."""
+def load(arguments: argparse.Namespace) -> tuple[Any, list[str], dict[str, Any]]:
+    """The pipeline, the prompts to learn from, and the other arguments of ``search`` and ``calibrate`` but guidance."""
     from ..mflux import names
 
+    size = arguments.size or (128 if arguments.model == DEMO else 512)
     if arguments.model == DEMO:
         from .. import demo
+        from ..demo.compare import check_prompts
 
-        return demo.pipeline()
-    more = {name: getattr(arguments, name) for name in ("quantize", "lora_paths", "lora_scales")}
-    return names.load(arguments.model, arguments.base_model, **more)
-
-
-def prompts(arguments: argparse.Namespace, flux: Any) -> tuple[list[str], list[str]]:
-    """Those to learn from, and those held out."""
-    if arguments.model != DEMO:
-        return split(arguments, _given(arguments))
-    from ..demo.compare import check_prompts
-
-    captions = [caption for group in flux.captions.values() for caption in group]
-    found = captions[:: len(captions) // N_DEMO_PROMPTS][:N_DEMO_PROMPTS]  # of all groups
-    if arguments.prompts is not None:
-        found = _given(arguments)
-    check_prompts(flux, found)
-    return split(arguments, found)
+        flux: Any = demo.pipeline()
+        captions = [caption for group in flux.captions.values() for caption in group]
+        found = _prompts(arguments, captions[:: len(captions) // N_DEMO_PROMPTS][:N_DEMO_PROMPTS])  # of all groups
+        check_prompts(flux, found)
+    else:
+        weights = {name: getattr(arguments, name) for name in _WEIGHTS}
+        flux = names.load(arguments.model, arguments.base_model, **weights)
+        found = _prompts(arguments, PROMPTS)
+    learnt, held_out = _split(arguments, found)
+    options = {"num_inference_steps": arguments.steps, "height": size, "width": size}
+    return flux, learnt, {"held_out": held_out, "seeds": (arguments.seed,), "progress": True, **options}
 
 
-def _given(arguments: argparse.Namespace) -> list[str]:
+_WEIGHTS = ("quantize", "lora_paths", "lora_scales")
+
+
+def _prompts(arguments: argparse.Namespace, ours: Sequence[str]) -> list[str]:
     """Of the file, or ours."""
     if arguments.prompts is None:
-        return list(PROMPTS)
+        return list(ours)
     try:
         lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -205,7 +202,8 @@ def _given(arguments: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
-def split(arguments: argparse.Namespace, found: list[str]) -> tuple[list[str], list[str]]:
+def _split(arguments: argparse.Namespace, found: list[str]) -> tuple[list[str], list[str]]:
+    """To learn from, and held out."""
     if len(found) <= arguments.held_out:
         raise TeaCacheValueError(f"{len(found)} prompts, and --held-out {arguments.held_out} leaves none of them")
     return found[: -arguments.held_out], found[-arguments.held_out :]
@@ -215,9 +213,3 @@ def default_guidance(flux: Any) -> float:
     from ..mflux import families
 
     return 1.0 if families.match(flux.model_config, type(flux)).variant.distilled else 4.0
-
-
-def options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """``generate_image``'s, but guidance."""
-    size = arguments.size or (128 if arguments.model == DEMO else 512)
-    return {"num_inference_steps": arguments.steps, "height": size, "width": size}
