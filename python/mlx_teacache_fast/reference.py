@@ -49,12 +49,9 @@ def gate(
         if threshold <= 0:
             return modulated, reused, _state_when_off(state)
         rel = _relative_l1(modulated, anchor)
-        finite = mx.all(mx.isfinite(modulated))
-        return (
-            modulated,
-            reused,
-            _decide(state, force, finite, rel, coefficients, threshold, calibrated_range, max_consecutive_skips),
-        )
+        price, is_above = _price(rel, coefficients, calibrated_range)
+        may_skip = mx.logical_not(is_above) & (state[4] + price < threshold) & (state[5] < max_consecutive_skips)
+        return modulated, reused, _decide(state, force, mx.all(mx.isfinite(modulated)), rel, price, may_skip)
 
 
 def _modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
@@ -87,29 +84,27 @@ def _mean(a: mx.array) -> mx.array:
     return mx.mean(mx.mean(a.astype(mx.float32), axis=-1))
 
 
-def _decide(
-    state: mx.array,
-    force: mx.array,
-    finite: mx.array,
-    rel: mx.array,
-    coefficients: Sequence[float],
-    threshold: float,
-    calibrated_range: tuple[float, float] | None,
-    max_consecutive_skips: int,
-) -> mx.array:
-    acc, streak = state[4], state[5]
-    had_anchor, had_residual = state[6] != 0, state[7] != 0
-
+def _price(
+    rel: mx.array, coefficients: Sequence[float], calibrated_range: tuple[float, float] | None
+) -> tuple[mx.array, mx.array]:
+    """The polynomial's value, at least 0, NaN where it is not finite; and whether ``rel`` is above the range."""
     at = rel
-    above_range = mx.array(False)
+    is_above = mx.array(False)
     if calibrated_range is not None:
         low, high = calibrated_range
         at = mx.clip(rel, low, high)
-        above_range = rel > high
+        is_above = rel > high
     c4, c3, c2, c1, c0 = coefficients
     price = (((c4 * at + c3) * at + c2) * at + c1) * at + c0
+    return mx.where(mx.isfinite(price), mx.maximum(price, 0), mx.nan), is_above
+
+
+def _decide(
+    state: mx.array, force: mx.array, finite: mx.array, rel: mx.array, price: mx.array, may_skip: mx.array
+) -> mx.array:
+    acc, streak = state[4], state[5]
+    had_anchor, had_residual = state[6] != 0, state[7] != 0
     priced = mx.isfinite(rel) & mx.isfinite(price)
-    price = mx.maximum(price, 0)
 
     # Exactly one of forced, miss, seed, skip and compute is true.
     forced = force != 0
@@ -117,9 +112,8 @@ def _decide(
     comparable = gated & finite & had_anchor & had_residual
     seed = gated & finite & mx.logical_not(had_anchor & had_residual)
     miss = gated & mx.logical_not(seed | (comparable & priced))
-    below = mx.logical_not(above_range) & (acc + price < threshold) & (streak < max_consecutive_skips)
-    skip = comparable & priced & below
-    compute = comparable & priced & mx.logical_not(below)
+    skip = comparable & priced & may_skip
+    compute = comparable & priced & mx.logical_not(may_skip)
 
     kind = mx.where(forced, 1, mx.where(skip, 2, mx.where(miss, 3, 0)))
     new_acc = mx.where(skip, acc + price, mx.where(miss | compute, 0, acc))

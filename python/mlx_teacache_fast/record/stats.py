@@ -148,15 +148,9 @@ class Stats:
 
 def step_record(index: int, state: list[float], seconds: float | None = None) -> StepRecord:
     """The record of one step from the gate's state (eight numbers, see ``ops.gate``)."""
-    _, kind, rel_l1, predicted, accumulated, *_ = state
-    return StepRecord(
-        index=index,
-        kind=KINDS[int(kind)],
-        rel_l1=rel_l1 if math.isfinite(rel_l1) else None,
-        predicted=predicted if math.isfinite(predicted) else None,
-        accumulated=accumulated,
-        seconds=seconds,
-    )
+    _, kind, *measured, accumulated = state[:5]
+    rel_l1, predicted = (value if math.isfinite(value) else None for value in measured)
+    return StepRecord(index, KINDS[int(kind)], rel_l1, predicted, accumulated, seconds)
 
 
 # ---- As a table in text

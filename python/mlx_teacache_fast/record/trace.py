@@ -46,12 +46,7 @@ class Trace:
         try:
             if unknown := data.keys() ^ {"variant_id", "policy", "generations"}:
                 raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
-            generations = tuple(
-                GenerationStats(
-                    tuple(_step(i, step) for i, step in enumerate(g["steps"])), _number("seconds", g["seconds"])
-                )
-                for g in data["generations"]
-            )
+            generations = tuple(map(_generation, data["generations"]))
             return cls(str(data["variant_id"]), Policy.of(**data["policy"]), generations)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise TeaCacheValueError(f"{path} is not a trace: {error}") from error
@@ -90,30 +85,26 @@ def replay(
     rule = trace.policy.rule
     if not isinstance(rule, Gate) or (rule.rel_l1_thresh == 0 and rel_l1_thresh != 0):
         raise TeaCacheValueError("the trace has no distances to replay: they are measured only where the gate decides")
-    new: dict[str, Any] = {"rel_l1_thresh": rel_l1_thresh}
-    if coefficients is not None:
-        new |= {"coefficients": coefficients, "calibrated_range": None}
-    if calibrated_range is not ...:
-        new["calibrated_range"] = calibrated_range
-    if max_consecutive_skips is not None:
-        new["max_consecutive_skips"] = max_consecutive_skips
+    new: dict[str, Any] = {"coefficients": coefficients, "max_consecutive_skips": max_consecutive_skips}
+    new = {name: value for name, value in new.items() if value is not None} | {"rel_l1_thresh": rel_l1_thresh}
+    if coefficients is not None or calibrated_range is not ...:
+        new["calibrated_range"] = None if calibrated_range is ... else calibrated_range
     rule = replace(rule, **new)
     generations = tuple(_replayed(g, rule) for g in trace.generations)
     return replace(trace, policy=replace(trace.policy, rule=rule), generations=generations)
 
 
 def _replayed(generation: GenerationStats, rule: Gate) -> GenerationStats:
-    states = []
-    state = mx.array([0.0] * 8)
+    records: list[StepRecord] = []
+    state = mx.zeros(8)
     skipped = 0
     for step in generation.steps:
         if step.kind == "computed" and step.rel_l1 is None:
-            state = mx.array([0.0] * 8)  # it had nothing to compare with
+            state = mx.zeros(8)  # it had nothing to compare with
         state = _decide(step, state, rule, capped=skipped == rule.max_skips)
-        skipped += int(cast(list[float], state.tolist())[0])
-        states.append(state)
-    mx.eval(states)
-    return GenerationStats(tuple(step_record(i, cast(list[float], s.tolist())) for i, s in enumerate(states)))
+        records.append(step_record(len(records), cast(list[float], state.tolist())))
+        skipped += records[-1].kind == "skipped"
+    return GenerationStats(tuple(records))
 
 
 def _decide(step: StepRecord, state: mx.array, rule: Gate, capped: bool) -> mx.array:
@@ -125,25 +116,20 @@ def _decide(step: StepRecord, state: mx.array, rule: Gate, capped: bool) -> mx.a
     missed = step.kind == "numerical-miss"
     rel = step.rel_l1 if step.rel_l1 is not None else math.nan if missed else 0.0
     x = mx.array([[[0.0, 0.0]]])
-    *_, state = ops.gate(
-        x,
-        mx.array([[1.0, rel]]),
-        mx.array([[-1.0, -1.0]]),
-        mx.array([[[1.0, 0.0]]]),
-        [[x]],
-        mx.array([[1.0]]),
-        state,
-        mx.array(int(step.kind == "forced" or capped), dtype=mx.int32),
-        coefficients=cast(Any, rule.coefficients),
-        threshold=cast(float, rule.rel_l1_thresh),
-        calibrated_range=rule.calibrated_range,
-        max_consecutive_skips=rule.max_consecutive_skips,
-        stream=mx.Device(mx.cpu),
-    )
+    signal = x, mx.array([[1.0, rel]]), mx.array([[-1.0, -1.0]]), mx.array([[[1.0, 0.0]]])
+    force = mx.array(int(step.kind == "forced" or capped), dtype=mx.int32)
+    given: dict[str, Any] = {"coefficients": rule.coefficients, "threshold": rule.rel_l1_thresh}
+    given |= {"calibrated_range": rule.calibrated_range, "max_consecutive_skips": rule.max_consecutive_skips}
+    *_, state = ops.gate(*signal, [[x]], mx.array([[1.0]]), state, force, **given, stream=mx.Device(mx.cpu))
     return state
 
 
 # ---- Reading a file
+
+
+def _generation(data: dict[str, Any]) -> GenerationStats:
+    steps = tuple(_step(i, step) for i, step in enumerate(data["steps"]))
+    return GenerationStats(steps, _number("seconds", data["seconds"]))
 
 
 def _step(index: int, data: dict[str, Any]) -> StepRecord:
