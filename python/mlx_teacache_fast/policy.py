@@ -203,13 +203,11 @@ class Gate(_Checked):
         check_step_window(
             num_steps, skip_first_n_steps=first, skip_last_n_steps=last, nominal_num_inference_steps=num_inference_steps
         )
+        if num_steps - first - last > 1:
+            return None
         return (
-            None
-            if num_steps - first - last > 1
-            else (
-                f"no possible skip: skip_first_n_steps={first} and skip_last_n_steps={last} leave one eligible step of "
-                f"active_num_steps={num_steps}, and it has to be computed before another can reuse it"
-            )
+            f"no possible skip: skip_first_n_steps={first} and skip_last_n_steps={last} leave one eligible step of "
+            f"active_num_steps={num_steps}, and it has to be computed before another can reuse it"
         )
 
     def __str__(self) -> str:

@@ -22,12 +22,8 @@ from ..policy import Policy
 from ..record.metadata import Metadata
 from .families import COMMANDS, PIPELINES, REFUSED, match
 
-# What --config-from-metadata takes paths from, and the options that replace them.
-_PATHS = {
-    "image_path": ("--image-path",),
-    "image_paths": ("--image-paths",),
-    "redux_image_paths": ("--redux-image-paths",),
-}
+# What --config-from-metadata takes paths from; options of these names replace them.
+_PATHS = ("image_path", "image_paths", "redux_image_paths")
 
 
 def find(name: str) -> Callable[[], Any]:
@@ -84,18 +80,16 @@ def with_options_of(like: Metadata | None, folder: Path) -> Iterator[None]:
         return
     name, *given = sys.argv
     if not COMMANDS[name].repeats:
-        warnings.warn(
-            f"{name} takes from a picture only how it is gated: give prompt, model, seed, steps and size yourself",
-            category=TeaCacheWarning,
-            stacklevel=2,
-        )
+        message = f"{name} takes from a picture only how it is gated: give prompt, model, seed, steps and size yourself"
+        warnings.warn(message, TeaCacheWarning, stacklevel=2)
         yield
         return
     settings = dict(like.mflux)
-    for key, options in _PATHS.items():
-        if settings.get(key) and not any(argument.startswith(options) for argument in given):
+    for key in _PATHS:
+        option = f"--{key.replace('_', '-')}"
+        if settings.get(key) and not any(argument.startswith(option) for argument in given):
             paths = settings[key]
-            found = [_found(path, folder, options[0]) for path in ([paths] if isinstance(paths, str) else paths)]
+            found = [_found(path, folder, option) for path in ([paths] if isinstance(paths, str) else paths)]
             settings[key] = found[0] if isinstance(paths, str) else found
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "like.json"

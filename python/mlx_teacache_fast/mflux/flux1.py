@@ -26,6 +26,7 @@ def _signal(block: Any, *, hidden_states: mx.array, text_embeddings: mx.array, *
 
 
 _SPECIAL: dict[str, Any] = dict(fitted=False, text_to_image=False)
+_DEV = "kontext fill redux depth controlnet-canny controlnet-upscaler fill-catvton"  # what is made from it
 
 FLUX1 = Family(
     name="FLUX.1",
@@ -50,13 +51,7 @@ FLUX1 = Family(
         "dev": Model(variant="flux1-dev"),
         "schnell": Model(variant="flux1-schnell"),
         "krea-dev": Model(variant="flux1-krea-dev"),
-        "dev-kontext": Model(variant="flux1-dev", **_SPECIAL),
-        "dev-fill": Model(variant="flux1-dev", **_SPECIAL),
-        "dev-redux": Model(variant="flux1-dev", **_SPECIAL),
-        "dev-depth": Model(variant="flux1-dev", **_SPECIAL),
-        "dev-controlnet-canny": Model(variant="flux1-dev", **_SPECIAL),
-        "dev-controlnet-upscaler": Model(variant="flux1-dev", **_SPECIAL),
-        "dev-fill-catvton": Model(variant="flux1-dev", **_SPECIAL),
+        **{f"dev-{name}": Model(variant="flux1-dev", **_SPECIAL) for name in _DEV.split()},
         "schnell-controlnet-canny": Model(variant="flux1-schnell", **_SPECIAL),
     },
     tap=Tap(signal=_signal, n_tokens=lambda arguments: _tokens(arguments["config"]), idle=IDLE),

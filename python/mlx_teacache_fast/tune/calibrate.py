@@ -109,10 +109,10 @@ def calibrate(
         raise TeaCacheValueError("calibrate needs lists: one or more prompts, held_out ones, and seeds")
     if both := set(prompts) & set(held_out):
         raise TeaCacheValueError(f"a prompt is fitted or held out, not both: {', '.join(sorted(both))}")
+    options = {"num_inference_steps": 50} | options
+    num_steps = options["num_inference_steps"]
     settings = [options | {"guidance": g} for g in guidances] or [options]
     cases = [(p, seed, o) for p in (*prompts, *held_out) for seed in seeds for o in settings]
-    num_steps = options.get("num_inference_steps", 50)
-    cases = [(p, seed, o | {"num_inference_steps": num_steps}) for p, seed, o in cases]
     found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DisabledWarning)  # nothing is to be skipped
@@ -134,12 +134,9 @@ def calibrate(
     pairs, unseen = (np.array([p for p in found[which] if np.isfinite(p).all()]) for which in (True, False))
     if len(pairs) <= DEGREE or len(unseen) == 0 or len(set(pairs[:, 0])) <= DEGREE:
         raise TeaCacheValueError(f"{len(pairs)} pairs of steps are too few to fit: use more steps or prompts")
-    fit = np.polyfit(pairs[:, 0], pairs[:, 1], DEGREE)
-    x = pairs[:, 0]
-    polynomial: dict[str, Any] = {
-        "coefficients": list(map(float, fit)),
-        "calibrated_range": [float(x.min()), float(x.max())],
-    }
+    x, y = pairs.T
+    fit = np.polyfit(x, y, DEGREE)
+    polynomial: dict[str, Any] = {"coefficients": list(map(float, fit)), "calibrated_range": [min(x), max(x)]}
     threshold = _threshold(trace, polynomial)
     middle = threshold or DEFAULT_THRESHOLD
     around = sorted({min(1.0, middle * factor) for factor in (0.5, 0.75, 1, 1.5, 2, 3)})

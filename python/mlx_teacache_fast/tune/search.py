@@ -11,10 +11,10 @@ import functools
 import json
 import math
 import random
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, cast
 
 import numpy as np
@@ -81,7 +81,7 @@ class Recorded:
             share[known] += step * np.array(forecast[: len(known)])
             share[i] -= step
         errors = [max(float(share @ product @ share), 1e-30) for product in self.products]
-        return -10 * statistics.mean(map(math.log10, errors))
+        return -10 * mean(map(math.log10, errors))
 
 
 def neighbour(steps: Plan, rng: random.Random) -> Plan:
@@ -193,12 +193,14 @@ def search(
                 pictures = [generate(flux, prompt, seed, options) for prompt, seed in cases]
             return [min(IDENTICAL, psnr(a, b)) for a, b in zip(references, pictures, strict=True)]
 
+        def best() -> Plan:
+            return max(psnr_of, key=lambda steps: mean(psnr_of[steps]))
+
         def result() -> Found:
-            best = max(psnr_of, key=lambda steps: statistics.mean(psnr_of[steps]))
-            found = {"rule": _mean(psnr_of.get(rule)), "plan": _mean(psnr_of[best])}
+            found = {"rule": mean(psnr_of[rule]), "plan": mean(psnr_of[best()])}
             about = setup | {"rule": as_text(rule), "psnr": found, "held_out_psnr": unseen_psnr}
             about["measured"] = {as_text(steps): values for steps, values in psnr_of.items()}
-            return Found(replace(policy, rule=Steps(steps=as_text(best))), about)
+            return Found(replace(policy, rule=Steps(steps=as_text(best()))), about)
 
         def write(force: bool) -> None:
             if path is not None:
@@ -208,10 +210,10 @@ def search(
             if steps not in psnr_of:
                 psnr_of[steps] = run(steps, cases, references)
                 write(force or resume or len(psnr_of) > 1)
-                best = max(map(statistics.mean, psnr_of.values()))
-                gain = best - statistics.mean(psnr_of[rule])
-                bar.set_description_str(f"plan {len(psnr_of)} of {evaluations}: {best:.1f} dB, {gain:+.1f} to the rule")
-            return statistics.mean(psnr_of[steps])
+                high = mean(psnr_of[best()])
+                gain = high - mean(psnr_of[rule])
+                bar.set_description_str(f"plan {len(psnr_of)} of {evaluations}: {high:.1f} dB, {gain:+.1f} to the rule")
+            return mean(psnr_of[steps])
 
         unseen_psnr: dict[str, float | None] = {"rule": None, "plan": None}
         rng = random.Random(len(psnr_of))
@@ -220,7 +222,7 @@ def search(
         for start in (annealed(rule, judge, ROUNDS, rng) for _ in range(STARTS)):
             if len(psnr_of) < evaluations:
                 evaluate(start)
-        current = max(psnr_of, key=lambda steps: statistics.mean(psnr_of[steps]))
+        current = best()
         while len(psnr_of) < evaluations:
             near = {neighbour(current, rng) for _ in range(NEIGHBOURS)} - set(psnr_of)
             if not near:  # all that are around have been run
@@ -232,16 +234,15 @@ def search(
             temperature = TEMPERATURE * (1 - len(psnr_of) / evaluations) + 1e-3
             if gain > 0 or rng.random() < math.exp(gain / temperature):
                 current = proposal
-        best = max(psnr_of, key=lambda steps: statistics.mean(psnr_of[steps]))
         if unseen:
             bar.set_description_str("prompts that it did not see")
             plain = [generate(flux, prompt, seed, options) for prompt, seed in unseen]
-            unseen_psnr["rule"] = _mean(run(rule, unseen, plain))
+            unseen_psnr["rule"] = mean(run(rule, unseen, plain))
             unseen_psnr["plan"] = unseen_psnr["rule"]
-            if best == rule:
+            if best() == rule:
                 bar.total -= num_steps * len(unseen)
             else:
-                unseen_psnr["plan"] = _mean(run(best, unseen, plain))
+                unseen_psnr["plan"] = mean(run(best(), unseen, plain))
     write(force=True)
     return result()
 
@@ -274,7 +275,3 @@ def _measured_before(path: Path, setup: dict[str, Any]) -> dict[str, list[float]
     if other:
         raise TeaCacheValueError(f"{path} is of a search with other {', '.join(other)}: resume takes the same ones")
     return {str(steps): [float(v) for v in values] for steps, values in about["measured"].items()}
-
-
-def _mean(values: Sequence[float] | None) -> float | None:
-    return None if values is None else statistics.mean(values)
