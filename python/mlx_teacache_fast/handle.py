@@ -37,26 +37,18 @@ class Handle:
         stats: Totals over finished generations, and the last one step by step. Kept after ``restore``.
     """
 
-    policy: Policy
-    variant_id: str
-    calibrated: bool
-    provenance: Provenance
-    stats: Stats
-
     def __init__(self, policy: Policy, variant: Variant, calibrated: bool) -> None:
         rule, models = policy.rule, (variant.coefficients, variant.calibrated_range)
         own = isinstance(rule, Gate) and (rule.coefficients, rule.calibrated_range) != models
-        vars(self).update(
-            policy=policy,
-            variant_id=variant.variant_id,
-            calibrated=calibrated and not own,
-            provenance=Provenance("user") if own else variant.provenance,
-            stats=Stats(),
-        )
-        self._hook: Hook | None = None
+        self.policy = policy
+        self.variant_id = variant.variant_id
+        self.calibrated = calibrated and not own
+        self.provenance = Provenance("user") if own else variant.provenance
+        self.stats = Stats()
+        self._hook: Hook | None = None  # the last: with it the handle is made
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_"):
+        if hasattr(self, "_hook") and not name.startswith("_"):
             raise AttributeError(f"{name} cannot be set on a handle: call restore() and apply() again")
         super().__setattr__(name, value)
 

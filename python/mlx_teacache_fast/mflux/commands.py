@@ -68,12 +68,7 @@ def called_as(command_line: Sequence[str]) -> Iterator[None]:
 def with_options_of(like: Metadata | None, folder: Path) -> Iterator[None]:
     """Until the end of the block, the command in ``sys.argv`` takes what it is not given from a picture's metadata.
 
-    Args:
-        like: Its metadata; None for no picture.
-        folder: The picture's, where its own input pictures are looked for too.
-
-    Raises:
-        TeaCacheValueError: An input picture is not there any more.
+    Its own input pictures are looked for in ``folder`` too; TeaCacheValueError if one is not there any more.
     """
     if like is None:
         yield

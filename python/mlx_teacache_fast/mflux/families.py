@@ -46,19 +46,14 @@ def match(model_config: Any, pipeline_class: type, by_name: bool = False) -> Mat
         raise IncompatibleModelError(
             f"{name} has a model configuration with aliases {list(aliases)}, and apply knows {known}"
         )
-    here = issubclass(pipeline_class, family.pipelines[0]) and finetuned_from(model_config) is None
+    is_finetune = getattr(model_config, "base_model", None) is not None  # mflux's own models name no base
+    here = issubclass(pipeline_class, family.pipelines[0]) and not is_finetune
     return Match(family, VARIANTS[model.variant], model.fitted and here)
-
-
-def finetuned_from(model_config: Any) -> str | None:
-    """The model that a checkpoint was made from; None for that model itself, whose configuration names no base."""
-    base: str | None = getattr(model_config, "base_model", None)
-    return base
 
 
 def uncalibrated_message(flux: Any, variant: Variant) -> str:
     """What to say of coefficients that were fitted on something else."""
-    model, base = flux.model_config.model_name, finetuned_from(flux.model_config)
+    model, base = flux.model_config.model_name, getattr(flux.model_config, "base_model", None)
     fitted_on = base if base is not None else f"{variant.variant_id} in text-to-image"
     used_in = model if base is not None else f"{type(flux).__name__} with {model}"
     return (

@@ -57,7 +57,6 @@ class Family:
     """Pipelines that have one kind of transformer.
 
     Attributes:
-        name: For messages.
         commands: mflux's, by name. Their pipelines can be gated; the first one is for text-to-image.
         refused: Pipelines that cannot be gated, and why.
         models: By alias of mflux's model configuration.
@@ -66,7 +65,6 @@ class Family:
             pipeline calls its transformer, once a step.
     """
 
-    name: str
     commands: dict[str, Command]
     refused: dict[type, str] = field(default_factory=dict)
     models: dict[str, Model]

@@ -15,6 +15,7 @@ from mflux.models.flux.variants.kontext.flux_kontext import Flux1Kontext
 from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 from mflux.models.flux.variants.txt2img.flux import Flux1
 
+from ..step.captured import Arguments
 from ..step.tap import Signal, Tap
 from .family import IDLE, Command, Family, Model
 
@@ -25,11 +26,15 @@ def _signal(block: Any, *, hidden_states: mx.array, text_embeddings: mx.array, *
     return Signal(hidden_states, shift, scale, block.norm1.norm.eps)
 
 
+def _tokens(arguments: Arguments) -> int:
+    """Of the latents; Kontext has those of its reference image behind them."""
+    return int((arguments["config"].height // 16) * (arguments["config"].width // 16))
+
+
 _SPECIAL: dict[str, Any] = dict(fitted=False, text_to_image=False)
 _DEV = "kontext fill redux depth controlnet-canny controlnet-upscaler fill-catvton"  # what is made from it
 
 FLUX1 = Family(
-    name="FLUX.1",
     commands={
         "mflux-generate": Command(pipeline=Flux1, repeats=True, leaves_out_steps=True),
         "mflux-generate-controlnet": Command(pipeline=Flux1Controlnet),
@@ -54,11 +59,5 @@ FLUX1 = Family(
         **{f"dev-{name}": Model(variant="flux1-dev", **_SPECIAL) for name in _DEV.split()},
         "schnell-controlnet-canny": Model(variant="flux1-schnell", **_SPECIAL),
     },
-    tap=Tap(signal=_signal, n_tokens=lambda arguments: _tokens(arguments["config"]), idle=IDLE),
+    tap=Tap(signal=_signal, n_tokens=_tokens, idle=IDLE),
 )
-
-
-def _tokens(config: Any) -> int:
-    """Of the latents; Kontext has those of its reference image behind them."""
-    tokens: int = (config.height // 16) * (config.width // 16)
-    return tokens

@@ -23,7 +23,6 @@ def _extracts(arguments: Arguments) -> bool:
 
 
 FLUX2 = Family(
-    name="FLUX.2",
     commands={
         "mflux-generate-flux2": Command(pipeline=Flux2Klein, repeats=True, leaves_out_steps=True),
         "mflux-generate-flux2-edit": Command(pipeline=Flux2KleinEdit, repeats=True),

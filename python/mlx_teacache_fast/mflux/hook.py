@@ -32,14 +32,9 @@ _HOOK = "_mlx_teacache_fast"  # the pipeline's attribute
 
 
 class Hook:
-    """Gating of one pipeline.
+    """Gating of one pipeline, as its handle says, to whose stats finished generations are added.
 
     Set on the instance are ``generate_image``, and ``__getstate__``, by which copies of the pipeline are ungated.
-
-    Args:
-        flux: The pipeline.
-        family: Its family.
-        handle: The user's, with its policy; finished generations are added to its stats.
     """
 
     def __init__(self, flux: Any, family: Family, handle: Any) -> None:
@@ -50,14 +45,13 @@ class Hook:
         self.is_live = False
         self.short_schedule_told = False
         self._flux = weakref.ref(flux)
-        self._own = vars(flux).get("generate_image")  # a method that somebody has set on the instance
-        if self._own is not None and getattr(self._own, "__self__", None) is not flux:
+        own = vars(flux).get("generate_image")  # a method that somebody has set on the instance
+        if own is not None and getattr(own, "__self__", None) is not flux:
             raise IncompatibleModelError(
                 f"generate_image of this {type(flux).__name__} was replaced by somebody else's function, which would "
                 "run past the gate: call apply() first, and wrap generate_image afterwards"
             )
-        if self._own is not None:
-            self._own = self._own.__func__
+        self._own = None if own is None else own.__func__
         # The hook is there first and goes last: an interrupted apply() or restore() can be gone on with.
         self._set = {_HOOK: self, "generate_image": self._replacement(flux), "__getstate__": self._state}
 
