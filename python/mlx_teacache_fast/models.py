@@ -131,15 +131,13 @@ _ALL = (
         "flux2-klein-base-9b", "FLUX.2 klein base 9B", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17, _KLEIN_BASE_4B_FIT,
         published=(Published(50, 13, 0.17, 4.0),)),
 )
-# fmt: on
-VARIANTS: dict[str, Variant] = {variant.variant_id: variant for variant in _ALL}
 
 # The demonstration model's, which is none of mflux's: mlx-teacache-fast calibrate demo --guidance 1 4
 TINY_KLEIN = Variant(
-    "tiny-klein",
-    "TinyKlein, the demonstration model",
+    "tiny-klein", "TinyKlein, the demonstration model",
     (-2930.17101180969, 1010.9950777334856, -115.62703808486184, 5.444265215457426, -0.05386055258184849),
-    (0.01794624887406826, 0.16489055752754211),
-    0.039,
-    _fit(None, "9 prompts x 1 seed, 50 steps, 128x128, guidance 1 and 4", 0.17899475894303607),
-)
+    (0.01794624887406826, 0.16489055752754211), 0.039,
+    _fit(None, "9 prompts x 1 seed, 50 steps, 128x128, guidance 1 and 4", 0.17899475894303607))
+# fmt: on
+
+VARIANTS: dict[str, Variant] = {variant.variant_id: variant for variant in _ALL}

@@ -47,7 +47,7 @@ def gate(
         modulated = _modulate(x, shift, scale, eps)
         reused = [_reuse(x, terms, weights[branch]) for branch, terms in enumerate(residuals)]
         if threshold <= 0:
-            return modulated, reused, _state_when_off(state)
+            return modulated, reused, mx.concatenate([mx.array([0.0, 0.0, mx.nan, mx.nan]), state[4:]])
         rel = _relative_l1(modulated, anchor)
         price, is_above = _price(rel, coefficients, calibrated_range)
         may_skip = mx.logical_not(is_above) & (state[4] + price < threshold) & (state[5] < max_consecutive_skips)
@@ -124,13 +124,5 @@ def _decide(
     nan = mx.array(mx.nan, mx.float32)
     measured_rel = mx.where(comparable & mx.isfinite(rel), rel, nan)
     measured_price = mx.where(comparable & priced, price, nan)
-    return _pack(skip, kind, measured_rel, measured_price, new_acc, new_streak, has_anchor, has_residual)
-
-
-def _state_when_off(state: mx.array) -> mx.array:
-    nan = mx.array(mx.nan, mx.float32)
-    return _pack(mx.array(0), mx.array(0), nan, nan, state[4], state[5], state[6], state[7])
-
-
-def _pack(*slots: mx.array) -> mx.array:
+    slots = skip, kind, measured_rel, measured_price, new_acc, new_streak, has_anchor, has_residual
     return mx.stack([slot.astype(mx.float32) for slot in slots])

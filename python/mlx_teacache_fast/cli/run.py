@@ -154,13 +154,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _report(handles: Sequence[Handle], trace: Path | None, *, force: bool) -> None:
     """Also after an error or Ctrl-C: earlier pictures of the same command are finished."""
     finished = [handle for handle in handles if handle.stats.generations > 0]
-    written = []
-    for i, handle in enumerate(finished if trace is not None else ()):  # first: stdout may be closed
-        assert trace is not None
-        path = trace if i == 0 else trace.with_stem(f"{trace.stem}-{i + 1}")  # mflux's commands make one pipeline
+    suffixes = ["" if i == 0 else f"-{i + 1}" for i in range(len(finished))]  # mflux's commands make one pipeline
+    paths = [] if trace is None else [trace.with_stem(trace.stem + suffix) for suffix in suffixes]
+    for path, handle in zip(paths, finished, strict=False):  # first: stdout may be closed
         handle.trace.to_json(path, force=force)
-        written.append(path)
     for handle in finished:
         print(f"\n{handle.summary()}")
-    for path in written:
+    for path in paths:
         print(f"wrote {path}")

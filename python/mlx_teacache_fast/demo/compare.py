@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
 
 from ..errors import TeaCacheValueError
 from ..handle import apply
@@ -36,12 +35,6 @@ class Settings:
     guidance: float = 4.0
     size: int = SIZE
     threshold: float | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """``generate_image``'s."""
-        size = {"height": self.size, "width": self.size}
-        return {"num_inference_steps": self.steps, "guidance": self.guidance} | size
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,28 +125,21 @@ def check_prompts(flux: TinyKlein, prompts: Sequence[str]) -> None:
 def compare(flux: TinyKlein, prompts: Sequence[str], settings: Settings, *, progress: bool = False) -> list[Comparison]:
     """Generate each prompt with plain mflux and gated, alternating which of the two goes first.
 
-    A short generation of each kind goes before, untimed: MLX compiles its CPU kernels at first use.
-
-    Args:
-        flux: The pipeline; left as it was.
-        prompts: See ``check_prompts``.
-        settings: Steps, seed, guidance, size and threshold.
-        progress: Show one progress bar on stderr for the steps of all pictures.
-    Returns:
-        list[Comparison]: One per prompt, in order.
+    A short generation of each kind goes before, untimed: MLX compiles its CPU kernels at first use. The pipeline is
+    left as it was. ``progress`` shows one bar on stderr for the steps of all pictures.
     """
     warm_up_steps = min(WARM_UP_STEPS, settings.steps)
     total = 2 * warm_up_steps + 2 * settings.steps * len(prompts)
     # Before anything slow: does the pipeline take this threshold?
     apply(flux, rel_l1_thresh=settings.threshold).restore()
+    options = {"guidance": settings.guidance, "height": settings.size, "width": settings.size}
     with pictures.progress_bar(flux, total, disable=not progress) as bar:
 
         def generate(label: str, prompt: str, steps: int) -> tuple[Image, float]:
             bar.set_description_str(label)
             start = time.perf_counter()
-            picture = pictures.generate(flux, prompt, settings.seed, settings.options | {"num_inference_steps": steps})
-            seconds = time.perf_counter() - start
-            return picture, seconds
+            picture = pictures.generate(flux, prompt, settings.seed, options | {"num_inference_steps": steps})
+            return picture, time.perf_counter() - start
 
         generate("warm-up", prompts[0], warm_up_steps)
         with apply(flux, rel_l1_thresh=0.0 if settings.threshold == 0.0 else WARM_UP_THRESHOLD):

@@ -50,11 +50,7 @@ def weights(
 
 def _basis(sigma: float, nodes: Sequence[float], i: int) -> float:
     """Lagrange's polynomial that is 1 at node ``i`` and 0 at the others."""
-    product = 1.0
-    for j, node in enumerate(nodes):
-        if j != i:
-            product *= (sigma - node) / (nodes[i] - node)
-    return product
+    return math.prod(((sigma - node) / (nodes[i] - node) for j, node in enumerate(nodes) if j != i), start=1.0)
 
 
 def reuse(x: mx.array, weights: mx.array, residuals: Sequence[mx.array]) -> mx.array:
@@ -63,12 +59,7 @@ def reuse(x: mx.array, weights: mx.array, residuals: Sequence[mx.array]) -> mx.a
 
 
 def combined(weights: mx.array, values: Sequence[mx.array]) -> mx.array:
-    """``sum_k weights[k] * values[k]``, in float32.
-
-    Args:
-        weights: float32 ``(K,)``.
-        values: K arrays of one shape.
-    """
+    """``sum_k weights[k] * values[k]``, in float32; ``weights`` are float32 ``(K,)``, ``values`` of one shape."""
     total = weights[0] * values[0].astype(mx.float32)
     for k in range(1, len(values)):
         total = total + weights[k] * values[k].astype(mx.float32)

@@ -14,9 +14,7 @@ SIGMA_EXPONENT = 0.4
 def planned(rule: Gate | Budget | Steps, sigmas: Callable[[], Sequence[float]]) -> tuple[bool, ...] | None:
     """For each step whether it computes; None where that is decided from step to step.
 
-    Args:
-        rule: Of a policy with its model's values.
-        sigmas: Gives the schedule, of the active steps.
+    ``sigmas`` gives the schedule, of the active steps; ``rule`` has its model's values.
     """
     match rule:
         case Steps():
