@@ -131,6 +131,8 @@ PROMPTS = (
 )
 N_DEMO_PROMPTS = 12
 
+_WEIGHTS = ("quantize", "lora_paths", "lora_scales")  # options of mflux's classes
+
 
 def add_model_options(parser: argparse.ArgumentParser, held_out: int) -> None:
     # fmt: off
@@ -186,9 +188,6 @@ def load(arguments: argparse.Namespace) -> tuple[Any, list[str], dict[str, Any]]
     learnt, held_out = _split(arguments, found)
     options = {"num_inference_steps": arguments.steps, "height": size, "width": size}
     return flux, learnt, {"held_out": held_out, "seeds": (arguments.seed,), "progress": True, **options}
-
-
-_WEIGHTS = ("quantize", "lora_paths", "lora_scales")
 
 
 def _prompts(arguments: argparse.Namespace, ours: Sequence[str]) -> list[str]:

@@ -181,8 +181,7 @@ class TinyKlein(Flux2Klein):  # type: ignore[misc]  # mflux is untyped
     @property
     def words(self) -> list[str]:
         """Every word that the model knows, in alphabetical order; other words count as the empty prompt."""
-        words: list[str] = self.text_encoder.words
-        return words
+        return list(self.text_encoder.words)
 
     def _encode_prompt_pair(
         self, *, prompt: str, negative_prompt: str | None, guidance: float

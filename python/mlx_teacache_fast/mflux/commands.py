@@ -68,7 +68,8 @@ def called_as(command_line: Sequence[str]) -> Iterator[None]:
 def with_options_of(like: Metadata | None, folder: Path) -> Iterator[None]:
     """Until the end of the block, the command in ``sys.argv`` takes what it is not given from a picture's metadata.
 
-    Its own input pictures are looked for in ``folder`` too; TeaCacheValueError if one is not there any more.
+    ``like`` is None where there is no picture. Those that it was made from are looked for in ``folder`` too;
+    TeaCacheValueError if one is not there any more.
     """
     if like is None:
         yield

@@ -106,8 +106,7 @@ class Hook:
 
 def hook_of(flux: Any) -> Hook | None:
     """Of a gated pipeline."""
-    hook: Hook | None = vars(flux).get(_HOOK)
-    return hook
+    return cast(Hook | None, vars(flux).get(_HOOK))
 
 
 class _Run:
