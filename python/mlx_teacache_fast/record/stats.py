@@ -99,25 +99,11 @@ class Stats:
     def last_generation(self) -> GenerationStats | None:
         return self._finished[-1] if self._finished else None
 
-    @property
-    def computed_count(self) -> int:
-        return self.count("computed")
-
-    @property
-    def forced_count(self) -> int:
-        return self.count("forced")
-
-    @property
-    def skipped_count(self) -> int:
-        return self.count("skipped")
-
-    @property
-    def numerical_miss_count(self) -> int:
-        return self.count("numerical-miss")
-
-    @property
-    def total_steps(self) -> int:
-        return sum(generation.num_steps for generation in self._finished)
+    computed_count = property(lambda self: self.count("computed"), doc="Steps of kind ``computed``.")
+    forced_count = property(lambda self: self.count("forced"), doc="Steps of kind ``forced``.")
+    skipped_count = property(lambda self: self.count("skipped"), doc="Steps of kind ``skipped``.")
+    numerical_miss_count = property(lambda self: self.count("numerical-miss"), doc="Steps of kind ``numerical-miss``.")
+    total_steps = property(lambda self: sum(g.num_steps for g in self._finished), doc="Of all generations.")
 
     @property
     def bound(self) -> float:
