@@ -17,7 +17,14 @@ WORK = ROOT / "build" / "mflux"
 UV = os.environ.get("UV", "uv")
 
 VERSIONS = ("0.20.0", "0.21.0", "0.22.0", "0.23.0")
-TESTS = ("test_apply_flux1", "test_apply_flux2", "test_apply_flux2_edit", "test_cli_run", "test_metadata")
+TESTS = (
+    "test_apply_flux1",
+    "test_apply_flux2",
+    "test_apply_flux2_edit",
+    "test_cli_run",
+    "test_metadata",
+    "test_regimes",
+)
 # mflux 0.20 to 0.23 ask for pillow>=12.3 and import PIL._typing, which cannot be imported in Pillow 13.
 PILLOW = "pillow>=12.3,<13"
 

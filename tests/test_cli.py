@@ -306,6 +306,7 @@ def test_demo_help():
         "--seed",
         "--guidance",
         "--threshold",
+        "--regime",
         "--size",
         "--device",
         "--output",

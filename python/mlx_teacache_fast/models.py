@@ -141,3 +141,44 @@ TINY_KLEIN = Variant(
 # fmt: on
 
 VARIANTS: dict[str, Variant] = {variant.variant_id: variant for variant in _ALL}
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """A schedule that has the demonstration model's steps where another model's are: docs/forecasting.md.
+
+    sigma = e t / (1 + (e - 1) t), t from 1 to 1 / steps, then 0. At 128x128 pixels the equivalent of a real model's e
+    is e / sqrt(its tokens / 64).
+
+    Attributes:
+        name: Also mflux's name of the scheduler: ``generate_image(..., scheduler=name)``.
+        shift: e, dimensionless; None for the schedule that mflux computes for the model at hand.
+        says: What it stands for.
+        guidance: The only one that stands for something; None for any.
+    """
+
+    name: str
+    shift: float | None
+    says: str
+    guidance: float | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """``generate_image``'s."""
+        return {} if self.shift is None else {"scheduler": self.name}
+
+
+REGIMES: dict[str, Regime] = {
+    r.name: r
+    for r in (
+        Regime("own", None, "the model's own schedule (e = 5.0 with 50 steps, 6.0 with 25)"),
+        Regime("flux2-1024", 0.94, "equivalent to FLUX.2 at 1024x1024 (e = 7.5, 4096 tokens)"),
+        Regime(
+            "flux1-dev-1024",
+            0.4,
+            "equivalent to FLUX.1 dev at 1024x1024 (e = 3.16), whose guidance is an input: one branch",
+            guidance=1.0,
+        ),
+        Regime("beyond", 0.3, "composition earlier still"),
+    )
+}

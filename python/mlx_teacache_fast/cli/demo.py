@@ -10,7 +10,7 @@ import mlx.core as mx
 from .. import ops
 from ..errors import TeaCacheValueError
 from ..files import prepare_folder, write_file
-from ..models import TINY_KLEIN
+from ..models import REGIMES, TINY_KLEIN
 from .shared import COUNT, GUIDANCE, PROG, SEED, number, quiet_logging, warnings_in_one_line
 
 DEFAULT_PROMPTS = ("red apple", "panda face")
@@ -49,6 +49,7 @@ examples:
   mlx-teacache-fast demo
   mlx-teacache-fast demo "cat face" "blue heart" --guidance 1 --output hearts
   mlx-teacache-fast demo pizza --threshold 0.3 --force
+  mlx-teacache-fast demo "cat face" --regime flux2-1024
 
 exit code: 0 done, 1 failed, 2 bad input, 130 interrupted
 """
@@ -71,6 +72,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--threshold", metavar="T", type=number(float, "a number from 0 to 1", lambda t: 0 <= t <= 1),
         help="accumulated distance at which a step is computed again: more skips with a higher one, none with 0 "
         f"(default: {TINY_KLEIN.rel_l1_thresh:g}, the model's own)")
+    parser.add_argument(
+        "--regime", choices=REGIMES, default="own",
+        help="the schedule: a large picture shows its composition through more noise than a small one, so that other "
+        f"schedules stand for other models: {'; '.join(f'{r.name}, {r.says}' for r in REGIMES.values())} "
+        "(default: %(default)s)")
     parser.add_argument(
         "--size", metavar="PIXELS", default=128,
         type=number(int, "a multiple of 16 from 32 to 512", lambda n: 32 <= n <= 512 and n % 16 == 0),

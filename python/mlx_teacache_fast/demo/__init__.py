@@ -10,17 +10,20 @@
     image.save("apple.png")
     print(handle.stats.last_generation)
 
-`flux.captions` lists prompts that work. It is a demonstration and a test bed: its numbers are not FLUX's.
+`flux.captions` lists prompts that work, and `demo.REGIMES` the schedules that stand for other models':
+`scheduler="flux2-1024"` of `generate_image`. It is a demonstration and a test bed: its numbers are not FLUX's.
 """
 
 import mlx.core as mx
 
+from ..models import REGIMES
 from ._extra import demo_extra
 
 with demo_extra():
+    from . import regimes  # noqa: F401  # registers their schedulers with mflux
     from .tiny_klein import SIZE, TinyKlein
 
-__all__ = ["SIZE", "TinyKlein", "pipeline"]
+__all__ = ["REGIMES", "SIZE", "TinyKlein", "pipeline"]
 
 
 def pipeline(dtype: mx.Dtype = mx.float32) -> TinyKlein:

@@ -5,11 +5,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from ..errors import TeaCacheValueError
 from ..handle import apply
 from ..mflux import pictures
 from ..mflux.pictures import Image
+from ..models import REGIMES
 from ..record.stats import GenerationStats, bound
 from . import SIZE, TinyKlein
 from ._extra import demo_extra
@@ -27,7 +29,7 @@ WARM_UP_THRESHOLD = 1.0
 class Settings:
     """What all pictures of a comparison have in common. ``size`` is the side in pixels, a multiple of 16.
 
-    ``threshold`` is ``apply``'s ``rel_l1_thresh``; None is the model's default.
+    ``threshold`` is ``apply``'s ``rel_l1_thresh``; None is the model's default. ``regime`` is a name of ``REGIMES``.
     """
 
     steps: int = 50
@@ -35,6 +37,13 @@ class Settings:
     guidance: float = 4.0
     size: int = SIZE
     threshold: float | None = None
+    regime: str = "own"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """``generate_image``'s."""
+        size = {"height": self.size, "width": self.size}
+        return {"num_inference_steps": self.steps, "guidance": self.guidance} | size | REGIMES[self.regime].options
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +141,12 @@ def compare(flux: TinyKlein, prompts: Sequence[str], settings: Settings, *, prog
     total = 2 * warm_up_steps + 2 * settings.steps * len(prompts)
     # Before anything slow: does the pipeline take this threshold?
     apply(flux, rel_l1_thresh=settings.threshold).restore()
-    options = {"guidance": settings.guidance, "height": settings.size, "width": settings.size}
     with pictures.progress_bar(flux, total, disable=not progress) as bar:
 
         def generate(label: str, prompt: str, steps: int) -> tuple[Image, float]:
             bar.set_description_str(label)
             start = time.perf_counter()
-            picture = pictures.generate(flux, prompt, settings.seed, options | {"num_inference_steps": steps})
+            picture = pictures.generate(flux, prompt, settings.seed, settings.options | {"num_inference_steps": steps})
             return picture, time.perf_counter() - start
 
         generate("warm-up", prompts[0], warm_up_steps)

@@ -70,7 +70,7 @@ def settings_line(settings: Settings, threshold: float) -> str:
     """The settings that all pictures share, with the threshold in force."""
     return (
         f"{settings.steps} steps, guidance {settings.guidance:g}, seed {settings.seed}, threshold {threshold:g}, "
-        f"{settings.size}x{settings.size} pixels"
+        f"{settings.size}x{settings.size} pixels" + f", regime {settings.regime}" * (settings.regime != "own")
     )
 
 
