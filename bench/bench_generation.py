@@ -1,6 +1,7 @@
 """What do skipped steps give for a whole picture, in time and quality, and what would fewer steps have given?
 
-For each prompt, seed, guidance and number of steps, in turn:
+For each prompt, seed, regime (a schedule of the demonstration model: docs/forecasting.md), guidance and number of
+steps, in turn:
 
     plain mflux             all steps: the reference of time and quality
     mlx-teacache            at each threshold
@@ -13,14 +14,15 @@ For each prompt, seed, guidance and number of steps, in turn:
     budget, reuse           the same plan, and the last residual again
     fewer steps             plain mflux, run with only as many steps as the budgets allow
 
-PSNR and SSIM are against plain mflux's picture of the same prompt, seed and guidance. Time is generate_image's, as a
-ratio to plain mflux's in the same turn; 1 / bound, the share of computed steps, is its limit. Before anything is timed,
-short pictures of each kind compile the kernels.
+PSNR and SSIM are against plain mflux's picture of the same prompt, seed, regime and guidance. Time is that of
+generate_image, as a ratio to plain mflux's in the same turn; 1 / bound, the share of computed steps, is its limit.
+Before anything is timed, short pictures of each kind compile the kernels.
 
 Several processes share the pictures. Each of them also makes the first one's first pictures, to see that they are the
 same. It says how many there are, and after the first one how long they take: on two cores hours, with a faster BLAS
-for MLX (LD_PRELOAD) 50 minutes; --quick 3 minutes.
+for MLX (LD_PRELOAD) one and a half; --quick 3 minutes.
 
+    python bench/bench_generation.py --regimes flux2-1024 --steps 50 --n-prompts 4 --n-seeds 1 --only "ours, budget"
     python bench/bench_generation.py --json build/generation.json --plot build/generation.png
     python bench/bench_generation.py --from build/generation.json --plot build/generation.png
     python bench/bench_generation.py --device gpu --model flux2-klein-base-4b --quantize 8
@@ -28,6 +30,7 @@ for MLX (LD_PRELOAD) 50 minutes; --quick 3 minutes.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -38,12 +41,15 @@ import sys
 import warnings
 import zlib
 from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import common
 import numpy as np
+
+from mlx_teacache_fast.models import REGIMES
 
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
 PLAIN, PEER, REUSE, SAME_STEPS, OURS = CONDITIONS = [
@@ -66,11 +72,13 @@ HOW: dict[str, dict[str, Any]] = {  # what a skipped step gets
     REUSED: {"forecast": 0, "cache": "residual"},
 }
 
-FULL = {"n_prompts": 20, "n_seeds": 2, "steps": [50, 25], "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
-FULL |= {"budgets": [0.5, 0.4, 0.3, 0.2], "size": 128, "repetitions": 5}
+FULL = {"n_prompts": 10, "n_seeds": 2, "steps": [50, 25], "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
+FULL |= {"budgets": [0.5, 0.4, 0.3, 0.2], "size": 128, "repetitions": 5, "regimes": list(REGIMES)}
 FEW = {"n_prompts": 3, "n_seeds": 1, "repetitions": 3}
 MODEL = FULL | FEW | {"n_prompts": 2, "repetitions": 2, "steps": [50], "guidance": [4.0], "size": 512}
+MODEL |= {"regimes": ["own"]}
 QUICK = FEW | {"steps": [25], "guidance": [1.0], "thresholds": [0.17, 0.4], "budgets": [0.5, 0.3]}
+QUICK |= {"regimes": common.QUICK_REGIMES}
 PROMPTS = ["a red apple on a wooden table, morning light", "a street market in the rain at night, neon signs"]
 Record = dict[str, Any]
 
@@ -97,13 +105,10 @@ def measure(args: argparse.Namespace) -> None:
     flux = load(args.model, args.quantize)
     out, sys.stdout = sys.stdout, sys.stderr  # for what mflux prints
     for g in args.guidance:
-        turn(flux, args, (args.texts[0], 0, g, WARM_UP_STEPS), 0, None)
+        turn(flux, args, (args.regimes[0], WARM_UP_STEPS, g), 0, None)
     for i in turns(args)[args.process]:
-        text, seed = places(args)[i]
-        for steps in args.steps:
-            for g in args.guidance:
-                records = turn(flux, args, (text, seed, g, steps), i, out)
-                print(json.dumps(records), file=out, flush=True)
+        for schedule in common.schedules(args):
+            print(json.dumps(turn(flux, args, schedule, i, out)), file=out, flush=True)
     os._exit(0)  # see common.answer
 
 
@@ -130,14 +135,15 @@ def cases(args: argparse.Namespace, steps: int) -> list[tuple[str, Any]]:
     return [(PLAIN, None), *((name, value) for name, values in settings.items() if name in only for value in values)]
 
 
-def turn(flux: Any, args: argparse.Namespace, place: Any, index: int, out: Any) -> list[Record]:
-    """Every condition's picture of a prompt, seed, guidance and number of steps, in another order for each index."""
+def turn(flux: Any, args: argparse.Namespace, schedule: Any, index: int, out: Any) -> list[Record]:
+    """Every condition's picture of one of ``places`` in a schedule of common's, in another order for each index."""
     from mlx_teacache import apply_teacache
 
     import mlx_teacache_fast as tc
     from mlx_teacache_fast.mflux.pictures import generate
 
-    prompt, seed, guidance, steps = place
+    prompt, seed = places(args)[index]
+    regime, steps, guidance = schedule
     made = []
     for condition, setting in common.orders(cases(args, steps), index):
         context: AbstractContextManager[Any] = nullcontext()
@@ -155,6 +161,7 @@ def turn(flux: Any, args: argparse.Namespace, place: Any, index: int, out: Any) 
             context = tc.apply(flux, budget=setting, **HOW.get(condition, {}))
         n = setting if condition == FEWER else steps
         options = {"num_inference_steps": n, "guidance": guidance, "height": args.size, "width": args.size}
+        options |= REGIMES[regime].options
         with context as handle:
             start = perf_counter()
             picture = generate(flux, prompt, seed, options)
@@ -165,7 +172,7 @@ def turn(flux: Any, args: argparse.Namespace, place: Any, index: int, out: Any) 
         numbers = {"seconds": round(seconds, 4), "computed": n}
         made.append(({"condition": condition, "setting": setting} | numbers, picture))
     plain = next(picture for record, picture in made if record["condition"] == PLAIN)
-    what = {"guidance": guidance, "steps": steps, "turn": index}  # of places(): prompt and seed
+    what = {"regime": regime, "guidance": guidance, "steps": steps, "turn": index}  # of places(): prompt and seed
     return [what | record | quality(plain, picture) for record, picture in made]
 
 
@@ -183,9 +190,11 @@ def in_processes(args: argparse.Namespace) -> list[Record]:
     """The records of all processes, with one bar on stderr for them."""
     from tqdm import tqdm
 
-    n_turns = sum(map(len, turns(args))) * len(args.guidance)
-    of_steps = {steps: len(cases(args, steps)) for steps in args.steps}
-    n_all = n_turns * sum(of_steps.values())
+    n_turns = sum(map(len, turns(args)))
+    schedules = common.schedules(args)
+    n_all = n_turns * sum(len(cases(args, steps)) for _, steps, _ in schedules)
+    passes = [steps * (2 if g > 1 and is_flux2(args.model) else 1) for _, steps, g in schedules]  # branches of guidance
+    whole = n_turns * sum(n * len(cases(args, s[1])) for n, s in zip(passes, schedules, strict=True))
     records: list[Record] = []
     print(f"{n_all} pictures; after the first, how long they take", file=sys.stderr)
     form = "{percentage:3.0f}%|{bar:20}| {n_fmt} of {total_fmt} pictures, {remaining} left"
@@ -199,11 +208,9 @@ def in_processes(args: argparse.Namespace) -> list[Record]:
                         records += [{"process": process} | record for record in value]
                         continue
                     bar.update()
-                    if bar.n == 1:  # of all pictures' steps about half are computed; guidance takes two branches
-                        branches = [2 if g > 1 and is_flux2(args.model) else 1 for g in args.guidance]
-                        steps = sum(n * steps for steps, n in of_steps.items()) / max(args.steps)
-                        whole = n_turns * steps / 2 * statistics.mean(branches) / branches[0]
-                        text = f"the first took {value:.1f} s: all take about {whole * value / 60:.0f} minutes"
+                    if bar.n == 1:  # of all pictures' steps about half are computed
+                        minutes = whole / 2 / passes[0] * value / 60
+                        text = f"the first took {value:.1f} s: all take about {minutes:.0f} minutes"
                         tqdm.write(text, file=sys.stderr)
             if child.returncode:
                 sys.exit(f"process {process + 1} ended with exit code {child.returncode}")
@@ -227,7 +234,7 @@ def as_table(pictures: list[Record]) -> Record:
 
 def pictures_of(data: Record) -> list[Record]:
     table = data["pictures"]
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    return common.with_regime(dict(zip(table["columns"], row, strict=True)) for row in table["rows"])
 
 
 def table_rows(data: Record) -> list[Record]:
@@ -235,28 +242,34 @@ def table_rows(data: Record) -> list[Record]:
     rows = []
     of: dict[tuple[Any, ...], list[Record]] = {}
     for p in pictures_of(data):
-        of.setdefault((p["steps"], p["guidance"], p["condition"], p["setting"]), []).append(p)
-    for (steps, guidance, condition, setting), pictures in of.items():
+        of.setdefault((p["regime"], p["steps"], p["guidance"], p["condition"], p["setting"]), []).append(p)
+    for (*schedule, condition, setting), pictures in of.items():
         different = list({p["turn"]: p for p in pictures}.values())
         psnr = [p["psnr"] for p in different if p["psnr"] is not None]
-        row = {"steps": steps, "guidance": guidance, "condition": condition, "setting": setting}
+        row = dict(zip(("regime", "steps", "guidance"), schedule, strict=True))
+        row |= {"condition": condition, "setting": setting}
         row |= {"pictures": len(different), "identical": len(different) - len(psnr)}
         row |= {name: statistics.mean(p[name] for p in different) for name in ("computed", "ssim")}
-        row["skipped"] = steps - row["computed"]
+        row["skipped"] = row["steps"] - row["computed"]
         row |= {"psnr": statistics.mean(psnr) if psnr else None, "worst": min(psnr) if psnr else None}
-        row |= {"bound": steps / row["computed"], "seconds": statistics.median(p["seconds"] for p in pictures)}
-        row["to_mflux"] = ratio(pictures, of[steps, guidance, PLAIN, None])
-        row["ours_to_it"] = ratio(of[steps, guidance, REUSE, setting], pictures) if condition == PEER else None
+        row |= {"bound": row["steps"] / row["computed"], "seconds": statistics.median(p["seconds"] for p in pictures)}
+        row["to_mflux"] = ratio(pictures, of[*schedule, PLAIN, None])
+        row["ours_to_it"] = ratio(of[*schedule, REUSE, setting], pictures) if condition == PEER else None
         rows.append(row)
-    order = [*CONDITIONS, *PLANNED]
-    return sorted(rows, key=lambda r: (-r["steps"], r["guidance"], order.index(r["condition"]), -r["computed"]))
+    regimes, conditions = [*REGIMES], [*CONDITIONS, *PLANNED]
+
+    def place(r: Record) -> tuple[Any, ...]:
+        panel = (-r["steps"], r["guidance"], regimes.index(r["regime"]))
+        return *panel, conditions.index(r["condition"]), -r["computed"]
+
+    return sorted(rows, key=place)
 
 
 def panels(data: Record) -> list[tuple[str, list[Record]]]:
-    """The rows of each number of steps and guidance."""
+    """The rows of each regime, number of steps and guidance."""
     found: dict[str, list[Record]] = {}
-    for r in data["rows"]:
-        found.setdefault(f"{r['steps']} steps, guidance {r['guidance']:g}", []).append(r)
+    for r in common.with_regime(data["rows"]):
+        found.setdefault(f"{r['regime']}, {r['steps']} steps, guidance {r['guidance']:g}", []).append(r)
     return list(found.items())
 
 
@@ -347,20 +360,22 @@ def verdict(data: Record) -> list[str]:
     if apart:
         lines.append("Not compared with them, for another number of computed steps: " + "; ".join(apart) + ".")
     pictures = pictures_of(data)
-    of = {(p["condition"], p["setting"], p["steps"], p["guidance"], p["turn"]): p for p in pictures}
+    which = itemgetter("condition", "setting", "regime", "steps", "guidance", "turn")
+    of = {which(p): p for p in pictures}
     threshold = min(data["thresholds"])
-    pairs = [(p, of[OURS, "balanced", *key[2:]]) for key, p in of.items() if key[:2] == (PEER, threshold)]
-    good = sum(
-        ours["computed"] <= peer["computed"] and (ours["psnr"] or math.inf) >= (peer["psnr"] or math.inf)
-        for peer, ours in pairs
-    )
-    lines.append(
-        f"The default is at least as close as mlx-teacache at {threshold:g}, with no more computed steps, in {good} of "
-        f"{len(pairs)} pictures."
-    )
+    better: dict[str, list[bool]] = {}
+    for key, peer in of.items():
+        if key[:2] == (PEER, threshold):
+            ours = of[OURS, "balanced", *key[2:]]
+            closer = (ours["psnr"] or math.inf) >= (peer["psnr"] or math.inf)
+            better.setdefault(peer["regime"], []).append(closer and ours["computed"] <= peer["computed"])
+    counts = [f"{sum(good)} of {len(good)} pictures ({regime})" for regime, good in better.items()]
+    if counts:
+        text = f"The default is at least as close as mlx-teacache at {threshold:g}, with no more computed steps, in "
+        lines.append(f"{text}{', '.join(counts)}.")
     seen: dict[tuple[Any, ...], set[int]] = {}
     for p in pictures:
-        seen.setdefault((p["condition"], p["setting"], p["steps"], p["guidance"], p["turn"]), set()).add(p["crc32"])
+        seen.setdefault(which(p), set()).add(p["crc32"])
     different = [f"Not the same picture in each process: {name}" for name, sums in seen.items() if len(sums) > 1]
     n = len({p["process"] for p in pictures})
     return lines + (different or [f"No picture differs between processes ({n})."] * (n > 1))
@@ -375,13 +390,13 @@ def report(data: Record) -> None:
     common.print_header(data)
     for panel, rows in panels(data):
         print(f"\n{data['model'] or 'demo model'}, {data['size']} pixels, {panel}, {rows[0]['pictures']} pictures\n")
-        lines = [["", "setting", "seconds", "to mflux", "1 / bound", "computed", "PSNR", "worst", "SSIM"]]
+        lines = [["regime", "", "setting", "seconds", "to mflux", "1 / bound", "computed", "PSNR", "worst", "SSIM"]]
         for r in rows:
             psnr = ["identical", ""] if r["psnr"] is None else [f"{r['psnr']:.1f} dB", f"{r['worst']:.1f}"]
             time = "" if r["condition"] == PLAIN else common.ratio_cell(r["to_mflux"])
-            cells = [r["condition"], _setting(r), f"{r['seconds']:.2f}", time, f"{1 / r['bound']:.2f}"]
+            cells = [r["regime"], r["condition"], _setting(r), f"{r['seconds']:.2f}", time, f"{1 / r['bound']:.2f}"]
             lines.append([*cells, f"{r['computed']:.1f} of {r['steps']}", *psnr, f"{r['ssim']:.4f}"])
-        common.print_table(lines, left=1)
+        common.print_table(lines, left=2)
     print("\nSteps, PSNR and SSIM: means, PSNR without identical pictures.")
     print(common.NOISE_NOTE)
     print("\n" + "\n".join(verdict(data)))
@@ -398,40 +413,40 @@ STYLES: dict[str, Record] = {
 
 
 def plot(data: Record, path: Path) -> None:
-    """Mean PSNR and SSIM against mean computed steps, a column for each number of steps and guidance."""
+    """Mean PSNR against mean computed steps: a row for each regime, a column for each number of steps and guidance."""
     from matplotlib.figure import Figure
 
-    columns = panels(data)
-    figure = Figure(figsize=(max(9.0, 1 + 3.6 * len(columns)), 7), dpi=100, layout="constrained")
+    found = {(rows[0]["regime"], rows[0]["steps"], rows[0]["guidance"]): rows for _, rows in panels(data)}
+    regimes, columns = (list(dict.fromkeys(part)) for part in ((key[0] for key in found), (key[1:] for key in found)))
+    size = (max(9.0, 1 + 3.6 * len(columns)), 1.2 + 3 * len(regimes))
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
     figure.suptitle(f"{data['model'] or 'TinyKlein'}: pictures against plain mflux's with all steps (higher is closer)")
-    grid = figure.subplots(2, len(columns), squeeze=False, sharex="col", sharey="row")
-    for (top, bottom), (panel, rows) in zip(grid.T, columns, strict=True):
-        for condition, style in STYLES.items():
-            points = sorted(
-                (r["computed"], r["psnr"], r["ssim"]) for r in rows if r["condition"] == condition and r["psnr"]
-            )
-            x = [p[0] for p in points]
-            top.plot(x, [p[1] for p in points], label=condition, **style)
-            bottom.plot(x, [p[2] for p in points], **style)
-        top.set_title(panel, fontsize=11)
-        bottom.set_xlabel("computed steps, mean")
-        for axes in (top, bottom):
-            axes.grid(axis="y", color="#eeeeee")
-            axes.spines[["top", "right"]].set_visible(False)
-    grid[0, 0].set_ylabel("PSNR in dB, mean")
-    grid[1, 0].set_ylabel("SSIM, mean")
+    grid = figure.subplots(len(regimes), len(columns), squeeze=False, sharey=True)
+    for (i, regime), (j, (steps, guidance)) in itertools.product(enumerate(regimes), enumerate(columns)):
+        axes, rows = grid[i, j], found.get((regime, steps, guidance))
+        axes.set_visible(rows is not None)
+        for condition, style in STYLES.items() if rows else ():
+            axes.plot(*zip(*curve(rows or [], condition), strict=True), label=condition, **style)
+        axes.set_title(f"{regime}, {steps} steps, guidance {guidance:g}", fontsize=11)
+        axes.set_xlabel("computed steps, mean")
+        axes.grid(axis="y", color="#eeeeee")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("PSNR in dB, mean")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 
 def parse() -> argparse.Namespace:
-    p = common.parser(__doc__, quick="3 prompts, 1 seed, 25 steps, 2 thresholds, 2 budgets, guidance 1")
+    p = common.parser(__doc__, quick="2 regimes, 3 prompts, 1 seed, 25 steps, 2 thresholds, 2 budgets, guidance 1")
     p.add_argument("--model", metavar="NAME", help="one of mflux's FLUX.1 or FLUX.2 names; mflux fetches its weights")
     p.add_argument("--quantize", type=int, metavar="BITS", help="of the model's weights, as mflux's commands take it")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt in each line (default: the demo's captions)")
-    p.add_argument("--n-prompts", type=int, metavar="N", help="default 20, of FILE all; with --model 2 of its own")
+    p.add_argument("--n-prompts", type=int, metavar="N", help="default 10, of FILE all; with --model 2 of its own")
     p.add_argument("--n-seeds", type=int, metavar="N", help="for each prompt (default 2; with --model 1)")
+    common.add_regimes(p)
+    p.set_defaults(regimes=None)  # of parse()
     p.add_argument("--guidance", type=float, nargs="+", help="above 1: two branches (default 1 4; with --model 4)")
     p.add_argument("--thresholds", type=float, nargs="+", help="default 0.17 0.25 0.4")
     p.add_argument("--budgets", type=float, nargs="+", help="default 0.5 0.4 0.3 0.2")
@@ -455,6 +470,8 @@ def parse() -> argparse.Namespace:
         p.error("--budgets must be above 0 and below 1")
     if args.thresholds[0] <= 0 or args.thresholds[-1] > 1 or args.size < 16 or args.size % 16:
         p.error("--thresholds must be above 0 and at most 1, --size a multiple of 16")
+    if args.model and args.regimes != ["own"]:
+        p.error("--regimes are the demonstration model's: leave out --model")
     if args.source and args.json:
         p.error("--from measures nothing: leave out --json")
     if args.plot and args.plot.exists() and not args.force:
@@ -496,7 +513,17 @@ def main() -> None:
             if args.measure:
                 measure(args)
                 return
-            names = ("model", "quantize", "size", "steps", "guidance", "thresholds", "budgets", "repetitions")
+            names = (
+                "model",
+                "quantize",
+                "size",
+                "steps",
+                "guidance",
+                "thresholds",
+                "budgets",
+                "repetitions",
+                "regimes",
+            )
             data = common.collect(args, {name: getattr(args, name) for name in names}, *DISTRIBUTIONS)
             before = json.loads(args.add.read_text()) if args.add else {}
             data |= {name: before[name] for name in ("thresholds", "budgets") if before}  # of the claims

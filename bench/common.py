@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from mlx_teacache_fast import ops
+from mlx_teacache_fast.models import REGIMES
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
@@ -51,6 +53,29 @@ def parse(p: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
     if args.json and args.json.exists() and not args.force:
         p.error(f"{args.json} exists: choose another name, or --force to replace it")
     return args
+
+
+QUICK_REGIMES = ["own", "flux2-1024"]
+
+
+def add_regimes(p: argparse.ArgumentParser) -> None:
+    says = f"schedules of the demonstration model, default {' '.join(REGIMES)}"
+    p.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), metavar="NAME", help=says)
+
+
+def schedules(args: argparse.Namespace) -> list[tuple[str, int, float]]:
+    """Regime, steps and guidance of each table, but for a guidance that stands for nothing in its regime."""
+    everything = itertools.product([r for r in REGIMES if r in args.regimes], args.steps, args.guidance)
+    found = [s for s in everything if REGIMES[s[0]].guidance in (None, s[2])]
+    if not found:
+        only = ", ".join(f"{name} has guidance {REGIMES[name].guidance:g} only" for name in args.regimes)
+        sys.exit(f"{Path(sys.argv[0]).name}: error: nothing to measure: {only}")
+    return found
+
+
+def with_regime(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of files from before there were regimes had the model's own."""
+    return [{"regime": "own"} | row for row in rows]
 
 
 # ---- What is measured, and where
