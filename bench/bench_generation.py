@@ -6,12 +6,11 @@ steps, in turn:
     plain mflux             all steps: the reference of time and quality
     mlx-teacache            at each threshold
     ours, as mlx-teacache   the same gate and thresholds: a skipped step reuses the last residual
-    ours, its steps         the same gate and thresholds, and a skipped step gets a forecast
-    ours                    as apply() is without arguments, in each mode
-    ours, budget            steps planned by apply(budget=...): forecast of the output, of order 1
-    budget, order 2         the same plan, and a forecast of order 2
-    budget, residual        the same plan, and a forecast of the residual
-    budget, reuse           the same plan, and the last residual again
+    ours, gate              the gate with the model's own polynomial, at parts of its threshold, and forecasts
+    ours                    as apply() is without arguments, at each tolerance
+    ours, budget            steps planned by apply(budget=...)
+    klein's plan            as many steps, those that were published for FLUX.2 klein base 9B
+    budget, reuse           the same plan as ours, and the last residual again
     fewer steps             plain mflux, run with only as many steps as the budgets allow
 
 PSNR and SSIM are against plain mflux's picture of the same prompt, seed, regime and guidance. Time is that of
@@ -29,7 +28,6 @@ for MLX (LD_PRELOAD) one and a half; --quick 3 minutes.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import logging
@@ -50,34 +48,34 @@ import common
 import numpy as np
 
 from mlx_teacache_fast.models import REGIMES
+from mlx_teacache_fast.plans import PUBLISHED, placed, shifted
+from mlx_teacache_fast.policy import DEFAULT_MODE, MODES, as_text
 
 DISTRIBUTIONS = ("mflux", "mlx-teacache")
-PLAIN, PEER, REUSE, SAME_STEPS, OURS = CONDITIONS = [
+PLAIN, PEER, REUSE, GATE, OURS = CONDITIONS = [
     "plain mflux",
     "mlx-teacache",
     "ours, as mlx-teacache",
-    "ours, its steps",
+    "ours, gate",
     "ours",
 ]
-BUDGET, ORDER_2, RESIDUAL, REUSED, FEWER = PLANNED = [
-    "ours, budget",
-    "budget, order 2",
-    "budget, residual",
-    "budget, reuse",
-    "fewer steps",
-]
-HOW: dict[str, dict[str, Any]] = {  # what a skipped step gets
-    ORDER_2: {"forecast": 2},
-    RESIDUAL: {"cache": "residual"},
-    REUSED: {"forecast": 0, "cache": "residual"},
-}
+BUDGET, PUBLISHED_PLAN, REUSED, FEWER = PLANNED = ["ours, budget", "klein's plan", "budget, reuse", "fewer steps"]
+DEFAULT = MODES[DEFAULT_MODE]  # tolerance
+PARTS = [0.5, 1.0, 2.0]  # of the model's own threshold
 
 FULL = {"n_prompts": 10, "n_seeds": 2, "steps": [50, 25], "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
-FULL |= {"budgets": [0.5, 0.4, 0.3, 0.2], "size": 128, "repetitions": 5, "regimes": list(REGIMES)}
+FULL |= {
+    "tolerances": [0.025, 0.05, 0.1, 0.2, 0.4],
+    "budgets": [0.52, 0.4, 0.3, 0.2],
+    "size": 128,
+    "repetitions": 5,
+    "regimes": list(REGIMES),
+}
 FEW = {"n_prompts": 3, "n_seeds": 1, "repetitions": 3}
 MODEL = FULL | FEW | {"n_prompts": 2, "repetitions": 2, "steps": [50], "guidance": [4.0], "size": 512}
 MODEL |= {"regimes": ["own"]}
 QUICK = FEW | {"steps": [25], "guidance": [1.0], "thresholds": [0.17, 0.4], "budgets": [0.5, 0.3]}
+QUICK |= {"tolerances": [0.05, 0.1, 0.2]}
 QUICK |= {"regimes": common.QUICK_REGIMES}
 PROMPTS = ["a red apple on a wooden table, morning light", "a street market in the rain at night, neon signs"]
 Record = dict[str, Any]
@@ -94,7 +92,7 @@ def load(model: str | None, quantize: int | None) -> Any:
 def is_flux2(model: str | None) -> bool:
     from mlx_teacache_fast.mflux import names
 
-    return model is None or names.find(model)[1].family.name == "FLUX.2"
+    return model is None or bool(names.find(model)[1].family.factories)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -126,11 +124,9 @@ def turns(args: argparse.Namespace) -> list[list[int]]:
 
 def cases(args: argparse.Namespace, steps: int) -> list[tuple[str, Any]]:
     """Each condition with each of its settings."""
-    from mlx_teacache_fast import MODES
-
     counts = sorted({max(2, math.floor(b * steps + 1e-9)) for b in args.budgets}, reverse=True)
-    settings = dict.fromkeys((PEER, REUSE, SAME_STEPS), args.thresholds) | {OURS: list(MODES)}
-    settings |= dict.fromkeys((BUDGET, ORDER_2, RESIDUAL, REUSED), args.budgets) | {FEWER: counts}
+    settings = dict.fromkeys((PEER, REUSE), args.thresholds) | {GATE: PARTS, OURS: args.tolerances}
+    settings |= dict.fromkeys((BUDGET, PUBLISHED_PLAN, REUSED), args.budgets) | {FEWER: counts}
     only = args.only or list(settings)
     return [(PLAIN, None), *((name, value) for name, values in settings.items() if name in only for value in values)]
 
@@ -151,14 +147,21 @@ def turn(flux: Any, args: argparse.Namespace, schedule: Any, index: int, out: An
             context = apply_teacache(flux, rel_l1_thresh=setting)
         elif condition == REUSE:
             context = tc.apply_teacache(flux, rel_l1_thresh=setting)
-        elif condition == SAME_STEPS:
-            with tc.apply_teacache(flux, rel_l1_thresh=setting) as theirs:  # on the demonstration model not apply's
-                policy = dataclasses.replace(theirs.policy, forecast=1, cache="output")
-            context = tc.apply(flux, policy)
+        elif condition == GATE:
+            with tc.apply(flux, tc.Policy(rule=tc.Gate())) as of_the_model:
+                threshold = of_the_model.rel_l1_thresh or 0.0
+            context = tc.apply(flux, rel_l1_thresh=min(1.0, setting * threshold))
         elif condition == OURS:
-            context = tc.apply(flux, mode=setting)
-        elif condition in PLANNED and condition != FEWER:
-            context = tc.apply(flux, budget=setting, **HOW.get(condition, {}))
+            context = tc.apply(flux, tolerance=setting)
+        elif condition == BUDGET:
+            context = tc.apply(flux, budget=setting)
+        elif condition == REUSED:
+            context = tc.apply(flux, budget=setting, forecast=0, cache="residual")
+        elif condition == PUBLISHED_PLAN:
+            klein = PUBLISHED["flux2-klein-base-9b"]
+            count = max(2, math.floor(setting * steps + 1e-9))
+            its_schedule = klein.sigmas if steps == len(klein.sigmas) else shifted(steps, 8.7487)  # with 25 steps
+            context = tc.apply(flux, steps=as_text(placed(klein, its_schedule, count)))
         n = setting if condition == FEWER else steps
         options = {"num_inference_steps": n, "guidance": guidance, "height": args.size, "width": args.size}
         options |= REGIMES[regime].options
@@ -179,9 +182,10 @@ def turn(flux: Any, args: argparse.Namespace, schedule: Any, index: int, out: An
 def quality(plain: Any, picture: Any) -> Record:
     """PSNR is None for identical pictures: JSON has no infinity."""
     from mlx_teacache_fast.demo.compare import Comparison
+    from mlx_teacache_fast.policy import Tolerance
     from mlx_teacache_fast.record.stats import GenerationStats
 
-    pair = Comparison("", plain, picture, 0, 0, 0, GenerationStats(()))
+    pair = Comparison("", plain, picture, 0, 0, Tolerance(), GenerationStats(()))
     psnr = round(pair.psnr, 4) if math.isfinite(pair.psnr) else None
     return {"psnr": psnr, "ssim": round(pair.ssim, 6), "crc32": zlib.crc32(np.ascontiguousarray(picture))}
 
@@ -252,6 +256,7 @@ def table_rows(data: Record) -> list[Record]:
         row |= {name: statistics.mean(p[name] for p in different) for name in ("computed", "ssim")}
         row["skipped"] = row["steps"] - row["computed"]
         row |= {"psnr": statistics.mean(psnr) if psnr else None, "worst": min(psnr) if psnr else None}
+        row["p10"] = float(np.percentile(psnr, 10)) if psnr else None
         row |= {"bound": row["steps"] / row["computed"], "seconds": statistics.median(p["seconds"] for p in pictures)}
         row["to_mflux"] = ratio(pictures, of[*schedule, PLAIN, None])
         row["ours_to_it"] = ratio(of[*schedule, REUSE, setting], pictures) if condition == PEER else None
@@ -293,12 +298,7 @@ def quality_claims(data: Record) -> list[list[str]]:
     lines = []
     for panel, rows in panels(data):
         of = {(r["condition"], r["setting"]): r for r in rows}
-        pairs = [
-            (r, of[condition, r["setting"]])
-            for condition in (SAME_STEPS, BUDGET)
-            for r in rows
-            if r["condition"] == {SAME_STEPS: REUSE, BUDGET: REUSED}[condition]
-        ]
+        pairs = [(r, of[BUDGET, r["setting"]]) for r in rows if r["condition"] == REUSED]
         pairs = [(a, b) for a, b in pairs if b["computed"] <= a["computed"]]
         gains = [
             b["psnr"] - a["psnr"] for a, b in pairs if a["skipped"] >= 0.4 * a["steps"] and a["psnr"] and b["psnr"]
@@ -317,12 +317,12 @@ def quality_claims(data: Record) -> list[list[str]]:
             cell += "" if best is None else f" = {theirs[0] / best[0]:.2f}"
             lines.append([text, "at least 1.5", cell, _holds(best is not None and theirs[0] / best[0] >= 1.5)])
         peer = of.get((PEER, min(data["thresholds"])))
-        if peer and (ours := of[OURS, "balanced"])["psnr"] and peer["psnr"]:
+        if peer and (ours := of[OURS, DEFAULT])["psnr"] and peer["psnr"]:
             cell = (
                 f"{ours['computed']:.1f} and {peer['computed']:.1f} steps, {ours['psnr']:.1f} and {peer['psnr']:.1f} dB"
             )
             better = ours["computed"] <= peer["computed"] and ours["psnr"] >= peer["psnr"]
-            text = f"{panel}: ours by default, the model's own polynomial, and mlx-teacache at {peer['setting']:g}"
+            text = f"{panel}: ours by default and mlx-teacache at {peer['setting']:g}"
             lines.append([text, "closer, no more steps", cell, _holds(better)])
     return lines
 
@@ -366,7 +366,7 @@ def verdict(data: Record) -> list[str]:
     better: dict[str, list[bool]] = {}
     for key, peer in of.items():
         if key[:2] == (PEER, threshold):
-            ours = of[OURS, "balanced", *key[2:]]
+            ours = of[OURS, DEFAULT, *key[2:]]
             closer = (ours["psnr"] or math.inf) >= (peer["psnr"] or math.inf)
             better.setdefault(peer["regime"], []).append(closer and ours["computed"] <= peer["computed"])
     counts = [f"{sum(good)} of {len(good)} pictures ({regime})" for regime, good in better.items()]
@@ -390,14 +390,28 @@ def report(data: Record) -> None:
     common.print_header(data)
     for panel, rows in panels(data):
         print(f"\n{data['model'] or 'demo model'}, {data['size']} pixels, {panel}, {rows[0]['pictures']} pictures\n")
-        lines = [["regime", "", "setting", "seconds", "to mflux", "1 / bound", "computed", "PSNR", "worst", "SSIM"]]
+        head = [
+            "regime",
+            "",
+            "setting",
+            "seconds",
+            "to mflux",
+            "1 / bound",
+            "computed",
+            "PSNR",
+            "10 %",
+            "worst",
+            "SSIM",
+        ]
+        lines = [head]
         for r in rows:
-            psnr = ["identical", ""] if r["psnr"] is None else [f"{r['psnr']:.1f} dB", f"{r['worst']:.1f}"]
+            of_psnr = [f"{r[name]:.1f}" for name in ("psnr", "p10", "worst")] if r["psnr"] is not None else []
+            psnr = of_psnr or ["identical", "", ""]
             time = "" if r["condition"] == PLAIN else common.ratio_cell(r["to_mflux"])
             cells = [r["regime"], r["condition"], _setting(r), f"{r['seconds']:.2f}", time, f"{1 / r['bound']:.2f}"]
             lines.append([*cells, f"{r['computed']:.1f} of {r['steps']}", *psnr, f"{r['ssim']:.4f}"])
         common.print_table(lines, left=2)
-    print("\nSteps, PSNR and SSIM: means, PSNR without identical pictures.")
+    print("\nSteps, PSNR in dB and SSIM: means, PSNR without identical pictures; its 10th percentile, and the worst.")
     print(common.NOISE_NOTE)
     print("\n" + "\n".join(verdict(data)))
     common.print_claims([*quality_claims(data), *claims(data)])
@@ -406,8 +420,9 @@ def report(data: Record) -> None:
 STYLES: dict[str, Record] = {
     OURS: {"color": "#2f6fb0", "marker": "o", "zorder": 4},
     BUDGET: {"color": "#2f6fb0", "marker": "s", "linestyle": "--", "zorder": 3},
+    GATE: {"color": "#8d5fb5", "marker": "o"},
     PEER: {"color": "#555555", "marker": "o", "fillstyle": "none"},
-    REUSED: {"color": "#f08a24", "marker": "s", "linestyle": "--"},
+    PUBLISHED_PLAN: {"color": "#f08a24", "marker": "s", "linestyle": "--"},
     FEWER: {"color": "#3a8f4d", "marker": "^"},
 }
 
@@ -448,8 +463,9 @@ def parse() -> argparse.Namespace:
     common.add_regimes(p)
     p.set_defaults(regimes=None)  # of parse()
     p.add_argument("--guidance", type=float, nargs="+", help="above 1: two branches (default 1 4; with --model 4)")
+    p.add_argument("--tolerances", type=float, nargs="+", help="default 0.025 0.05 0.1 0.2 0.4; 0.1 is always there")
     p.add_argument("--thresholds", type=float, nargs="+", help="default 0.17 0.25 0.4")
-    p.add_argument("--budgets", type=float, nargs="+", help="default 0.5 0.4 0.3 0.2")
+    p.add_argument("--budgets", type=float, nargs="+", help="default 0.52 0.4 0.3 0.2")
     p.add_argument("--steps", type=int, nargs="+", help="of a whole picture (default 50 25; with --model 50)")
     p.add_argument("--size", type=int, help="side in pixels, a multiple of 16 (default 128; with --model 512)")
     p.add_argument("--only", nargs="+", choices=[*CONDITIONS[1:], *PLANNED], help="measure these, and plain mflux")
@@ -463,6 +479,7 @@ def parse() -> argparse.Namespace:
         del defaults["n_prompts"]
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.guidance, args.thresholds = sorted(set(args.guidance)), sorted(set(args.thresholds))
+    args.tolerances = sorted({*args.tolerances, DEFAULT})
     args.budgets, args.steps = sorted(set(args.budgets), reverse=True), sorted(set(args.steps), reverse=True)
     if min(args.n_prompts or 1, args.n_seeds, args.repetitions, args.steps[-1] // 5, *args.guidance) < 1:
         p.error("--steps must be at least 5, and all other numbers but thresholds and budgets at least 1")

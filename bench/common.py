@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from mlx_teacache_fast import ops
-from mlx_teacache_fast.models import REGIMES
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
@@ -59,12 +58,16 @@ QUICK_REGIMES = ["own", "flux2-1024"]
 
 
 def add_regimes(p: argparse.ArgumentParser) -> None:
+    from mlx_teacache_fast.models import REGIMES  # which an earlier version does not have
+
     says = f"schedules of the demonstration model, default {' '.join(REGIMES)}"
     p.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), metavar="NAME", help=says)
 
 
 def schedules(args: argparse.Namespace) -> list[tuple[str, int, float]]:
     """Regime, steps and guidance of each table, but for a guidance that stands for nothing in its regime."""
+    from mlx_teacache_fast.models import REGIMES  # which an earlier version does not have
+
     everything = itertools.product([r for r in REGIMES if r in args.regimes], args.steps, args.guidance)
     found = [s for s in everything if REGIMES[s[0]].guidance in (None, s[2])]
     if not found:

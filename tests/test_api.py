@@ -156,7 +156,7 @@ def test_match_variant_is_none_where_apply_refuses(flux: Any) -> None:
 def test_match_variant_is_what_apply_uses(flux: Any) -> None:
     info = tc.match_variant(flux.model_config, type(flux))
     assert info is not None
-    with tc.apply(flux) as handle:
+    with tc.apply(flux, tc.Policy(rule=tc.Gate())) as handle:
         assert (handle.variant_id, handle.rel_l1_thresh) == (info.variant_id, info.default_thresh)
 
 

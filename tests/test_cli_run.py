@@ -149,12 +149,12 @@ def test_policy_is_a_file_of_search_or_calibrate_or_a_picture(tmp_path, weights)
     mlx_teacache_fast.search(flux, ["red apple"], budget=0.5, evaluations=1, path=searched, **options)
     mlx_teacache_fast.calibrate(flux, ["red apple"], held_out=["sun"], **options).to_json(fitted)
     command = [*GENERATE, *SMALL, "--steps", 10, "--seed", 3, "--output"]
-    assert run("run", "--mode", "fast", "--max-skips", 2, "--", *command, picture).code == 0
+    assert run("run", "--threshold", 0.34, "--max-skips", 2, "--", *command, picture).code == 0
     variant = VARIANTS["flux2-klein-base-4b"]
     for path, policy in {
         searched: Policy.from_json(searched),
         fitted: Policy.from_json(fitted).of_model(variant),
-        picture: Policy.of(mode="fast", max_skips=2).of_model(variant),
+        picture: Policy.of(rel_l1_thresh=0.34, max_skips=2).of_model(variant),
     }.items():
         again = tmp_path / f"again-{path.stem}.png"
         result = run("run", "--policy", path, "--trace", trace, "--force", "--", *command, again)
@@ -191,10 +191,10 @@ def test_policy_that_cannot_be_used(tmp_path, photo):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mode", "fast", "--threshold", 0.3], "mode and rel_l1_thresh both set the threshold: leave out either"),
+        (["--mode", "fast", "--tolerance", 0.3], "mode and tolerance both set the tolerance: leave out either"),
         (
             ["--budget", 0.4, "--max-skips", 3],
-            "budget plans every step, and max_skips cannot count: leave out either",
+            "max_skips says which steps compute, and budget cannot count: leave out either",
         ),
         (
             ["--coefficients", 1, 2, 3, 4, "inf"],
@@ -364,13 +364,16 @@ def test_flux1(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "x.png").size == (64, 64)
 
 
+GATE = ["--threshold", 0.2]
+
+
 @pytest.mark.parametrize(
     ("own", "command", "message"),
     [
-        ([], ["mflux-generate", "--model", "dev", "--steps", 2], "leave no step to gate: the schedule has 2 active"),
-        ([], ["mflux-generate-kontext", "--image-path", "x.png", "--steps", 2], "the schedule has 2 active"),
+        (GATE, ["mflux-generate", "--model", "dev", "--steps", 2], "leave no step to gate: the schedule has 2 active"),
+        (GATE, ["mflux-generate-kontext", "--image-path", "x.png", "--steps", 2], "the schedule has 2 active"),
         (
-            [],
+            GATE,
             [*GENERATE[:3], "--steps", 4, "--image-path", "x.png", "--image-strength", 0.9],
             "the schedule has 1 active of num_inference_steps=4",
         ),
@@ -564,7 +567,7 @@ def test_mflux_s_parser_refuses(arguments):
 
 
 def test_no_step_to_gate(tmp_path, weights):
-    result = run("run", "--", *GENERATE, *SMALL, "--steps", 2, "--output", tmp_path / "x.png")
+    result = run("run", *GATE, "--", *GENERATE, *SMALL, "--steps", 2, "--output", tmp_path / "x.png")
     assert result.code == 2
     last = result.err.replace("\r", "\n").splitlines()[-1]
     assert last.startswith("mlx-teacache-fast run: error: skip_first_n_steps=1 and skip_last_n_steps=1 leave no step")
@@ -625,7 +628,7 @@ def test_finished_pictures_are_summed_up_after_an_error(tmp_path, weights, monke
     output = tmp_path / "x.png"
     result = run("run", "--", *command, "--steps", 4, "--seed", 1, 2, "--output", output)
     assert result.code == 0  # mflux prints this error, and no more
-    assert f"flux2-klein-base-4b, {Policy.of(rel_l1_thresh=0.17)}\ngenerations     1\n" in result.out
+    assert f"flux2-klein-base-4b, {Policy()}\ngenerations     1\n" in result.out
     assert (tmp_path / "x_seed_1.png").exists()
     assert not (tmp_path / "x_seed_2.png").exists()
 
@@ -677,7 +680,7 @@ def test_ctrl_c_in_a_step(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "Stopping image generation at step 4/6\n" in result.stdout
-    head = f"flux2-klein-base-4b, {Policy.of(rel_l1_thresh=0.17)}"
+    head = f"flux2-klein-base-4b, {Policy()}"
     assert f"{head}\ngenerations     1\nsteps           6: " in result.stdout
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["x_seed_1.png"]
@@ -703,6 +706,7 @@ def test_info_of_a_base_model():
         ("range", "0.0283 to 0.2198"),
         ("published", "8 of 50 steps skipped at threshold 0.17, guidance 4; bound 1.19x"),
         ("", "https://github.com/IonDen/mlx-teacache#benchmarks"),
+        ("plans", "https://arxiv.org/abs/2511.00090"),
         ("helps", "at 50 steps, mflux's default: yes"),
         ("", "skips are published for it"),
     ]

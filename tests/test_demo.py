@@ -30,6 +30,7 @@ from mlx_teacache_fast.record.stats import GenerationStats, StepRecord
 
 # 4 tokens instead of 64 and no guidance: a step in milliseconds. At 0.5 some of 14 steps are skipped, some computed.
 QUICK = Settings(steps=14, seed=3, guidance=1.0, size=32, threshold=0.5)
+RULE = mlx_teacache_fast.Gate(rel_l1_thresh=0.17)
 
 
 def picture(flux, prompt, settings):
@@ -172,7 +173,7 @@ def test_compare_is_plain_and_gated_generate_image(flux):
             np.testing.assert_array_equal(c.gated, picture(flux, c.prompt, QUICK))
         assert c.generation == handle.stats.last_generation
         assert 0 < c.generation.skipped < 12
-        assert c.threshold == 0.5
+        assert c.rule == handle.policy.rule
         assert 0 < c.psnr < math.inf
         assert c.plain_seconds > 0
         assert c.gated_seconds > 0
@@ -262,7 +263,7 @@ def comparison(prompt="red apple", *, error=1, skipped=2, plain_seconds=10.0, ga
     ]
     steps = (FORCED, *middle, StepRecord(9, "forced", None, None, 0.0))
     gated = plain + np.uint8(error)
-    return Comparison(prompt, plain, gated, plain_seconds, gated_seconds, 0.17, GenerationStats(steps))
+    return Comparison(prompt, plain, gated, plain_seconds, gated_seconds, RULE, GenerationStats(steps))
 
 
 def test_psnr_and_ssim():
@@ -363,7 +364,7 @@ def test_plot_shows_what_the_gate_compared(flux):
 def test_plot_without_measurements():
     steps = tuple(StepRecord(i, "computed", None, None, 0.0) for i in range(3))
     c = comparison()
-    c = Comparison(c.prompt, c.plain, c.plain, 1.0, 1.0, 0.0, GenerationStats(steps))
+    c = Comparison(c.prompt, c.plain, c.plain, 1.0, 1.0, RULE, GenerationStats(steps))
     assert Image.open(io.BytesIO(report.plot_png([c], QUICK))).size == (1200, 390)
 
 

@@ -85,7 +85,7 @@ def test_quantised_and_with_lora_is_bit_equal(case: Case, change: str, photo: Pa
 def test_one_host_read_a_gated_step(
     case: Case, how: dict[str, Any], photo: Path, mask: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a compiled step, from the second on, by the branch, else of the state; nothing else is waited for in a step."""
+    """In a compiled step, from the second on, by the branch, else of the state; nothing else is waited for."""
     read: list[str | None] = []
     settle = Generation.settle
     monkeypatch.setattr(Generation, "settle", lambda self: read.append(settle(self)) or read[-1])

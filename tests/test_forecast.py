@@ -404,7 +404,7 @@ def test_bad_caches(flux: Any, value: Any) -> None:
 @given(st.lists(st.floats(1e-4, 0.1), min_size=1, max_size=100), st.floats(0.01, 1))
 def test_a_budget_is_kept(differences: list[float], budget: float) -> None:
     sigmas = np.cumsum(differences)[::-1].tolist()
-    plan = budgeted(sigmas, budget)
+    plan = budgeted(sigmas, budget, 64)
     assert len(plan) == len(sigmas)
     assert plan[0]
     assert plan[-1]
@@ -417,23 +417,29 @@ def as_text(plan: tuple[bool, ...]) -> str:
 
 def test_budgets_by_hand() -> None:
     even = [1 - 0.1 * i for i in range(10)]
-    assert as_text(budgeted(even, 0.5)) == "1010100101"
-    assert as_text(budgeted(even, 0.2)) == "1000000001"
-    assert as_text(budgeted(even, 0.01)) == "1000000001"
-    assert as_text(budgeted(even[:4], 1.0)) == "1111"
-    assert as_text(budgeted([1.0], 0.5)) == "1"
-    assert budgeted([], 0.5) == ()
-    assert as_text(budgeted([1.0] * 6, 0.5)) == "101001"  # a schedule that stands still
+    tokens = round((8 / 3) ** 2)  # 7: sigma counts as it is, nearly
+    assert as_text(budgeted(even, 0.5, tokens)) == "1010010101"
+    assert as_text(budgeted(even, 0.2, tokens)) == "1000000001"
+    assert as_text(budgeted(even, 0.01, tokens)) == "1000000001"
+    assert as_text(budgeted(even[:4], 1.0, tokens)) == "1111"
+    assert as_text(budgeted([1.0], 0.5, tokens)) == "1"
+    assert budgeted([], 0.5, tokens) == ()
+    assert as_text(budgeted([1.0] * 6, 0.5, tokens)) == "101001"  # a schedule that stands still
 
 
-def test_a_budget_goes_where_sigma_changes() -> None:
+def test_a_budget_goes_where_the_noise_that_is_seen_changes() -> None:
     """The distances between computed steps are the shorter the faster it falls; a step counts at most once."""
-    quickening = [1 - (i / 40) ** 3 for i in range(40)]
-    computed = np.flatnonzero(budgeted(quickening, 0.4))
-    thirds = np.histogram(computed, [0, 13, 26, 40])[0]
-    assert thirds[0] < thirds[1] < thirds[2]
+    linear = [1 - i / 50 for i in range(50)]
+    # Of 64 tokens: seen is s / (s + 3 (1 - s)), which falls by more than half in the first third.
+    computed = np.flatnonzero(budgeted(linear, 0.3, 64))
+    seen = np.array([s / (s + 3 * (1 - s)) for s in linear])[computed]
+    assert np.abs(np.diff(seen) + 1 / 14).max() < 0.04
+    # The same with 4096 tokens and FLUX's shift of 8 times, and more at the beginning without it.
+    flux = [8 * s / (1 + 7 * s) for s in linear]
+    assert budgeted(flux, 0.3, 4096) == budgeted(linear, 0.3, 64)
+    assert sum(budgeted(linear, 0.3, 4096)[:10]) > sum(budgeted(linear, 0.3, 64)[:10])
     abrupt = [1 - 0.001 * i for i in range(36)] + [0.9, 0.6, 0.3, 0.0]
-    assert as_text(budgeted(abrupt, 0.3)).endswith("1111")
+    assert as_text(budgeted(abrupt, 0.3, 64)).endswith("1111")
 
 
 def test_a_budget(flux: Any, generate: Generate, photo: Path) -> None:
@@ -441,8 +447,8 @@ def test_a_budget(flux: Any, generate: Generate, photo: Path) -> None:
     arguments: dict[str, Any] = dict(num_inference_steps=10, height=64, width=64)
     with noises(flux) as noting:
         generate(**arguments)
-    plan = as_text(budgeted(noting.sigmas[:10], 0.5))
-    with tc.apply(flux, steps=plan, forecast=1, cache="output"):
+    plan = as_text(budgeted(noting.sigmas[:10], 0.5, 16))
+    with tc.apply(flux, steps=plan, forecast=1, cache="output", corrector=0.5):
         expected = generate(**arguments)
     with tc.apply(flux, budget=0.5, forecast=1, cache="output") as handle:
         ops.reset_counters()

@@ -27,7 +27,7 @@ from test_forecast import noises
 import mlx_teacache_fast as tc
 from mlx_teacache_fast.cli.shared import flag
 from mlx_teacache_fast.mflux.pictures import psnr
-from mlx_teacache_fast.models import TINY_KLEIN
+from mlx_teacache_fast.policy import RULES
 from mlx_teacache_fast.policy import settings as settings_of
 from mlx_teacache_fast.record.trace import replay
 from mlx_teacache_fast.step.forecast import weights
@@ -56,7 +56,8 @@ def refusal(call: Callable[..., Any], *args: Any, **given: Any) -> str:
 
 POLICIES = [
     tc.Policy(),
-    tc.Policy(rule=tc.Gate(mode="fast", skip_first_n_steps=3, max_consecutive_skips=2, max_skips=5), forecast=2),
+    tc.Policy(rule=tc.Tolerance(mode="fast"), forecast=2, corrector=0.25),
+    tc.Policy(rule=tc.Gate(skip_first_n_steps=3, max_consecutive_skips=2, max_skips=5), forecast=2),
     tc.Policy(rule=tc.Gate(rel_l1_thresh=0.4, coefficients=(0, 0, 0, 1, 0), calibrated_range=(0.02, 0.1))),
     tc.Policy(rule=tc.Budget(budget=0.4), cache="residual", save_metadata=False),
     tc.Policy(rule=tc.Steps(steps="1" + 12 * "01"), forecast=0),
@@ -99,7 +100,7 @@ def test_a_policy_of_a_picture(flux: Any, tmp_path: Path, policy: tc.Policy) -> 
 
 
 def test_every_setting_is_an_option_and_is_documented() -> None:
-    fields = settings_of(tc.Gate, tc.Budget, tc.Steps, tc.Policy)
+    fields = settings_of(*RULES, tc.Policy)
     help_text = run("run", "--help").out
     documentation = " ".join((tc.apply.__doc__ or "").split())
     parameters = inspect.signature(tc.apply).parameters
@@ -117,15 +118,14 @@ def test_what_is_left_open_is_the_models() -> None:
     base = tc.VARIANTS["flux2-klein-base-4b"]
     own = dict(coefficients=base.coefficients, calibrated_range=base.calibrated_range)
     assert tc.Gate().of_model(base) == tc.Gate(rel_l1_thresh=0.17, **own)
-    assert tc.Gate(mode="fast", max_skips=3).of_model(base) == tc.Gate(rel_l1_thresh=0.34, max_skips=3, **own)
+    assert tc.Gate(max_skips=3).of_model(base) == tc.Gate(rel_l1_thresh=0.17, max_skips=3, **own)
     mine = tc.Gate(coefficients=(0, 0, 0, 1, 0))
     assert mine.of_model(base) == dataclasses.replace(mine, rel_l1_thresh=0.2)
-    assert tc.Gate(mode="fast", coefficients=(0, 0, 0, 1, 0)).of_model(base).rel_l1_thresh == 0.4
     assert tc.Policy(rule=tc.Budget(budget=0.4)).of_model(base) == tc.Policy(rule=tc.Budget(budget=0.4))
 
 
 def test_the_models_own_polynomial_is_builtin_however_it_is_given(flux: Any) -> None:
-    with tc.apply(flux) as handle:
+    with tc.apply(flux, rel_l1_thresh=0.039) as handle:
         assert (handle.calibrated, handle.provenance.source) == (True, "builtin")
     with tc.apply(flux, handle.policy) as again:
         assert (again.calibrated, again.provenance) == (True, handle.provenance)
@@ -151,8 +151,8 @@ def test_a_handle_is_read_only(flux: Any) -> None:
 
 
 NAMES = (
-    "mode, rel_l1_thresh, coefficients, calibrated_range, skip_first_n_steps, skip_last_n_steps, "
-    "max_consecutive_skips, max_skips, budget, steps, forecast, cache, save_metadata"
+    "tolerance, mode, rel_l1_thresh, coefficients, calibrated_range, skip_first_n_steps, skip_last_n_steps, "
+    "max_consecutive_skips, max_skips, budget, steps, forecast, cache, corrector, save_metadata"
 )
 
 
@@ -161,8 +161,11 @@ NAMES = (
     [
         (dict(mode=["fast"]), "mode must be 'quality', 'balanced', 'fast', got ['fast']"),
         (dict(mode="best"), "mode must be 'quality', 'balanced', 'fast', got 'best'"),
-        (dict(mode="fast", rel_l1_thresh=0.3), "mode and rel_l1_thresh both set the threshold: leave out either"),
-        (dict(steps="11", budget=0.3), "steps plans every step, and budget cannot count: leave out either"),
+        (
+            dict(mode="fast", rel_l1_thresh=0.3),
+            "mode says which steps compute, and rel_l1_thresh cannot count: leave out either",
+        ),
+        (dict(steps="11", budget=0.3), "budget says which steps compute, and steps cannot count: leave out either"),
         (dict(calibrated_range=(0, 1)), "calibrated_range belongs to coefficients of yours: give them too"),
         (
             dict(coefficients=[1, 2, 3, 4, 5], calibrated_range=(1, 0)),
@@ -182,7 +185,7 @@ def test_bad_settings(flux: Any, given: dict[str, Any], message: str) -> None:
 def test_planned_steps_stand_alone(planned: dict[str, Any]) -> None:
     (name,) = planned
     for f in settings_of(tc.Gate):
-        message = f"{name} plans every step, and {f.name} cannot count: leave out either"
+        message = f"{f.name} says which steps compute, and {name} cannot count: leave out either"
         assert refusal(tc.Policy.of, **planned, **{f.name: 1}) == message
 
 
@@ -193,14 +196,14 @@ def test_bad_policies(flux: Any) -> None:
     message = "a policy has all settings: leave out either it or budget, mode"
     assert refusal(tc.apply, flux, tc.Policy(), budget=0.4, mode=None) == message
     assert refusal(tc.apply, flux, "fast") == "a policy is a Policy or a path, and 'fast' a mode: mode='fast'"
-    assert refusal(tc.Policy, rule="1101") == "rule must be a Gate, a Budget or Steps, got '1101'"
+    assert refusal(tc.Policy, rule="1101") == "rule must be a Tolerance, a Gate, a Budget or Steps, got '1101'"
 
 
 GOOD: dict[str, Any] = {"format": "mlx-teacache-fast policy", "version": 1, "policy": {"steps": "10"}, "about": {}}
 
 
 NO_FORMAT = 'is not a policy: it has no "format": "mlx-teacache-fast policy"'
-NO_MAPPING = "is not a policy: mlx_teacache_fast.policy.Policy.of() argument after ** must be a mapping, not "
+NO_OBJECT = 'is not a policy: its "policy" is no object of settings'
 BEGIN = "steps must begin with a computed step (1), got '01': there is nothing to reuse"
 
 
@@ -212,8 +215,8 @@ BEGIN = "steps must begin with a computed step (1), got '01': there is nothing t
         ("[]", NO_FORMAT),
         (json.dumps(GOOD | {"format": "mlx-teacache-fast trace"}), NO_FORMAT),
         (json.dumps(GOOD | {"version": 2}), "is a policy of version 2, and this package reads 1"),
-        (json.dumps({"format": GOOD["format"], "version": 1}), f"{NO_MAPPING}NoneType"),
-        (json.dumps(GOOD | {"policy": 1}), f"{NO_MAPPING}int"),
+        (json.dumps({"format": GOOD["format"], "version": 1}), NO_OBJECT),
+        (json.dumps(GOOD | {"policy": 1}), NO_OBJECT),
         (json.dumps(GOOD | {"policy": {"steps": "01"}}), f"is not a policy: {BEGIN}"),
         (json.dumps(GOOD | {"policy": {"colour": 1}}), f"is not a policy: no such setting: colour; there are {NAMES}"),
     ],
@@ -239,13 +242,12 @@ def test_files_that_are_not_there_or_no_gated_picture(flux: Any, tmp_path: Path)
 
 def test_the_default_forecasts_the_output(flux: Any) -> None:
     with tc.apply(flux) as handle:
-        own = dict(coefficients=TINY_KLEIN.coefficients, calibrated_range=TINY_KLEIN.calibrated_range)
-        assert handle.policy == tc.Policy.of(rel_l1_thresh=TINY_KLEIN.rel_l1_thresh, **own)
+        assert handle.policy == tc.Policy.of(tolerance=0.1, forecast=1, cache="output")
         assert (handle.variant_id, handle.calibrated) == ("tiny-klein", True)
     with tc.apply_teacache(flux) as handle:
         assert (handle.policy.forecast, handle.policy.cache, handle.rel_l1_thresh) == (0, "residual", 0.17)
         assert (handle.variant_id, handle.calibrated) == ("flux2-klein-base-4b", True)
-    for same in (dict(forecast=0, cache="residual"), handle.policy.flat):  # by name
+    for same in (dict(rel_l1_thresh=0.17, forecast=0, cache="residual"), handle.policy.flat):  # by name
         with tc.apply(flux, **same) as again:
             assert (again.policy, again.variant_id) == (handle.policy, handle.variant_id)
     with tc.apply_teacache(flux, forecast=2, cache="output") as handle:
@@ -259,18 +261,18 @@ def test_the_default_is_closer_than_teacache_with_no_more_steps(flux: Any, gener
         reused = generate(**arguments)
     with tc.apply(flux) as handle:
         forecast = generate(**arguments)
-    assert handle.stats.skipped_count >= theirs.stats.skipped_count > 0
-    assert psnr(plain, forecast) > psnr(plain, reused) + 2
+    assert handle.stats.skipped_count >= 2 * theirs.stats.skipped_count > 0
+    assert psnr(plain, forecast) > psnr(plain, reused)
 
 
-def test_modes_are_thresholds(flux: Any) -> None:
-    thresholds = {}
+def test_modes_are_tolerances(flux: Any) -> None:
+    tolerances = {}
     for mode in tc.MODES:
         with tc.apply(flux, mode=mode) as handle:
-            thresholds[mode] = handle.rel_l1_thresh
-            assert (handle.policy.forecast, handle.policy.cache) == (1, "output")
-    assert thresholds["quality"] < thresholds["balanced"] < thresholds["fast"]
-    assert thresholds["balanced"] == TINY_KLEIN.rel_l1_thresh
+            tolerances[mode] = handle.policy.flat["tolerance"]
+            assert handle.policy == tc.Policy.of(tolerance=tc.MODES[mode])
+    assert tolerances["quality"] < tolerances["balanced"] < tolerances["fast"]
+    assert tc.Policy() == tc.Policy.of(mode="balanced") == tc.Policy.of()
 
 
 # ---- The search
@@ -317,7 +319,7 @@ def test_neighbours(steps: list[bool], seed: int) -> None:
 
 
 def test_annealing_finds_what_is_best() -> None:
-    best = budgeted([1 - i / 12 for i in range(12)], 0.5)
+    best = budgeted([1 - i / 12 for i in range(12)], 0.5, 64)
     start = tuple(i < 6 for i in range(12))
 
     def judge(steps: tuple[bool, ...]) -> float:

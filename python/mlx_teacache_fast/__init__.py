@@ -56,7 +56,7 @@ from .errors import (
 from .handle import Handle, apply, apply_teacache
 from .models import VARIANTS, Provenance, Variant
 from .pictures import read_metadata
-from .policy import MODES, Budget, Gate, Policy, Steps, check_step_window
+from .policy import MODES, Budget, Gate, Policy, Steps, Tolerance, check_step_window
 from .record.metadata import Metadata
 from .record.stats import GenerationStats, Stats, StepRecord
 from .record.trace import Trace, replay
@@ -84,8 +84,8 @@ __all__ = [
     "OutputError", "Pipeline", "Pipelines", "Policy", "Provenance", "Stats", "StepDecision", "StepRecord", "Steps",
     "TeaCacheDisabledWarning", "TeaCacheError", "TeaCacheHandle", "TeaCacheNoBenefitWarning", "TeaCacheStats",
     "TeaCacheUncalibratedCheckpointWarning", "TeaCacheUntestedMfluxWarning", "TeaCacheValueError", "TeaCacheWarning",
-    "Trace", "UncalibratedWarning", "UntestedVersionWarning", "Variant", "VariantInfo", "__version__", "apply",
-    "apply_teacache", "check_step_window", "match_variant", "ops", "read_metadata", "replay", "supported",
+    "Tolerance", "Trace", "UncalibratedWarning", "UntestedVersionWarning", "Variant", "VariantInfo", "__version__",
+    "apply", "apply_teacache", "check_step_window", "match_variant", "ops", "read_metadata", "replay", "supported",
 ]
 # fmt: on
 

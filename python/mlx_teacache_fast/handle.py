@@ -17,7 +17,8 @@ from .errors import (
 )
 from .models import VARIANTS, Provenance, Variant
 from .pictures import read_policy
-from .policy import MODES, RULES, Gate, Policy, described, settings
+from .plans import PublishedPlans, published_plans
+from .policy import MODES, RULES, Budget, Gate, Policy, Steps, Tolerance, described, settings
 from .record.stats import Stats, table
 from .record.trace import Trace
 from .support import require_mflux
@@ -33,17 +34,26 @@ class Handle:
         policy: How it is gated, with the model's values in place of those that were left open.
         variant_id: The model whose coefficients are in use.
         calibrated: Whether they were fitted on this very model and pipeline; False with your own.
-        provenance: Where the coefficients come from.
+        provenance: Where what decides comes from.
+        plans: Which steps others computed with this model, as published; a budget goes by them. None if nobody did.
         stats: Totals over finished generations, and the last one step by step. Kept after ``restore``.
     """
 
-    def __init__(self, policy: Policy, variant: Variant, calibrated: bool) -> None:
+    def __init__(self, policy: Policy, variant: Variant, calibrated: bool, plans: PublishedPlans | None) -> None:
         rule, models = policy.rule, (variant.coefficients, variant.calibrated_range)
-        own = isinstance(rule, Gate) and (rule.coefficients, rule.calibrated_range) != models
+        own = isinstance(rule, Steps) or (
+            isinstance(rule, Gate) and (rule.coefficients, rule.calibrated_range) != models
+        )
         self.policy = policy
+        self.plans = plans
         self.variant_id = variant.variant_id
         self.calibrated = calibrated and not own
         self.provenance = Provenance("user") if own else variant.provenance
+        if isinstance(rule, Tolerance | Budget):
+            published = plans if isinstance(rule, Budget) else None
+            self.provenance = (
+                Provenance("published", reference_url=published.source) if published else Provenance("rule")
+            )
         self.stats = Stats()
         self._hook: Hook | None = None  # the last: with it the handle is made
 
@@ -87,7 +97,7 @@ class Handle:
 
 
 def apply(flux: Any, policy: Policy | str | Path | None = None, **given: Any) -> Handle:
-    """Skip denoising steps of an mflux pipeline whose input has hardly changed since the step before.
+    """Skip denoising steps of an mflux pipeline where a forecast of what they would compute is good enough.
 
     ``flux.generate_image`` is used as before, with all of its arguments, also in several threads. A computed step is
     mflux's own; a skipped one gets a forecast of the noise prediction from the last computed ones. Copies of a gated
@@ -125,15 +135,15 @@ def apply_teacache(flux: Any, **given: Any) -> Handle:
     Returns:
         Handle: As of ``apply``, whose errors this has too.
     """
-    return gate(flux, Policy.of(**{"forecast": 0, "cache": "residual"} | given))
+    return gate(flux, Policy.of(Gate, **{"forecast": 0, "cache": "residual"} | given))
 
 
 def _documented() -> None:
     """``help(apply)`` shows every setting, with its default and text."""
-    apply.__doc__ = (apply.__doc__ or "").replace("{settings}", described(" " * 12, *RULES[::-1], Policy))
+    apply.__doc__ = (apply.__doc__ or "").replace("{settings}", described(" " * 12, *RULES, Policy))
     named = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None if f.default is MISSING else f.default)
-        for f in settings(*RULES[::-1], Policy)
+        for f in settings(*RULES, Policy)
     ]
     first = [p for name, p in inspect.signature(apply).parameters.items() if name != "given"]
     apply.__signature__ = inspect.signature(apply).replace(parameters=[*first, *named])  # type: ignore[attr-defined]
@@ -163,7 +173,7 @@ def gate(flux: Any, policy: Policy) -> Handle:
     from .mflux import families, hook
 
     # TeaCache as published takes the demonstration model for the one whose name it has, as mlx-teacache does.
-    by_name = (policy.forecast, policy.cache) == (0, "residual")
+    by_name = isinstance(policy.rule, Gate) and (policy.forecast, policy.cache) == (0, "residual")
     family, variant, calibrated = families.match(getattr(flux, "model_config", None), type(flux), by_name)
     if flux.transformer is None:
         raise IncompatibleModelError(
@@ -177,7 +187,7 @@ def gate(flux: Any, policy: Policy) -> Handle:
             existing.handle,
         )
     policy = policy.of_model(variant)
-    handle = Handle(policy, variant, calibrated)
+    handle = Handle(policy, variant, calibrated, published_plans(flux.model_config))
     handle._hook = hook.Hook(flux, family, handle)
     if reason := policy.rule.skips_nothing:
         warn_caller(f"{reason}: every step computes", DisabledWarning)

@@ -15,10 +15,11 @@ DEFAULT_THRESHOLD = 0.20
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where the coefficients in use come from.
+    """Where what decides comes from: coefficients, plans or a rule.
 
     Attributes:
-        source: ``builtin``, or ``user`` for those given to ``apply``, of which nothing else is known.
+        source: ``builtin`` for coefficients of the table, ``published`` for plans of a model's; ``user`` for what was
+            given to ``apply``, of which nothing else is known; ``rule`` for what needs nothing of the model's.
         calibration_dataset: The generations they were fitted on; None where the source does not say.
         fit_metric: What ``fit_metric_value`` is; None where the source does not say.
         fit_metric_value: Dimensionless.
@@ -26,7 +27,7 @@ class Provenance:
         default_thresh: The model's threshold; None for a distilled model, which has none of its own.
     """
 
-    source: Literal["builtin", "user"]
+    source: Literal["builtin", "published", "user", "rule"]
     calibration_dataset: str | None = None
     fit_metric: str | None = None
     fit_metric_value: float | None = None

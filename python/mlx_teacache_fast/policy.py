@@ -21,8 +21,8 @@ _INT32_MAX = 2**31 - 1
 Mode = Literal["quality", "balanced", "fast"]
 DEFAULT_MODE: Mode = "balanced"
 
-# Each mode's threshold, in parts of the model's own. What they give on the demonstration model: docs/forecasting.md.
-MODES: dict[Mode, float] = {"quality": 0.85, "balanced": 1.0, "fast": 2.0}
+# Each mode's tolerance. What they give on the demonstration model: docs/forecasting.md.
+MODES: dict[Mode, float] = {"quality": 0.05, "balanced": 0.1, "fast": 0.2}
 
 Cache = Literal["residual", "output"]
 CACHES: tuple[Cache, ...] = ("residual", "output")
@@ -143,10 +143,6 @@ class Gate(_Checked):
     """
 
     # fmt: off
-    mode: Mode | None = _setting(
-        None, _one_of(", ".join(map(repr, MODES)), tuple(MODES)),
-        f"the threshold by name, in parts of the model's own: {', '.join(f'{m} {x:g}' for m, x in MODES.items())} "
-        f"(default: {DEFAULT_MODE})", choices=tuple(MODES))
     rel_l1_thresh: float | None = _setting(
         None, _number("a number from 0.0 to 1.0", lambda t: 0 <= t <= 1),
         "accumulated distance, 0 to 1, at which a step is computed again: a higher one skips more and is less faithful,"
@@ -172,8 +168,6 @@ class Gate(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode is not None and self.rel_l1_thresh is not None:
-            raise TeaCacheValueError("mode and rel_l1_thresh both set the threshold: leave out either")
         if self.calibrated_range is not None and self.coefficients is None:
             raise TeaCacheValueError("calibrated_range belongs to coefficients of yours: give them too")
 
@@ -181,11 +175,10 @@ class Gate(_Checked):
         """With the model's values in place of those that are left open."""
         threshold = self.rel_l1_thresh
         if threshold is None:
-            default = variant.rel_l1_thresh if self.coefficients is None else DEFAULT_THRESHOLD
-            threshold = min(1.0, default * MODES[self.mode or DEFAULT_MODE])
+            threshold = variant.rel_l1_thresh if self.coefficients is None else DEFAULT_THRESHOLD
         own = self if self.coefficients is not None else variant
         polynomial = {name: getattr(own, name) for name in ("coefficients", "calibrated_range")}
-        return replace(self, mode=None, rel_l1_thresh=threshold, **polynomial)
+        return replace(self, rel_l1_thresh=threshold, **polynomial)
 
     @property
     def skips_nothing(self) -> str | None:
@@ -211,8 +204,62 @@ class Gate(_Checked):
         )
 
     def __str__(self) -> str:
-        named = f"mode {self.mode or DEFAULT_MODE}"
-        return named if self.rel_l1_thresh is None else f"rel_l1_thresh {self.rel_l1_thresh:g}"
+        return "the model's threshold" if self.rel_l1_thresh is None else f"rel_l1_thresh {self.rel_l1_thresh:g}"
+
+
+# Of a tolerance: so many first steps compute, for two values are no trend, and their errors grow the most; and from a
+# computed step to the next one it is so many at most. Chosen on the demonstration model (docs/forecasting.md).
+WARM_UP = 4
+LONGEST_GAP = 5
+RHO = 0.75  # of the corrector, with a tolerance: 0.5 to 1 are about as good, with guidance and without
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance(_Checked):
+    """A step is skipped while its forecast is expected to miss what would be computed by less than this.
+
+    How fast forecasts go wrong is seen at the computed steps, so that this needs to know neither model nor schedule.
+
+    Attributes:
+        {settings}
+    """
+
+    # fmt: off
+    tolerance: float | None = _setting(
+        None, _number("a number from 0.0 to 1.0", lambda t: 0 <= t <= 1),
+        "relative L1 distance, 0 to 1, by which a skipped step's forecast may miss, as far as earlier misses tell: a "
+        f"higher one skips more and is less faithful, 0 skips nothing (default: {MODES[DEFAULT_MODE]:g})",
+        metavar="T", type=float)
+    mode: Mode | None = _setting(
+        None, _one_of(", ".join(map(repr, MODES)), tuple(MODES)),
+        f"the tolerance by name: {', '.join(f'{m} {x:g}' for m, x in MODES.items())} (default: {DEFAULT_MODE})",
+        choices=tuple(MODES))
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode is not None and self.tolerance is not None:
+            raise TeaCacheValueError("mode and tolerance both set the tolerance: leave out either")
+        if self.tolerance is None:
+            object.__setattr__(self, "tolerance", MODES[self.mode or DEFAULT_MODE])
+            object.__setattr__(self, "mode", None)
+
+    @property
+    def skips_nothing(self) -> str | None:
+        """Why, if so."""
+        return "tolerance=0.0 computes all" if self.tolerance == 0 else None
+
+    def check_schedule(self, num_steps: int, num_inference_steps: int) -> str | None:
+        """Why nothing can be skipped of so many active steps, if so."""
+        if num_steps == 0 or self.tolerance == 0 or num_steps > WARM_UP + 1:
+            return None
+        return (
+            f"no possible skip: the first {WARM_UP} steps and the last one compute, and the schedule has "
+            f"active_num_steps={num_steps}"
+        )
+
+    def __str__(self) -> str:
+        return f"tolerance {self.tolerance:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +274,8 @@ class Budget(_Checked):
     budget: float = _setting(
         MISSING, _number("a share of the steps above 0.0 and up to 1.0", lambda share: 0 < share <= 1),
         "this share of the steps is computed, planned before the run, instead of measuring: the first and the last in "
-        "any case, others in between, the denser the more sigma changes", metavar="SHARE", type=float)
+        "any case, and others in between: as published for the model, or evenly over the noise that a picture of its "
+        "size shows", metavar="SHARE", type=float)
     # fmt: on
 
     @property
@@ -277,7 +325,8 @@ class Steps(_Checked):
         return "steps as planned"
 
 
-RULES = (Steps, Budget, Gate)  # the last one where no setting says which
+Rule = Steps | Budget | Tolerance | Gate
+RULES: tuple[type[Rule], ...] = (Tolerance, Gate, Budget, Steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,11 +334,11 @@ class Policy(_Checked):
     """How to gate a pipeline.
 
     Attributes:
-        rule: Which steps compute: ``Gate``, ``Budget`` or ``Steps``, each with its own settings only.
+        rule: Which steps compute: ``Tolerance``, ``Gate``, ``Budget`` or ``Steps``, each with its own settings only.
         {settings}
     """
 
-    rule: Gate | Budget | Steps = Gate()
+    rule: Rule = Tolerance()
     # fmt: off
     forecast: int = _setting(
         1, _one_of(f"an order from 0 (reuse) to {MAX_ORDER}", tuple(range(MAX_ORDER + 1))),
@@ -299,6 +348,12 @@ class Policy(_Checked):
         "output", _one_of(" or ".join(map(repr, CACHES)), CACHES),
         "what is reused or extrapolated: the residual of the transformer's blocks, or the output, the noise "
         "prediction, which takes little memory (default: output)", choices=CACHES)
+    corrector: float | None = _setting(
+        None, _number("a number from 0.0 to 1.0", lambda share: 0 <= share <= 1),
+        "share of the error gathered in skipped steps that the next computed one takes back, with Euler schedulers and "
+        f"the output cache (default: {RHO:g} with a tolerance, 0.5 with a budget of 0.3 or more and guidance of 5 or "
+        "less, else 0)",
+        metavar="SHARE", type=float)
     save_metadata: bool = _setting(
         True, _one_of("True or False", (True, False)),
         "whether pictures say in their metadata how they were gated (default: they do)",
@@ -308,27 +363,41 @@ class Policy(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.rule, RULES):
-            raise TeaCacheValueError(f"rule must be a Gate, a Budget or Steps, got {self.rule!r}")
+            raise TeaCacheValueError(f"rule must be a Tolerance, a Gate, a Budget or Steps, got {self.rule!r}")
+        if self.corrector and self.cache == "residual":
+            raise TeaCacheValueError('corrector changes the noise prediction, and cache="residual" keeps none')
 
     @classmethod
-    def of(cls, **given: Any) -> Self:
+    def of(cls, default: type[Rule] = Tolerance, /, **given: Any) -> Self:
         """From settings of one flat name space, as ``apply`` takes them; None leaves one out that has no default.
+
+        Args:
+            default: The kind of rule where no setting says which.
+            **given: The settings.
 
         Raises:
             TeaCacheValueError: One has the wrong type or value, is unknown, or cannot count beside another.
         """
-        known = {f.name: f for f in settings(*RULES[::-1], cls)}
+        known = {f.name: f for f in settings(*RULES, cls)}
         if unknown := sorted(given.keys() - known.keys()):
             raise TeaCacheValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
         given = {n: v for n, v in given.items() if v is not None or known[n].default not in (None, MISSING)}
-        kind, *others = [rule for rule in RULES if _names(rule) & given.keys()] or [Gate]
+        kind, *others = [rule for rule in RULES if _names(rule) & given.keys()] or [default]
         if others:
+            first = next(name for name in given if name in _names(kind))
             wrong = ", ".join(name for name in given if name in _names(*others))
-            raise TeaCacheValueError(
-                f"{min(_names(kind))} plans every step, and {wrong} cannot count: leave out either"
-            )
+            raise TeaCacheValueError(f"{first} says which steps compute, and {wrong} cannot count: leave out either")
         of_rule = {name: given.pop(name) for name in _names(kind) & given.keys()}
         return cls(rule=kind(**of_rule), **given)
+
+    def rho(self, guidance: float) -> float:
+        """The corrector's share."""
+        if self.corrector is not None or self.cache == "residual":
+            return self.corrector or 0.0
+        if isinstance(self.rule, Tolerance):
+            return RHO
+        # With wider gaps or more guidance it makes the worst pictures worse (docs/forecasting.md).
+        return 0.5 if isinstance(self.rule, Budget) and self.rule.budget >= 0.3 and guidance <= 5 else 0.0
 
     def of_model(self, variant: Variant) -> Self:
         """With the model's values in place of those that are left open."""
@@ -364,8 +433,10 @@ class Policy(_Checked):
         """
         record: Any = from_json(Path(path), "policy").get("policy")
         try:
+            if not isinstance(record, dict):
+                raise TeaCacheValueError('its "policy" is no object of settings')
             return cls.of(**record)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise TeaCacheValueError(f"{path} is not a policy: {error}") from error
 
 

@@ -11,6 +11,7 @@ from .. import ops
 from ..errors import TeaCacheValueError
 from ..files import prepare_folder, write_file
 from ..models import REGIMES, TINY_KLEIN
+from ..policy import DEFAULT_MODE, MODES
 from .shared import COUNT, GUIDANCE, PROG, SEED, number, quiet_logging, warnings_in_one_line
 
 DEFAULT_PROMPTS = ("red apple", "panda face")
@@ -31,9 +32,10 @@ quality numbers are not those of FLUX.
 EPILOG = """\
 the files, in the output folder:
   images.png  a row per prompt: plain mflux, gated, and their difference, amplified
-  plot.png    a row per prompt: the distance that the gate measured at each step, its sum at the decision against the
-              threshold, and which steps were computed, skipped or forced (hatched: computed below the threshold,
-              because the distance is beyond the polynomial's calibrated range or too many were skipped in a row)
+  plot.png    a row per prompt: by how much the forecast missed each computed step, the miss expected at the decision
+              against the tolerance, and which steps were computed, skipped or forced (hatched: computed below the
+              tolerance, because too many would be skipped in a row). With --threshold: the distance that the gate
+              measured, and its sum against the threshold
 
 the numbers:
   skipped  steps whose transformer blocks did not run: a forecast from the last computed ones stood in for them
@@ -68,10 +70,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--guidance", **GUIDANCE, default=4.0,
         help="how strongly the prompt steers; above 1 every step runs the model twice, so 1 takes half the time and "
         "looks less sharp (default: %(default)g)")
-    parser.add_argument(
-        "--threshold", metavar="T", type=number(float, "a number from 0 to 1", lambda t: 0 <= t <= 1),
-        help="accumulated distance at which a step is computed again: more skips with a higher one, none with 0 "
-        f"(default: {TINY_KLEIN.rel_l1_thresh:g}, the model's own)")
+    share = number(float, "a number from 0 to 1", lambda t: 0 <= t <= 1)
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument(
+        "--tolerance", metavar="T", type=share,
+        help="miss that is expected of a skipped step's forecast at most: more skips with a higher one, none with 0 "
+        f"(default: {MODES[DEFAULT_MODE]:g})")
+    limit.add_argument(
+        "--threshold", metavar="T", type=share,
+        help="TeaCache's gate instead, with this accumulated distance at which a step is computed again (the model's "
+        f"own is {TINY_KLEIN.rel_l1_thresh:g})")
     parser.add_argument(
         "--regime", choices=REGIMES, default="own",
         help="the schedule: a large picture shows its composition through more noise than a small one, so that other "
@@ -116,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Both are drawn before either is written.
     files = {images: report.images_png(comparisons, settings), plot: report.plot_png(comparisons, settings)}
     print("\nTinyKlein, a tiny demonstration model: these numbers are not those of FLUX.")
-    print(f"{report.settings_line(settings, comparisons[0].threshold)}; an untimed warm-up of each kind went before\n")
+    print(f"{report.settings_line(settings, comparisons[0].rule)}; an untimed warm-up of each kind went before\n")
     print(report.table(comparisons))
     print(f"\nspeedup: plain / gated seconds; bound: the most that the skipped steps can give ({PROG} demo --help)")
     if any(c.speedup > 1.05 * c.generation.bound for c in comparisons):

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import InvalidStepWindowError, TeaCacheValueError
 from ..models import VARIANTS, Published, Variant
 from ..pictures import read_metadata
+from ..plans import published_plans
 from ..policy import check_step_window
 from ..record.stats import bound
 from ..support import supported
@@ -23,10 +24,11 @@ EPILOG = """\
 the lines:
   calibrated    whether the coefficients were fitted on this very model. If not, they are those of the model that it was
                 made from: compare a few pictures with ungated ones
-  threshold     accumulated distance at which a step is computed again (run --threshold)
+  threshold     of TeaCache's gate: accumulated distance at which a step is computed again (run --threshold)
   range         relative distances that the polynomial was fitted on; a larger one computes
   published     skipped steps on real weights as published by mlx-teacache for its rules, which are also ours, on an M1
                 Max; and the bound that follows: no speedup can exceed steps / (steps - skipped)
+  plans         where it is published which steps to compute of this model, for run --budget; else a rule says
   helps         whether steps can be skipped at --steps
 
 examples:
@@ -98,6 +100,8 @@ def _about(config: Any, variant: Variant, calibrated: bool, steps: int | None, d
     of = "" if calibrated else f"of {variant.variant_id}: "
     rows += [("published", of + _published(p)) for p in variant.published]
     rows += [("", url) for url in dict.fromkeys(p.url for p in variant.published)]
+    plans = published_plans(config)
+    rows.append(("plans", plans.source if plans else "none published"))
     asked = f"at {steps} steps" if steps is not None else f"at {default} steps, mflux's default"
     verdict, reason = _helps(variant, calibrated, steps or default)
     rows += [("helps", f"{asked}: {verdict}"), ("", reason)]

@@ -19,7 +19,7 @@ from .shared import FAILED, FILE, PROG, add_setting, quiet_logging, require_mflu
 HELP = "run one of mflux's commands with gating on"
 
 DESCRIPTION = """\
-Run one of mflux's commands, with all of its own options, and skip denoising steps whose input has hardly changed.
+Run one of mflux's commands, with all of its own options, and skip denoising steps that can be forecast.
 
 Write your usual command after "--". Pictures, progress bars and exit codes are mflux's; at the end a summary of the
 steps is printed. It helps only where there are steps to skip: base models at 25 steps or more, not the distilled ones
@@ -34,13 +34,14 @@ the summary, over all finished pictures:
   steps          how many were computed, forced (first and last ones), skipped, or numerical-miss: computed, because the
                  distance was no number
   bound          steps / (steps - skipped): the most that skipping these steps can give
-  rel-L1         relative distance of a step's input to the one before, as the gate measured it: percentiles
+  rel-L1         relative distance by which forecasts missed computed steps; with --threshold that of a step's input to
+                 the one before: percentiles
   seconds saved  an estimate from the mean times of computed and skipped steps
 
 examples:
   mlx-teacache-fast run -- mflux-generate-flux2 --model flux2-klein-base-4b --prompt "a red apple" --steps 50 \\
       --guidance 4
-  mlx-teacache-fast run --threshold 0.25 --trace apple.json -- mflux-generate --model dev --prompt "a red apple"
+  mlx-teacache-fast run --tolerance 0.05 --trace apple.json -- mflux-generate --model dev --prompt "a red apple"
   mlx-teacache-fast run --steps 1110101010101010101010101 -- mflux-generate --model dev --steps 25 --prompt "apple"
   mlx-teacache-fast run --like apple.png -- mflux-generate-flux2 --seed 2
   mlx-teacache-fast run -- mflux-generate-flux2 --help      (mflux's own help)
@@ -63,7 +64,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{PROG} run [options] -- COMMAND [its options]"
     parser.allow_abbrev = False
-    for setting in settings(*RULES[::-1], Policy):
+    for setting in settings(*RULES, Policy):
         add_setting(parser, setting)
     # fmt: off
     parser.add_argument(

@@ -12,6 +12,7 @@ from ..handle import apply
 from ..mflux import pictures
 from ..mflux.pictures import Image
 from ..models import REGIMES
+from ..policy import Gate, Policy, Rule, Steps
 from ..record.stats import GenerationStats, bound
 from . import SIZE, TinyKlein
 from ._extra import demo_extra
@@ -20,22 +21,23 @@ with demo_extra():
     import tqdm  # noqa: F401  # for progress bars
     from skimage.metrics import structural_similarity
 
-# Enough steps for both outcomes: the forced first and last compute, and those between skip at WARM_UP_THRESHOLD.
-WARM_UP_STEPS = 5
-WARM_UP_THRESHOLD = 1.0
+WARM_UP_STEPS = 5  # enough for both outcomes
+WARM_UP_THRESHOLD = 1.0  # at which all are skipped but the first and the last
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What all pictures of a comparison have in common. ``size`` is the side in pixels, a multiple of 16.
 
-    ``threshold`` is ``apply``'s ``rel_l1_thresh``; None is the model's default. ``regime`` is a name of ``REGIMES``.
+    ``tolerance`` is ``apply``'s, None its default; with ``threshold``, its ``rel_l1_thresh``, the gate decides.
+    ``regime`` is a name of ``REGIMES``.
     """
 
     steps: int = 50
     seed: int = 1
     guidance: float = 4.0
     size: int = SIZE
+    tolerance: float | None = None
     threshold: float | None = None
     regime: str = "own"
 
@@ -55,7 +57,7 @@ class Comparison:
     gated: Image
     plain_seconds: float
     gated_seconds: float
-    threshold: float
+    rule: Rule
     generation: GenerationStats
 
     @property
@@ -139,8 +141,15 @@ def compare(flux: TinyKlein, prompts: Sequence[str], settings: Settings, *, prog
     """
     warm_up_steps = min(WARM_UP_STEPS, settings.steps)
     total = 2 * warm_up_steps + 2 * settings.steps * len(prompts)
-    # Before anything slow: does the pipeline take this threshold?
-    apply(flux, rel_l1_thresh=settings.threshold).restore()
+    policy = Policy.of(tolerance=settings.tolerance, rel_l1_thresh=settings.threshold)
+    warm_up = policy
+    if not policy.rule.skips_nothing and warm_up_steps > 1:
+        warm_up = Policy(
+            rule=Steps(steps="1".ljust(warm_up_steps, "0"))
+            if settings.threshold is None
+            else Gate(rel_l1_thresh=WARM_UP_THRESHOLD)
+        )
+    apply(flux, policy).restore()  # before anything slow: can the pipeline be gated?
     with pictures.progress_bar(flux, total, disable=not progress) as bar:
 
         def generate(label: str, prompt: str, steps: int) -> tuple[Image, float]:
@@ -150,20 +159,20 @@ def compare(flux: TinyKlein, prompts: Sequence[str], settings: Settings, *, prog
             return picture, time.perf_counter() - start
 
         generate("warm-up", prompts[0], warm_up_steps)
-        with apply(flux, rel_l1_thresh=0.0 if settings.threshold == 0.0 else WARM_UP_THRESHOLD):
+        with apply(flux, warm_up):
             generate("warm-up", prompts[0], warm_up_steps)
 
         comparisons = []
         for i, prompt in enumerate(prompts):
             if i % 2 == 0:
                 plain, plain_seconds = generate(f"{prompt}, plain", prompt, settings.steps)
-            with apply(flux, rel_l1_thresh=settings.threshold) as handle:
+            with apply(flux, policy) as handle:
                 gated, gated_seconds = generate(f"{prompt}, gated", prompt, settings.steps)
             if i % 2 == 1:
                 plain, plain_seconds = generate(f"{prompt}, plain", prompt, settings.steps)
             generation = handle.stats.last_generation
             assert generation is not None  # generate_image returned, so the handle has committed it
             comparisons.append(
-                Comparison(prompt, plain, gated, plain_seconds, gated_seconds, handle.rel_l1_thresh or 0.0, generation)
+                Comparison(prompt, plain, gated, plain_seconds, gated_seconds, handle.policy.rule, generation)
             )
     return comparisons

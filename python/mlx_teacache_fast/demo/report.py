@@ -5,10 +5,11 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from ..policy import Gate, Rule, Tolerance
 from ..record.stats import Kind, StepRecord
 from ._extra import demo_extra
 from .compare import Comparison, Settings, Summary
@@ -66,10 +67,18 @@ def _numbers(steps: int, skipped: int, bound: float, of: Comparison | Summary) -
     return *counts, *times, decibels(of.psnr), f"{of.ssim:.4f}"
 
 
-def settings_line(settings: Settings, threshold: float) -> str:
-    """The settings that all pictures share, with the threshold in force."""
+def _limit(rule: Rule) -> tuple[str, float]:
+    """What a step is skipped below: its name and value."""
+    if isinstance(rule, Tolerance):
+        return "tolerance", rule.tolerance or 0.0
+    return "threshold", cast(Gate, rule).rel_l1_thresh or 0.0
+
+
+def settings_line(settings: Settings, rule: Rule) -> str:
+    """The settings that all pictures share, with the limit in force."""
+    name, limit = _limit(rule)
     return (
-        f"{settings.steps} steps, guidance {settings.guidance:g}, seed {settings.seed}, threshold {threshold:g}, "
+        f"{settings.steps} steps, guidance {settings.guidance:g}, seed {settings.seed}, {name} {limit:g}, "
         f"{settings.size}x{settings.size} pixels" + f", regime {settings.regime}" * (settings.regime != "own")
     )
 
@@ -87,7 +96,7 @@ def images_png(comparisons: Sequence[Comparison], settings: Settings) -> bytes:
     draw = ImageDraw.Draw(sheet)
     title, text, bold = _font(15, bold=True), _font(13), _font(13, bold=True)
     draw.text((MARGIN, MARGIN - 2), "TinyKlein, a demonstration model: plain mflux against gated", "black", title)
-    draw.text((MARGIN, MARGIN + 20), settings_line(settings, comparisons[0].threshold), "#555555", text)
+    draw.text((MARGIN, MARGIN + 20), settings_line(settings, comparisons[0].rule), "#555555", text)
     columns = [MARGIN + i * (side + MARGIN) for i in range(3)]
     for x, label in zip(columns, ("plain mflux", "gated", f"difference × {DIFFERENCE_GAIN}"), strict=True):
         draw.text((x, HEAD - 22), label, "black", bold)
@@ -130,11 +139,13 @@ def plot_png(comparisons: Sequence[Comparison], settings: Settings) -> bytes:
 
 
 def plot(comparisons: Sequence[Comparison], settings: Settings) -> Figure:
-    """A row per prompt: each step's relative L1 distance, and what the gate compared with the threshold."""
+    """A row per prompt: each step's relative L1 distance, and what was compared with the threshold or tolerance."""
     rows = len(comparisons)
+    name, limit = _limit(comparisons[0].rule)
+    watches = isinstance(comparisons[0].rule, Tolerance)
     figure = Figure(figsize=(12, 1.35 + 2.55 * rows), dpi=100, layout="constrained")
-    title = "What the gate saw at each step (TinyKlein, a demonstration model)"
-    figure.suptitle(f"{title}\n{settings_line(settings, comparisons[0].threshold)}", fontsize=12)
+    title = "What decided each step (TinyKlein, a demonstration model)"
+    figure.suptitle(f"{title}\n{settings_line(settings, comparisons[0].rule)}", fontsize=12)
     grid = figure.subplots(rows, 2, squeeze=False)
     safeguard = False
     for (left, right), c in zip(grid, comparisons, strict=True):
@@ -144,23 +155,26 @@ def plot(comparisons: Sequence[Comparison], settings: Settings) -> Figure:
         left.plot(at, distances, color="#bbbbbb", linewidth=1, zorder=1)
         left.scatter(at, distances, c=colours, s=18, zorder=2)
         left.set_ylim(bottom=0)
-        left.set_ylabel("relative L1 distance\nto the step before")
+        left.set_ylabel("forecast's miss,\nrelative L1" if watches else "relative L1 distance\nto the step before")
         left.set_title(c.prompt, loc="left", fontsize=11, fontweight="bold")
 
-        # A computed step resets the sum, so the gate saw the sum after the step before plus this step's share.
-        before = [0.0, *(step.accumulated for step in steps[:-1])]
+        # A computed step resets the gate's sum: it saw the sum after the step before plus this step's share.
+        before = [0.0, *(0.0 if watches else step.accumulated for step in steps[:-1])]
         seen = [total + (step.predicted or 0.0) for total, step in zip(before, steps, strict=True)]
-        bars = right.bar(at, [seen[i] for i in at], color=colours, width=0.8)
-        for bar, step in zip(bars, measured, strict=True):
-            if step.kind == "computed" and seen[step.index] < c.threshold:
+        decided = [step for step in steps if step.predicted is not None] if watches else measured
+        bars = right.bar(
+            [s.index for s in decided], [seen[s.index] for s in decided], color=_colours(decided), width=0.8
+        )
+        for bar, step in zip(bars, decided, strict=True):
+            if step.kind == "computed" and seen[step.index] < limit:
                 bar.set(**SAFEGUARD)
                 safeguard = True
-        others = [step for step in steps if step.rel_l1 is None]
+        others = [step for step in steps if step not in decided]
         at_0 = [0.0] * len(others)
         right.scatter([s.index for s in others], at_0, c=_colours(others), s=40, marker="s", clip_on=False)
-        right.axhline(c.threshold, **THRESHOLD)
-        right.set_ylim(bottom=0)
-        right.set_ylabel("accumulated distance\nat the decision")
+        right.axhline(limit, **THRESHOLD)
+        right.set_ylim(0, 3 * limit if watches else None)  # a miss that was expected far above tells no more
+        right.set_ylabel("expected miss\nat the decision" if watches else "accumulated distance\nat the decision")
         skipped = f"{c.generation.skipped} of {len(steps)} steps skipped"
         right.set_title(skipped, loc="right", fontsize=10, color="#555555")
         for axes in (left, right):
@@ -178,8 +192,8 @@ def plot(comparisons: Sequence[Comparison], settings: Settings) -> Figure:
     ]
     if safeguard:
         handles.append(Patch(facecolor=SHOWN["computed"][0], **SAFEGUARD, label="computed by a safeguard"))
-    handles.append(Line2D([], [], **THRESHOLD, label="threshold"))
-    handles.append(mark(markersize=6, color="black", fillstyle="none", label="not measured (at 0)"))
+    handles.append(Line2D([], [], **THRESHOLD, label=name))
+    handles.append(mark(markersize=6, color="black", fillstyle="none", label="decided without (at 0)"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
     return figure
 

@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any, cast
 
 import mlx.core as mx
+from mflux.models.common.schedulers import FlowMatchEulerDiscreteScheduler, LinearScheduler, SeedVR2EulerScheduler
 
 from ..errors import IncompatibleModelError, NoBenefitWarning, TeaCacheWarning, UntestedVersionWarning, warn_caller
 from ..policy import Policy
@@ -172,7 +173,9 @@ class _Run:
         def sigmas() -> Any:
             return list(getattr(config.scheduler, "sigmas", ()))[config.init_time_step :]
 
-        engine = Engine(Generation(hook.policy, num_steps, sigmas), hook.family.tap)
+        rho = hook.policy.rho(config.guidance) if getattr(type(config.scheduler), "step", None) in _EULER else 0.0
+        about = {"rho": rho, "num_tokens": config.height * config.width // 256, "plans": hook.handle.plans}
+        engine = Engine(Generation(hook.policy, num_steps, sigmas, **about), hook.family.tap)
         self._config = config
         if not hook.family.factories:
             own: Any = lambda **arguments: flux.transformer(**arguments)  # noqa: E731
@@ -207,6 +210,8 @@ class _Run:
         hook.stats.commit(*counted)  # last: an interrupted generation does not count
 
 
+# Steps that are linear in the noise.
+_EULER = [s.step for s in (LinearScheduler, FlowMatchEulerDiscreteScheduler, SeedVR2EulerScheduler)]
 _COMPILED: Any = type(mx.compile(lambda: None))  # of no Python function, whatever isinstance says
 
 

@@ -19,9 +19,12 @@ class StepRecord:
         index: Active step, from 0 (in image-to-image, steps that mflux leaves out are not counted).
         kind: ``computed``, ``forced`` (first and last steps, and those after ``max_skips``), ``skipped`` or
             ``numerical-miss`` (computed).
-        rel_l1: Relative L1 distance of the modulated input to the step before; None where not measured.
-        predicted: The polynomial's value at ``rel_l1``, at least 0; None where not measured.
-        accumulated: Sum of ``predicted`` since the last computed step, after this step's decision.
+        rel_l1: Relative L1 distance; None where not measured. With the gate of the modulated input to the step before;
+            with a tolerance of the forecast to what was computed, in what is kept for forecasts.
+        predicted: With the gate the polynomial's value at ``rel_l1``, at least 0; with a tolerance the ``rel_l1`` that
+            was expected of this step's forecast, by which it was decided; None where there is none.
+        accumulated: Sum of ``predicted`` since the last computed step, after this step's decision; with a tolerance
+            ``predicted`` of a skipped step alone.
         seconds: Its evaluation, until the next step is under way, callbacks included; None where not known, as for a
             generation's last step. Not compared: records are equal if the same was decided.
     """

@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import TeaCacheValueError
 from ..policy import Gate
 from .captured import Arguments, Arrays, Captured, Function
-from .forecast import combined, reuse
+from .forecast import combined, corrected, miss_of, reuse
 from .generation import Generation
 from .tap import Make, Signal, Step, Tap
 
@@ -119,7 +119,7 @@ class Engine:
         def step(**arguments: Any) -> mx.array:
             if generation.settle() == "numerical-miss":
                 self._history = []  # it must not be looked at
-            plan = generation.plan
+            plan, decided = generation.plan, generation.decide()
             if generation.is_over or (plan is not None and all(plan)):  # more steps than the schedule has are not ours
                 noise = own(**arguments)
                 generation.record("computed")
@@ -130,23 +130,33 @@ class Engine:
                     generation.compute_next()
                 else:
                     self._history = self._renewed([mx.array(noise)], [])
-            elif plan is None and is_compiled and self.in_graph and self._anchor and self._history:
-                arrays = [generation.force(), generation.weights(), self._state, *self._anchor, *self._history]
+            elif decided is None and is_compiled and self.in_graph and self._anchor and self._history:
+                history, correction = self._history, generation.correction()
+                arrays = [generation.force(), generation.weights(), self._state, *self._anchor, *history]
                 self._state, anchor, noise, *self._history = run_gated(arrays, arguments)
                 self._anchor = [anchor]
+                if correction is not None:
+                    as_it_is = mx.array([1.0, *[0.0] * len(history)])
+                    noise = corrected(mx.where(self._state[0] != 0, as_it_is, mx.array(correction)), noise, history)
                 generation.record(self._state)
             else:
-                weights = generation.weights()
-                if plan is None:
+                weights, correction = generation.weights(), generation.correction()
+                if decided is None:
                     self._state, anchor = run_measure([generation.force(), self._state, *self._anchor], arguments)
                     self._anchor = [anchor]
                     generation.record(self._state)
                     kind = generation.settle()
                 else:
-                    kind = "computed" if plan[generation.index] else "skipped"
-                    generation.record(kind, is_kept=kind == "computed")
+                    kind = decided.kind
+                miss = None
                 if kind != "skipped":
                     noise, *made = run_compute([], arguments)
+                    if generation.watch is not None and self._history:
+                        miss = miss_of(weights, made, self._of_each_call(self._history))
+                    if correction is not None and kind != "numerical-miss":
+                        noise = corrected(mx.array(correction), noise, self._history)
+                    if miss is not None:  # which is read before the next step
+                        (noise,) = mx.depends([noise], [miss])
                     self._history = [] if kind == "numerical-miss" else self._renewed(made, self._kept(self._history))
                 elif self._history:
                     (noise,) = run_forecast([weights, *self._history], arguments)
@@ -154,6 +164,8 @@ class Engine:
                     raise TeaCacheValueError(
                         "steps must compute step 1 too where reference images have a key-value cache: step 0 makes it"
                     )
+                if decided is not None:
+                    generation.record(decided, is_kept=kind != "skipped", miss=miss)
             if generation.is_over:  # mflux's memory saver frees memory before it decodes the image
                 self._anchor, self._history = [], []
             return noise

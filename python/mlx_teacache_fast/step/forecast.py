@@ -48,6 +48,53 @@ def weights(
     return found
 
 
+def correction(
+    sigma: float, travel: float, from_sigma: float, gap: Sequence[tuple[float, float, Sequence[float]]], rho: float
+) -> list[float]:
+    """Of a computed value and those known before it, in what is handed on instead of the computed one.
+
+    The steps skipped since the last computed one went by forecasts. What a straight line between the two computed
+    values would have given there, less what the forecasts gave, is the error that the latents have gathered; a step
+    that is linear in the value takes it back when the value is changed. No call of the model is needed for it.
+
+    Args:
+        sigma: Of the computed step.
+        travel: Change of sigma in the computed step, not 0.
+        from_sigma: Of the last computed step before it.
+        gap: For each skipped step in between its sigma, the change of sigma in it, and the weights of its forecast.
+        rho: Share of the error that is taken back.
+    """
+    new, *old = 0.0, *(0.0 for _ in gap[0][2])
+    for at, change, weights in gap:
+        part = (at - from_sigma) / (sigma - from_sigma)
+        new += change * part
+        old = [o - change * w for o, w in zip(old, weights, strict=True)]
+        old[0] += change * (1 - part)
+    return [1 + rho / travel * new, *(rho / travel * o for o in old)]
+
+
+def corrected(weights: mx.array, noise: mx.array, history: Sequence[mx.array]) -> mx.array:
+    """``noise`` with ``correction``'s weights of it and of the history: float32 ``(1 + K,)``."""
+    return combined(weights, [noise, *history]).astype(noise.dtype)
+
+
+@mx.compile
+def miss_of(weights: mx.array, made: Sequence[mx.array], history: Sequence[Sequence[mx.array]]) -> mx.array:
+    """By how much the forecast would have missed: relative L1 distance, float32 scalar.
+
+    Args:
+        weights: The forecast's, float32 ``(K,)``.
+        made: What was computed, of each call of the transformer.
+        history: Of each, the K values before it.
+    """
+    off = size = mx.array(0.0)
+    for values, before in zip(made, history, strict=True):
+        values = values.astype(mx.float32)
+        off = off + mx.abs(values - combined(weights, before)).sum()
+        size = size + mx.abs(values).sum()
+    return off / size
+
+
 def _basis(sigma: float, nodes: Sequence[float], i: int) -> float:
     """Lagrange's polynomial that is 1 at node ``i`` and 0 at the others."""
     return math.prod(((sigma - node) / (nodes[i] - node) for j, node in enumerate(nodes) if j != i), start=1.0)

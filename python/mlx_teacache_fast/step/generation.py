@@ -1,6 +1,8 @@
 """One call of mflux's ``generate_image``: its schedule, and what was decided of each step."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from time import perf_counter
@@ -8,10 +10,11 @@ from typing import cast
 
 import mlx.core as mx
 
-from ..policy import Budget, Gate, Policy
-from ..record.stats import KINDS, GenerationStats, Kind, StepRecord, step_record
-from .forecast import weights
-from .rules import planned
+from ..plans import PublishedPlans
+from ..policy import Budget, Gate, Policy, Tolerance
+from ..record.stats import GenerationStats, Kind, StepRecord, step_record
+from .forecast import correction, weights
+from .rules import Watch, planned
 
 FORCES = (0, 1, 2)  # gated, leading forced, trailing forced; csrc/gate_decision.h has the same
 
@@ -22,16 +25,33 @@ class Generation:
     Args:
         policy: With its model's values.
         num_steps: Active ones.
-        sigmas: Gives the scheduler's of these steps; called at the first step, when mflux has set the schedule up.
+        sigmas: Gives the scheduler's of these steps, and the one after them; called at the first step, when mflux has
+            set the schedule up.
+        rho: The corrector's, 0 for none (see ``forecast.correction``).
+        num_tokens: Of the picture.
+        plans: Published for the model.
     """
 
-    def __init__(self, policy: Policy, num_steps: int, sigmas: Callable[[], Sequence[float]]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        num_steps: int,
+        sigmas: Callable[[], Sequence[float]],
+        *,
+        rho: float = 0.0,
+        num_tokens: int = 4096,
+        plans: PublishedPlans | None = None,
+    ) -> None:
         self.policy = policy
         self.num_steps = num_steps
         self._get_sigmas = sigmas
+        self._rho = rho
+        self._num_tokens = num_tokens
+        self._plans = plans
         self._known: list[int] = []  # computed steps whose results are kept, the latest first
-        self._states: list[list[float] | Kind] = []  # the gate's after each step, or what it was without the gate
-        self._last: mx.array | None = None  # the gate's state after the last step
+        self._gap: list[tuple[int, list[float]]] = []  # steps skipped since, and the weights of their forecasts
+        self._records: list[StepRecord] = []
+        self._last: mx.array | None = None  # of the last step: the gate's state, or the forecast's miss
         self._recorded_at: list[float] = []  # perf_counter's seconds
         self._skipped = 0
 
@@ -47,14 +67,22 @@ class Generation:
 
     @cached_property
     def plan(self) -> tuple[bool, ...] | None:
-        """For each step whether it computes; None where the gate decides."""
-        return planned(self.policy.rule, lambda: self._sigmas)
+        """For each step whether it computes; None where that is decided from step to step."""
+        return planned(self.policy.rule, lambda: self._sigmas[: self.num_steps], self._num_tokens, self._plans)
+
+    @cached_property
+    def watch(self) -> Watch | None:
+        """Where a tolerance decides."""
+        rule = self.policy.rule
+        return Watch(cast(float, rule.tolerance), self._sigmas) if isinstance(rule, Tolerance) else None
 
     @cached_property
     def _sigmas(self) -> list[float]:
-        """Of each active step; where a scheduler of the user's has not as many, the steps are taken to be even."""
-        sigmas = [float(s) for s in self._get_sigmas()][: self.num_steps]
-        return sigmas if len(sigmas) == self.num_steps else [float(-i) for i in range(self.num_steps)]
+        """Where a scheduler of the user's has not as many, the steps are taken to be even."""
+        sigmas = [float(s) for s in self._get_sigmas()][: self.num_steps + 1]
+        even = [1 - i / self.num_steps for i in range(self.num_steps + 1)]
+        sigmas = sigmas if len(sigmas) >= self.num_steps else even
+        return sigmas if len(sigmas) > self.num_steps else [*sigmas, sigmas[-1]]  # whose last step goes nowhere
 
     def force(self) -> mx.array:
         """The gate's ``force`` for the step that comes next."""
@@ -69,49 +97,84 @@ class Generation:
         if isinstance(self.policy.rule, Budget) and self.plan is not None:
             self.plan = (*self.plan[: self.index], True, *self.plan[self.index + 1 :])
 
+    def decide(self) -> StepRecord | None:
+        """The step that comes next, but for what it measures; None where the gate decides, in the step itself."""
+        kind: Kind
+        expected = None
+        if self.is_over:
+            return None
+        if self.plan is not None:
+            kind = "computed" if self.plan[self.index] else "skipped"
+        elif self.watch is not None:
+            kind, expected = self.watch.decide(self.index)
+        else:
+            return None
+        return StepRecord(self.index, kind, None, expected, expected or 0.0 if kind == "skipped" else 0.0)
+
     def weights(self) -> mx.array:
         """Of the last ``forecast + 1`` computed steps, the latest first, in a forecast of the next step: float32."""
         known = [self._sigmas[i] for i in self._known]
-        return mx.array(weights(self._sigmas[self.index], known, self.policy.forecast))
+        self._weights = weights(self._sigmas[self.index], known, self.policy.forecast)
+        return mx.array(self._weights)
 
-    def record(self, state: mx.array | Kind, *, is_kept: bool = False) -> None:
-        """What the next step is: the gate's state, float32 ``(8,)``, or a kind where there is no gate.
+    def correction(self) -> list[float] | None:
+        """Of the next step if it computes: see ``forecast.correction``; None where there is nothing to correct."""
+        s, k = self._sigmas, self.index
+        if not self._rho or not self._gap or s[k] in (s[k + 1], s[self._known[0]]):
+            return None
+        gap = [(s[j], s[j + 1] - s[j], w) for j, w in self._gap]
+        return correction(s[k], s[k + 1] - s[k], s[self._known[0]], gap, self._rho)
 
-        ``is_kept``: what the latter makes is kept for forecasts.
+    def record(
+        self, step: StepRecord | mx.array | Kind, *, is_kept: bool = False, miss: mx.array | None = None
+    ) -> None:
+        """What the next step is: a kind, what ``decide`` said, or the gate's state after it, float32 ``(8,)``.
+
+        Args:
+            step: That.
+            is_kept: What it computes is kept for forecasts.
+            miss: The forecast's, where it computed, float32 scalar.
         """
-        if isinstance(state, str):
-            if is_kept:
-                self._keep()
-            self._states.append(state)
-        else:
-            self._last = state
         self._recorded_at.append(perf_counter())
+        if isinstance(step, mx.array):
+            self._last = step
+            return
+        step = StepRecord(len(self._records), step, None, None, 0.0) if isinstance(step, str) else step
+        self._last = miss
+        if self.watch is not None and step.kind != "skipped" and miss is None and step.index < self.num_steps:
+            self.watch.computed(step.index, math.inf)
+        self._add(step, is_kept=is_kept)
 
     def settle(self) -> Kind | None:
-        """Read what was decided of the last step, once; None if that is known already."""
+        """Read what was decided or measured of the last step, once; None if that is known already."""
         if self._last is None:
             return None
-        values, self._last = cast(list[float], self._last.tolist()), None
-        kind = KINDS[int(values[1])]
-        if kind == "numerical-miss":
-            self._known = []  # what was kept must not be looked at
-        elif kind != "skipped":
-            self._keep()
-        self._skipped += kind == "skipped"
-        self._states.append(values)
-        return kind
+        measured, self._last = self._last.tolist(), None
+        if isinstance(measured, list):
+            step = step_record(len(self._records), cast(list[float], measured))
+            self._add(step, is_kept=step.kind != "skipped")
+        else:
+            miss, step = cast(float, measured), self._records.pop()
+            is_number = math.isfinite(miss)
+            step = replace(step, rel_l1=miss) if is_number else replace(step, kind="numerical-miss")
+            cast(Watch, self.watch).computed(step.index, miss if is_number else math.inf)
+            self._records.append(step)
+        if step.kind == "numerical-miss":
+            self._known, self._gap = [], []  # what was kept must not be looked at
+        return step.kind
 
-    def _keep(self) -> None:
-        self._known = [len(self._states), *self._known[: self.policy.forecast]]
+    def _add(self, step: StepRecord, *, is_kept: bool) -> None:
+        if step.kind == "skipped":
+            self._skipped += 1
+            self._gap.append((step.index, self._weights))
+        elif is_kept:
+            self._known = [step.index, *self._known[: self.policy.forecast]]
+            self._gap = []
+        self._records.append(step)
 
     def stats(self, seconds: float | None) -> GenerationStats:
         """What happened; ``seconds`` is of the whole call, None where that is not known."""
         self.settle()
         times = [*(after - at for at, after in pairwise(self._recorded_at)), None]
-        return GenerationStats(
-            tuple(
-                StepRecord(i, state, None, None, 0.0, t) if isinstance(state, str) else step_record(i, state, t)
-                for i, (state, t) in enumerate(zip(self._states, times, strict=False))  # no step has one time: None
-            ),
-            seconds,
-        )
+        steps = (replace(step, seconds=t) for step, t in zip(self._records, times, strict=False))  # no step, one time
+        return GenerationStats(tuple(steps), seconds)

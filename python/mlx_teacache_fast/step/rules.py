@@ -4,40 +4,94 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from ..policy import Budget, Gate, Steps
+from ..plans import PublishedPlans, placed
+from ..policy import LONGEST_GAP, WARM_UP, Budget, Gate, Rule, Steps, Tolerance
+from ..record.stats import Kind
 
-# How much denser the computed steps are where sigma changes faster: 0 spaces them evenly by step, 1 by sigma. Of these,
-# 0.2 to 0.4 gave the best pictures of the demonstration model with 25 and 50 steps (docs/forecasting.md).
-SIGMA_EXPONENT = 0.4
+# A large picture shows its shapes through more noise than a small one, by the root of its tokens. This times that root
+# is by how much the odds of sigma are divided to have the noise as a picture shows it: chosen on the demonstration
+# model, in all of its regimes (docs/forecasting.md).
+SEEN = 3 / 8
 
 
-def planned(rule: Gate | Budget | Steps, sigmas: Callable[[], Sequence[float]]) -> tuple[bool, ...] | None:
+def planned(
+    rule: Rule, sigmas: Callable[[], Sequence[float]], num_tokens: int, plans: PublishedPlans | None
+) -> tuple[bool, ...] | None:
     """For each step whether it computes; None where that is decided from step to step.
 
-    ``sigmas`` gives the schedule, of the active steps; ``rule`` has its model's values.
+    ``sigmas`` gives the schedule, of the active steps; ``rule`` has its model's values; the others are ``budgeted``'s.
     """
     match rule:
         case Steps():
             return rule.plan
         case Budget():
-            return budgeted(sigmas(), rule.budget)
-        case Gate(rel_l1_thresh=0):
+            return budgeted(sigmas(), rule.budget, num_tokens, plans)
+        case Gate(rel_l1_thresh=0) | Tolerance(tolerance=0):
             return (True,) * len(sigmas())
     return None
 
 
-def budgeted(sigmas: Sequence[float], budget: float) -> tuple[bool, ...]:
-    """For each step whether it computes: the first and the last one, and the denser in between the more sigma changes.
+class Watch:
+    """A tolerance in one generation: it watches by how much the forecast misses what is computed.
+
+    The miss by the way travelled since the step before that computed, in sigma, is a speed; as long as the speed times
+    the way stays below the tolerance, steps are skipped. Nothing is measured at a skipped one. Where a step is wider
+    than the schedule's mean, an error in it weighs more in the picture: there less is tolerated, by the square root of
+    that. A gap is at most one step longer than either of the two before it.
+
+    Args:
+        tolerance: On the forecast's relative L1 distance from what would be computed.
+        sigmas: The schedule, of the active steps and the one after them.
+    """
+
+    def __init__(self, tolerance: float, sigmas: Sequence[float]) -> None:
+        self._tolerance = tolerance
+        self._sigmas = sigmas
+        self._speed = math.inf
+        self._computed = [0, 0, 0]  # the last three of these steps, the latest first
+
+    def decide(self, index: int) -> tuple[Kind, float | None]:
+        """The kind of a step, and the miss that is expected of its forecast, weighed by the step's width."""
+        sigmas, (last, *before) = self._sigmas, self._computed
+        num_steps = len(sigmas) - 1
+        if index < WARM_UP or index == num_steps - 1:
+            return "forced", None
+        mean_width = abs(sigmas[-1] - sigmas[0]) / num_steps
+        width = abs(sigmas[index + 1] - sigmas[index]) / mean_width if mean_width > 0 else 1.0
+        expected = self._speed * abs(sigmas[index] - sigmas[last]) * math.sqrt(max(1.0, width))
+        if not math.isfinite(expected):
+            return "computed", None
+        gaps = last - before[0], before[0] - before[1]
+        is_near = index - last < min(LONGEST_GAP, *(gap + 1 for gap in gaps))
+        return "skipped" if is_near and expected < self._tolerance else "computed", expected
+
+    def computed(self, index: int, miss: float) -> None:
+        """The step was; not finite where there was no forecast to compare with."""
+        travelled = abs(self._sigmas[index] - self._sigmas[self._computed[0]])
+        self._speed = miss / travelled if travelled > 0 else math.inf
+        self._computed = [index, *self._computed[:2]]
+
+
+def budgeted(
+    sigmas: Sequence[float], budget: float, num_tokens: int, plans: PublishedPlans | None = None
+) -> tuple[bool, ...]:
+    """For each step whether it computes: as published; or the first, the last, and others evenly over the noise seen.
 
     Args:
         sigmas: Of the active steps of the schedule.
         budget: Share of them that may be computed, above 0 and at most 1; two of them always are.
+        num_tokens: Of the picture.
+        plans: Published for the model.
     """
     num_steps = len(sigmas)
     count = min(num_steps, max(2, math.floor(budget * num_steps + 1e-9)))
     if num_steps <= 2:
         return (True,) * num_steps
-    wanted = [abs(b - a) ** SIGMA_EXPONENT for a, b in pairwise(sigmas)][1:]  # of all but the first and the last
+    if plans is not None:
+        return placed(plans, sigmas, count)
+    shift = SEEN * math.sqrt(num_tokens)
+    seen = [s / (s + shift * (1 - s)) for s in (min(1.0, max(0.0, sigma)) for sigma in sigmas)]
+    wanted = [abs(b - a) for a, b in pairwise(seen)][1:]  # of all but the first and the last
     share = _shares(wanted, count - 2)
     plan = [True]
     due = 0.5

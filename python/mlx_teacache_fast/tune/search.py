@@ -157,9 +157,10 @@ def search(
         raise TeaCacheValueError("search needs a list of prompts, one or more seeds, and one or more evaluations")
     options = {"num_inference_steps": 50} | options
     num_steps = options["num_inference_steps"]
-    _check_choice(budgeted([float(-i) for i in range(num_steps)], share), share)
+    num_tokens = options.get("height", 1024) * options.get("width", 1024) // 256
     with apply(flux, policy) as handle:  # before anything slow
-        variant_id = handle.variant_id
+        variant_id, plans = handle.variant_id, handle.plans
+    _check_choice(budgeted([1 - i / num_steps for i in range(num_steps)], share, num_tokens, plans), share)
     has_cache = options.get("use_kv_cache")  # mflux's, of reference images
     has_cache = getattr(flux.model_config, "supports_kv_cache", False) if has_cache is None else has_cache
     if cache == "residual" and has_cache and options.get("image_paths"):
@@ -183,7 +184,7 @@ def search(
     with progress_bar(flux, total, disable=not progress) as bar:
         bar.set_description_str("plain mflux")
         references, recorded = _references(flux, cases, options)
-        rule = budgeted(recorded.sigmas[:-1], share)
+        rule = budgeted(recorded.sigmas[:-1], share, num_tokens, plans)
         _check_choice(rule, share)
         evaluations = min(evaluations, math.comb(len(rule) - 1, sum(rule) - 1))  # there are no more plans
         psnr_of = {tuple(c == "1" for c in text): values for text, values in measured.items()}
