@@ -24,6 +24,7 @@ TESTS = (
     "test_cli_run",
     "test_metadata",
     "test_regimes",
+    "test_tolerance",
 )
 # mflux 0.20 to 0.23 ask for pillow>=12.3 and import PIL._typing, which cannot be imported in Pillow 13.
 PILLOW = "pillow>=12.3,<13"

@@ -54,6 +54,7 @@ def test_between_two_plans_and_by_sigma() -> None:
     plan = placed(klein, shifted(100, 7.5636), 30)
     assert sum(plan[:20]) >= 18
     assert all(6 <= b - a <= 9 for a, b in pairwise(computed(plan)[19:]))
+    assert all(placed(klein, shifted(50, 3.0), count)[-1] for count in range(2, 50))  # the last step is the last one
     # Another size has another schedule: what counts is sigma.
     small = sigmas_of_mflux(1024, 50)
     last = computed(placed(klein, small, 20))[-4]

@@ -127,7 +127,7 @@ def test_metadata(flux: Any, tmp_path: Path) -> None:
     said = tc.read_metadata(tmp_path / "a.png")
     assert said.mflux["scheduler"] == "flux2-1024"
     assert ["scheduler", "flux2-1024"] in [line.split() for line in run("info", tmp_path / "a.png").out.splitlines()]
-    with tc.apply(flux, steps=said.steps):
+    with tc.apply(flux, steps=said.steps, corrector=said.policy.corrector):
         again = flux.generate_image(**run_it, scheduler=said.mflux["scheduler"])
     np.testing.assert_array_equal(first.image, again.image)
 

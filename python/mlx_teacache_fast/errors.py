@@ -51,7 +51,7 @@ class TeaCacheWarning(UserWarning):
 
 
 class DisabledWarning(TeaCacheWarning):
-    """The settings skip nothing: a threshold of 0, a limit of 0 skips, or a plan without a skipped step."""
+    """The settings skip nothing: a tolerance or threshold of 0, a limit of 0 skips, a plan without a skipped step."""
 
 
 class NoBenefitWarning(TeaCacheWarning):

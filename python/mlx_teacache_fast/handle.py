@@ -32,8 +32,8 @@ class Handle:
 
     Attributes:
         policy: How it is gated, with the model's values in place of those that were left open.
-        variant_id: The model whose coefficients are in use.
-        calibrated: Whether they were fitted on this very model and pipeline; False with your own.
+        variant_id: The model that it is taken for; the gate uses its coefficients.
+        calibrated: Whether these were fitted on this very model and pipeline; False with your own.
         provenance: Where what decides comes from.
         plans: Which steps others computed with this model, as published; a budget goes by them. None if nobody did.
         stats: Totals over finished generations, and the last one step by step. Kept after ``restore``.
@@ -64,7 +64,7 @@ class Handle:
 
     @property
     def rel_l1_thresh(self) -> float | None:
-        """The policy's threshold, by mlx-teacache's name; None where steps are planned."""
+        """The policy's threshold, by mlx-teacache's name; None without the gate."""
         return self.policy.rule.rel_l1_thresh if isinstance(self.policy.rule, Gate) else None
 
     def restore(self) -> None:
@@ -100,8 +100,8 @@ def apply(flux: Any, policy: Policy | str | Path | None = None, **given: Any) ->
     """Skip denoising steps of an mflux pipeline where a forecast of what they would compute is good enough.
 
     ``flux.generate_image`` is used as before, with all of its arguments, also in several threads. A computed step is
-    mflux's own; a skipped one gets a forecast of the noise prediction from the last computed ones. Copies of a gated
-    pipeline are not gated.
+    mflux's own, less what the corrector takes back; a skipped one gets a forecast of the noise prediction from the last
+    computed ones. Copies of a gated pipeline are not gated.
 
     Args:
         flux: A pipeline of mflux: ``print(supported())`` lists the classes and models.
@@ -191,14 +191,14 @@ def gate(flux: Any, policy: Policy) -> Handle:
     handle._hook = hook.Hook(flux, family, handle)
     if reason := policy.rule.skips_nothing:
         warn_caller(f"{reason}: every step computes", DisabledWarning)
-    elif isinstance(policy.rule, Gate) and handle.provenance.source == "builtin":
+    elif isinstance(policy.rule, Tolerance | Gate) and handle.provenance.source != "user":
         if variant.distilled:
             warn_caller(
                 f"{variant.variant_id} is distilled to a few steps that differ too much for any to be skipped: "
                 "expect no speedup",
                 NoBenefitWarning,
             )
-        if not calibrated:
+        if isinstance(policy.rule, Gate) and not calibrated:
             warn_caller(families.uncalibrated_message(flux, variant), UncalibratedWarning)
     elif isinstance(policy.rule, Gate):
         pair = policy.rule.coefficients, policy.rule.calibrated_range

@@ -41,13 +41,13 @@ def of_magnitudes(ratios: Sequence[float], leading: int, longest: int) -> tuple[
         longest: At most so many skipped ones in a row.
     """
     plans: dict[int, tuple[int, ...]] = {}
-    for threshold in range(1, 1000):
+    for threshold in range(1, 500):
         computed, ratio, error, skipped = [], 1.0, 0.0, 0
         for i, r in enumerate(ratios):
             ratio *= r
             error += abs(1 - ratio)
             skipped += 1
-            if i < leading or error > threshold / 1000 or skipped > longest:
+            if i < leading or error > threshold / 500 or skipped > longest:
                 computed.append(i)
                 ratio, error, skipped = 1.0, 0.0, 0
         plans.setdefault(len(computed), tuple(computed))
@@ -61,6 +61,7 @@ def placed(plans: PublishedPlans, sigmas: Sequence[float], count: int) -> tuple[
     """
     n = len(sigmas)
     ours = [_index(sigma, sigmas) for sigma in plans.sigmas]
+    ours[-1] = n - 1.0  # the last one leads to 0 in every schedule
     # In image-to-image what lies before the schedule begins is left out.
     num_steps = 1 + sum(index > 0 for index in ours)
     known = [[0.0, *(ours[i] for i in computed if ours[i] > 0)] for computed in plans.computed]

@@ -273,9 +273,8 @@ class Budget(_Checked):
     # fmt: off
     budget: float = _setting(
         MISSING, _number("a share of the steps above 0.0 and up to 1.0", lambda share: 0 < share <= 1),
-        "this share of the steps is computed, planned before the run, instead of measuring: the first and the last in "
-        "any case, and others in between: as published for the model, or evenly over the noise that a picture of its "
-        "size shows", metavar="SHARE", type=float)
+        "this share of the steps is computed, planned before the run: as published for the model; or the first, the "
+        "last, and others evenly over the noise that a picture of that size shows", metavar="SHARE", type=float)
     # fmt: on
 
     @property
@@ -381,12 +380,17 @@ class Policy(_Checked):
         known = {f.name: f for f in settings(*RULES, cls)}
         if unknown := sorted(given.keys() - known.keys()):
             raise TeaCacheValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
+        asked = given.keys()
         given = {n: v for n, v in given.items() if v is not None or known[n].default not in (None, MISSING)}
         kind, *others = [rule for rule in RULES if _names(rule) & given.keys()] or [default]
         if others:
             first = next(name for name in given if name in _names(kind))
             wrong = ", ".join(name for name in given if name in _names(*others))
             raise TeaCacheValueError(f"{first} says which steps compute, and {wrong} cannot count: leave out either")
+        named = {"rel_l1_thresh", "coefficients"}
+        if kind is Gate and default is not Gate and not named & asked:
+            limits = ", ".join(name for name in given if name in _names(Gate))
+            raise TeaCacheValueError(f"{limits}: of TeaCache's gate, which rel_l1_thresh or coefficients ask for")
         of_rule = {name: given.pop(name) for name in _names(kind) & given.keys()}
         return cls(rule=kind(**of_rule), **given)
 

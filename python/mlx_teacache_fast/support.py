@@ -14,8 +14,7 @@ class VariantInfo:
     Attributes:
         variant_id: What ``handle.variant_id`` will be.
         display_name: The model's name.
-        default_thresh: The threshold that ``apply`` uses by default; None for a distilled model, of which nothing can
-            be skipped.
+        default_thresh: The gate's threshold by default; None for a distilled model, of which nothing can be skipped.
         model_names: Aliases of mflux's model configurations that are gated as this variant.
         calibrated: Whether the coefficients were fitted on this model; if not, ``apply`` warns.
     """

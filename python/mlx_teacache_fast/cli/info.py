@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidStepWindowError, TeaCacheValueError
+from ..errors import TeaCacheValueError
 from ..models import VARIANTS, Published, Variant
 from ..pictures import read_metadata
 from ..plans import published_plans
-from ..policy import check_step_window
+from ..policy import Policy
 from ..record.stats import bound
 from ..support import supported
 from .shared import COUNT, quiet_logging, require_mflux
@@ -22,10 +22,10 @@ steps were skipped elsewhere, and whether gating helps at the steps you want. Wi
 
 EPILOG = """\
 the lines:
-  calibrated    whether the coefficients were fitted on this very model. If not, they are those of the model that it was
-                made from: compare a few pictures with ungated ones
+  calibrated    whether the gate's coefficients were fitted on this very model. If not, they are those of the model that
+                it was made from: compare a few pictures with ungated ones
   threshold     of TeaCache's gate: accumulated distance at which a step is computed again (run --threshold)
-  range         relative distances that the polynomial was fitted on; a larger one computes
+  range         relative distances that the gate's polynomial was fitted on; a larger one computes
   published     skipped steps on real weights as published by mlx-teacache for its rules, which are also ours, on an M1
                 Max; and the bound that follows: no speedup can exceed steps / (steps - skipped)
   plans         where it is published which steps to compute of this model, for run --budget; else a rule says
@@ -122,11 +122,8 @@ def _published(p: Published) -> str:
 
 def _helps(variant: Variant, calibrated: bool, steps: int) -> tuple[str, str]:
     """Whether ``apply``'s default settings skip anything in so many steps, and why."""
-    try:
-        check_step_window(steps)
-        check_step_window(steps, skip_first_n_steps=2)  # one step computes before another can reuse it
-    except InvalidStepWindowError:
-        return "no", "the first and the last step always compute, and one between them before another can reuse it"
+    if reason := Policy().rule.check_schedule(steps, steps):
+        return "no", reason
     if variant.distilled:
         return "no", "it is distilled to a few steps that differ too much for any to be skipped"
     if not calibrated:

@@ -120,10 +120,11 @@ def run(arguments: argparse.Namespace) -> int:
         policy = policy_of(arguments.policy, given)
     else:
         if given or arguments.policy is not None:
-            raise TeaCacheValueError("--like has all options of the gate: leave out either it or them")
+            raise TeaCacheValueError("--like has all settings: leave out either it or them")
         policy = like.policy
         if (made_with := like.versions.get(KEY)) != (here := version("mlx-teacache-fast")):
             again = f"--steps {like.steps} --forecast {policy.forecast} --cache {policy.cache}"
+            again += "" if policy.corrector is None else f" --corrector {policy.corrector:g}"
             print(
                 f"{PROG}: warning: version {made_with} of this package made the picture, and {here} may decide "
                 f"otherwise: {again} repeats its steps",

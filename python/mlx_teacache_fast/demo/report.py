@@ -173,7 +173,7 @@ def plot(comparisons: Sequence[Comparison], settings: Settings) -> Figure:
         at_0 = [0.0] * len(others)
         right.scatter([s.index for s in others], at_0, c=_colours(others), s=40, marker="s", clip_on=False)
         right.axhline(limit, **THRESHOLD)
-        right.set_ylim(0, 3 * limit if watches else None)  # a miss that was expected far above tells no more
+        right.set_ylim(0, 3 * limit or None if watches else None)  # a miss that was expected far above tells no more
         right.set_ylabel("expected miss\nat the decision" if watches else "accumulated distance\nat the decision")
         skipped = f"{c.generation.skipped} of {len(steps)} steps skipped"
         right.set_title(skipped, loc="right", fontsize=10, color="#555555")

@@ -12,6 +12,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from time import perf_counter
 from typing import Any, cast
@@ -173,9 +174,13 @@ class _Run:
         def sigmas() -> Any:
             return list(getattr(config.scheduler, "sigmas", ()))[config.init_time_step :]
 
-        rho = hook.policy.rho(config.guidance) if getattr(type(config.scheduler), "step", None) in _EULER else 0.0
-        about = {"rho": rho, "num_tokens": config.height * config.width // 256, "plans": hook.handle.plans}
-        engine = Engine(Generation(hook.policy, num_steps, sigmas, **about), hook.family.tap)
+        policy = hook.policy
+        if policy.cache == "output":
+            is_linear = getattr(type(config.scheduler), "step", None) in _EULER
+            policy = replace(policy, corrector=policy.rho(config.guidance) if is_linear else 0.0)
+        num_tokens = config.height * config.width // 256
+        generation = Generation(policy, num_steps, sigmas, num_tokens=num_tokens, plans=hook.handle.plans)
+        engine = Engine(generation, hook.family.tap)
         self._config = config
         if not hook.family.factories:
             own: Any = lambda **arguments: flux.transformer(**arguments)  # noqa: E731
@@ -201,7 +206,7 @@ class _Run:
             if counted and hook.policy.save_metadata:
                 more = {"variant_id": hook.handle.variant_id, "pipeline": type(self.flux).__name__}
                 more["scheduler"] = getattr(self._config, "_scheduler_str", None)
-                metadata.add_to(image, metadata.record(hook.policy, counted[-1], **more))
+                metadata.add_to(image, metadata.record(self._engines[-1].generation.policy, counted[-1], **more))
         except Exception as error:
             counted = []
             notes.append(f"this generation is not counted: {error!r}")

@@ -18,11 +18,11 @@ class Metadata:
     """How a gated picture was made.
 
     Attributes:
-        policy: ``apply(flux, policy)`` decides in the same way.
+        policy: ``apply(flux, policy)`` decides in the same way. Its ``corrector`` is the share that was used.
         steps: What was decided, 1 for each active step that was computed and 0 for each skipped one:
-            ``apply(flux, steps=steps)``, with the policy's ``forecast`` and ``cache``, repeats just that, also where
-            another machine's rounding would decide differently.
-        variant_id: The model whose coefficients were in use.
+            ``apply(flux, steps=steps)``, with the policy's ``forecast``, ``cache`` and ``corrector``, repeats it, also
+            where another machine's rounding would decide differently.
+        variant_id: The model that it was taken for.
         pipeline: mflux's class.
         versions: Of this package, MLX and mflux, by their names.
         mflux: What mflux says of the picture: prompt, seed, steps, guidance, ... ; and the scheduler, of which it says

@@ -1,4 +1,4 @@
-"""What the gate decided, step by step. Only finished generations are counted."""
+"""What was decided, step by step. Only finished generations are counted."""
 
 import math
 from collections.abc import Sequence

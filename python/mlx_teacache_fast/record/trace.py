@@ -79,12 +79,12 @@ def replay(
         Trace: With these settings and their decisions, without seconds.
 
     Raises:
-        TeaCacheValueError: An argument has the wrong type or value, or the trace was made with planned steps, or with a
+        TeaCacheValueError: An argument has the wrong type or value; the trace is not the gate's, or was made with a
             threshold of 0 and the new one is above it, so that it has no distances.
     """
     rule = trace.policy.rule
     if not isinstance(rule, Gate) or (rule.rel_l1_thresh == 0 and rel_l1_thresh != 0):
-        raise TeaCacheValueError("the trace has no distances to replay: they are measured only where the gate decides")
+        raise TeaCacheValueError(f"replay is of a trace of the gate with a threshold, and this is of {trace.policy}")
     new: dict[str, Any] = {"coefficients": coefficients, "max_consecutive_skips": max_consecutive_skips}
     new = {name: value for name, value in new.items() if value is not None} | {"rel_l1_thresh": rel_l1_thresh}
     if coefficients is not None or calibrated_range is not ...:

@@ -1,7 +1,7 @@
 """The steps of one generation: decide, then mflux's own step, or a forecast.
 
-Where mflux compiles its step, all of that is one compiled graph: prelude, gate, and a branch whose body is mflux's
-whole step. Where mflux runs eagerly, the decision is read on the host, and mflux's own code runs or does not.
+A plan or a tolerance decides before the step. The gate decides in it: where mflux compiles its step, prelude, gate, and
+a branch whose body is mflux's whole step are one graph; where mflux runs eagerly, its decision is read on the host.
 """
 
 from collections.abc import Callable, Sequence
@@ -153,7 +153,7 @@ class Engine:
                     noise, *made = run_compute([], arguments)
                     if generation.watch is not None and self._history:
                         miss = miss_of(weights, made, self._of_each_call(self._history))
-                    if correction is not None and kind != "numerical-miss":
+                    if correction is not None:
                         noise = corrected(mx.array(correction), noise, self._history)
                     if miss is not None:  # which is read before the next step
                         (noise,) = mx.depends([noise], [miss])

@@ -23,11 +23,10 @@ class Generation:
     """What is known of a generation while it runs.
 
     Args:
-        policy: With its model's values.
+        policy: With its model's values, and the corrector's share of this generation.
         num_steps: Active ones.
         sigmas: Gives the scheduler's of these steps, and the one after them; called at the first step, when mflux has
             set the schedule up.
-        rho: The corrector's, 0 for none (see ``forecast.correction``).
         num_tokens: Of the picture.
         plans: Published for the model.
     """
@@ -38,14 +37,12 @@ class Generation:
         num_steps: int,
         sigmas: Callable[[], Sequence[float]],
         *,
-        rho: float = 0.0,
         num_tokens: int = 4096,
         plans: PublishedPlans | None = None,
     ) -> None:
         self.policy = policy
         self.num_steps = num_steps
         self._get_sigmas = sigmas
-        self._rho = rho
         self._num_tokens = num_tokens
         self._plans = plans
         self._known: list[int] = []  # computed steps whose results are kept, the latest first
@@ -80,7 +77,7 @@ class Generation:
     def _sigmas(self) -> list[float]:
         """Where a scheduler of the user's has not as many, the steps are taken to be even."""
         sigmas = [float(s) for s in self._get_sigmas()][: self.num_steps + 1]
-        even = [1 - i / self.num_steps for i in range(self.num_steps + 1)]
+        even = [1 - i / max(1, self.num_steps) for i in range(self.num_steps + 1)]
         sigmas = sigmas if len(sigmas) >= self.num_steps else even
         return sigmas if len(sigmas) > self.num_steps else [*sigmas, sigmas[-1]]  # whose last step goes nowhere
 
@@ -109,7 +106,8 @@ class Generation:
             kind, expected = self.watch.decide(self.index)
         else:
             return None
-        return StepRecord(self.index, kind, None, expected, expected or 0.0 if kind == "skipped" else 0.0)
+        accumulated = expected if kind == "skipped" and expected is not None else 0.0
+        return StepRecord(self.index, kind, None, expected, accumulated)
 
     def weights(self) -> mx.array:
         """Of the last ``forecast + 1`` computed steps, the latest first, in a forecast of the next step: float32."""
@@ -120,10 +118,10 @@ class Generation:
     def correction(self) -> list[float] | None:
         """Of the next step if it computes: see ``forecast.correction``; None where there is nothing to correct."""
         s, k = self._sigmas, self.index
-        if not self._rho or not self._gap or s[k] in (s[k + 1], s[self._known[0]]):
+        if not self.policy.corrector or not self._gap or s[k] in (s[k + 1], s[self._known[0]]):
             return None
         gap = [(s[j], s[j + 1] - s[j], w) for j, w in self._gap]
-        return correction(s[k], s[k + 1] - s[k], s[self._known[0]], gap, self._rho)
+        return correction(s[k], s[k + 1] - s[k], s[self._known[0]], gap, self.policy.corrector)
 
     def record(
         self, step: StepRecord | mx.array | Kind, *, is_kept: bool = False, miss: mx.array | None = None
@@ -141,7 +139,7 @@ class Generation:
             return
         step = StepRecord(len(self._records), step, None, None, 0.0) if isinstance(step, str) else step
         self._last = miss
-        if self.watch is not None and step.kind != "skipped" and miss is None and step.index < self.num_steps:
+        if step.index < self.num_steps and self.watch is not None and step.kind != "skipped" and miss is None:
             self.watch.computed(step.index, math.inf)
         self._add(step, is_kept=is_kept)
 

@@ -136,7 +136,7 @@ def calibrate(
         raise TeaCacheValueError(f"{len(pairs)} pairs of steps are too few to fit: use more steps or prompts")
     x, y = pairs.T
     fit = np.polyfit(x, y, DEGREE)
-    polynomial: dict[str, Any] = {"coefficients": list(map(float, fit)), "calibrated_range": [min(x), max(x)]}
+    polynomial: dict[str, Any] = {"coefficients": list(map(float, fit)), "calibrated_range": [x.min(), x.max()]}
     threshold = _threshold(trace, polynomial)
     middle = threshold or DEFAULT_THRESHOLD
     around = sorted({min(1.0, middle * factor) for factor in (0.5, 0.75, 1, 1.5, 2, 3)})

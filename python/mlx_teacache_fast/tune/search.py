@@ -25,7 +25,7 @@ from ..files import check_writable, from_json
 from ..handle import apply
 from ..mflux.pictures import Image, generate, predictions, progress_bar, psnr
 from ..policy import Budget, Cache, Policy, Steps, as_text, step_count
-from ..step.forecast import weights
+from ..step.forecast import correction, weights
 from ..step.rules import budgeted
 
 IDENTICAL = 99.0  # dB, of pictures that do not differ: means need a number
@@ -68,16 +68,25 @@ class Recorded:
     sigmas: Sequence[float]
     products: Sequence[npt.NDArray[np.float64]]
 
-    def estimate(self, steps: Plan, order: int) -> float:
-        """-10 log10 of the mean squared error of the final latents, mean over the runs: dB up to a constant."""
+    def estimate(self, steps: Plan, order: int, rho: float = 0.0) -> float:
+        """-10 log10 of the mean squared error of the final latents, mean over the runs: dB up to a constant.
+
+        ``rho`` is the corrector's share.
+        """
         share = np.zeros(len(steps))  # of each prediction in the error
         known: list[int] = []
+        gap: list[tuple[float, float, list[float]]] = []
         for i, computes in enumerate(steps):
-            if computes:
-                known = [i, *known[:order]]
-                continue
             step = self.sigmas[i + 1] - self.sigmas[i]
+            if computes:
+                if rho and gap and step:
+                    handed_on = correction(self.sigmas[i], step, self.sigmas[known[0]], gap, rho)
+                    share[[i, *known]] += step * np.array(handed_on[: 1 + len(known)])
+                    share[i] -= step
+                known, gap = [i, *known[:order]], []
+                continue
             forecast = weights(self.sigmas[i], [self.sigmas[k] for k in known], order)
+            gap.append((self.sigmas[i], step, forecast))
             share[known] += step * np.array(forecast[: len(known)])
             share[i] -= step
         errors = [max(float(share @ product @ share), 1e-30) for product in self.products]
@@ -156,6 +165,8 @@ def search(
     if not prompts or isinstance(prompts, str) or not seeds or evaluations < 1:
         raise TeaCacheValueError("search needs a list of prompts, one or more seeds, and one or more evaluations")
     options = {"num_inference_steps": 50} | options
+    rho = policy.rho(options.get("guidance") or 1.0)
+    policy = replace(policy, corrector=rho if cache == "output" else None)  # the plan's too
     num_steps = options["num_inference_steps"]
     num_tokens = options.get("height", 1024) * options.get("width", 1024) // 256
     with apply(flux, policy) as handle:  # before anything slow
@@ -165,7 +176,7 @@ def search(
     has_cache = getattr(flux.model_config, "supports_kv_cache", False) if has_cache is None else has_cache
     if cache == "residual" and has_cache and options.get("image_paths"):
         raise TeaCacheValueError('search takes cache="output" only with a key-value cache, which has no first residual')
-    setup: dict[str, Any] = {"budget": share, "forecast": order, "cache": cache, "options": options}
+    setup: dict[str, Any] = {"budget": share, "forecast": order, "cache": cache, "corrector": rho, "options": options}
     setup |= {"prompts": list(prompts), "seeds": list(seeds), "held_out": list(held_out)}
     setup |= {"variant_id": variant_id, "pipeline": type(flux).__name__, "model": flux.model_config.model_name}
     setup |= {name: getattr(flux, name, None) for name in ("bits", "lora_paths", "lora_scales")}
@@ -218,7 +229,7 @@ def search(
 
         unseen_psnr: dict[str, float | None] = {"rule": None, "plan": None}
         rng = random.Random(len(psnr_of))
-        judge = functools.cache(lambda steps: recorded.estimate(steps, order))
+        judge = functools.cache(lambda steps: recorded.estimate(steps, order, rho))
         evaluate(rule)
         for start in (annealed(rule, judge, ROUNDS, rng) for _ in range(STARTS)):
             if len(psnr_of) < evaluations:
