@@ -541,12 +541,16 @@ def test_replay_of_a_trace_without_distances(flux: Any, generate: Generate) -> N
     assert tc.replay(handle.trace, rel_l1_thresh=0.0) == handle.trace
     with tc.apply_teacache(flux, steps="11111") as planned:
         generate(num_inference_steps=5, height=32, width=32)
-    for trace in (handle.trace, planned.trace):
+    with tc.apply(flux, tolerance=0.1) as watched:
+        generate(num_inference_steps=8, height=32, width=32)
+    for trace, policy in (
+        (handle.trace, "rel_l1_thresh 0"),
+        (planned.trace, "steps as planned"),
+        (watched.trace, "tolerance 0.1, forecast 1 of the output"),
+    ):
         with pytest.raises(tc.TeaCacheValueError) as error:
             tc.replay(trace, rel_l1_thresh=0.2)
-        assert str(error.value) == (
-            "the trace has no distances to replay: they are measured only where the gate decides"
-        )
+        assert str(error.value) == f"replay is of a trace of the gate with a threshold, and this is of {policy}"
 
 
 @pytest.mark.parametrize(

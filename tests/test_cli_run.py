@@ -154,7 +154,7 @@ def test_policy_is_a_file_of_search_or_calibrate_or_a_picture(tmp_path, weights)
     for path, policy in {
         searched: Policy.from_json(searched),
         fitted: Policy.from_json(fitted).of_model(variant),
-        picture: Policy.of(rel_l1_thresh=0.34, max_skips=2).of_model(variant),
+        picture: Policy.of(rel_l1_thresh=0.34, max_skips=2, corrector=0).of_model(variant),
     }.items():
         again = tmp_path / f"again-{path.stem}.png"
         result = run("run", "--policy", path, "--trace", trace, "--force", "--", *command, again)
@@ -272,7 +272,7 @@ def test_like_a_picture(tmp_path, weights):
 
     for options in (["--skip-last", 1], ["--policy", first]):
         result = run("run", "--like", first, *options, "--", "mflux-generate-flux2")
-        message = "--like has all options of the gate: leave out either it or them"
+        message = "--like has all settings: leave out either it or them"
         assert result == Result(2, "", f"mlx-teacache-fast run: error: {message}\n")
 
 
@@ -377,7 +377,11 @@ GATE = ["--threshold", 0.2]
             [*GENERATE[:3], "--steps", 4, "--image-path", "x.png", "--image-strength", 0.9],
             "the schedule has 1 active of num_inference_steps=4",
         ),
-        (["--skip-last", 9], [*GENERATE[:3], "--steps", 10], "leave no step to gate: the schedule has 10 active"),
+        (
+            [*GATE, "--skip-last", 9],
+            [*GENERATE[:3], "--steps", 10],
+            "leave no step to gate: the schedule has 10 active",
+        ),
         (["--steps", "1010"], [*GENERATE[:3], "--steps", 5], "steps plans 4 steps and the schedule has 5 active"),
     ],
 )
@@ -730,7 +734,8 @@ def test_info_of_a_base_model():
         (["flux2-klein-4b"], "flux2-klein-4b", "yes", "at 4 steps, mflux's default: no"),
         (["klein-9b-kv"], "flux2-klein-9b", "no: with the", "at 4 steps, mflux's default: no"),
         (["schnell", "--steps", 25], "flux1-schnell", "yes", "at 25 steps: no"),
-        (["dev", "--steps", 4], "flux1-dev", "yes", "at 4 steps: perhaps"),
+        (["dev", "--steps", 6], "flux1-dev", "yes", "at 6 steps: perhaps"),
+        (["dev", "--steps", 5], "flux1-dev", "yes", "at 5 steps: no"),
         (["dev", "--steps", 3], "flux1-dev", "yes", "at 3 steps: no"),
         (["dev", "--steps", 1], "flux1-dev", "yes", "at 1 steps: no"),
     ],

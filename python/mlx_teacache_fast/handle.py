@@ -173,7 +173,7 @@ def gate(flux: Any, policy: Policy) -> Handle:
     from .mflux import families, hook
 
     # TeaCache as published takes the demonstration model for the one whose name it has, as mlx-teacache does.
-    by_name = isinstance(policy.rule, Gate) and (policy.forecast, policy.cache) == (0, "residual")
+    by_name = not isinstance(policy.rule, Tolerance) and (policy.forecast, policy.cache) == (0, "residual")
     family, variant, calibrated = families.match(getattr(flux, "model_config", None), type(flux), by_name)
     if flux.transformer is None:
         raise IncompatibleModelError(

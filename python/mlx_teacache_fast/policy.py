@@ -388,7 +388,7 @@ class Policy(_Checked):
             wrong = ", ".join(name for name in given if name in _names(*others))
             raise TeaCacheValueError(f"{first} says which steps compute, and {wrong} cannot count: leave out either")
         named = {"rel_l1_thresh", "coefficients"}
-        if kind is Gate and default is not Gate and not named & asked:
+        if kind is Gate and default is not Gate and not named & asked and "calibrated_range" not in given:
             limits = ", ".join(name for name in given if name in _names(Gate))
             raise TeaCacheValueError(f"{limits}: of TeaCache's gate, which rel_l1_thresh or coefficients ask for")
         of_rule = {name: given.pop(name) for name in _names(kind) & given.keys()}
