@@ -258,7 +258,9 @@ def test_a_subclass_that_wraps_predict(flux: Any, generate: Generate, cache: Any
         assert np.array_equal(generate(**arguments), wrapped)
 
 
-@pytest.mark.parametrize("how", [{}, dict(cache="residual"), dict(cache="residual", budget=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "how", [dict(rel_l1_thresh=0.2), dict(cache="residual"), dict(cache="residual", budget=0.5)], ids=str
+)
 @pytest.mark.parametrize("keeps", ["a trace", "nothing"])
 def test_a_step_that_does_not_run_the_transformer_it_is_given(
     flux: Any, generate: Generate, keeps: str, how: dict[str, Any]
