@@ -177,8 +177,9 @@ class _Run:
         policy = hook.policy
         if policy.cache == "output":
             is_linear = getattr(type(config.scheduler), "step", None) in _EULER
-            policy = replace(policy, corrector=policy.rho(config.guidance) if is_linear else 0.0)
-        num_tokens = config.height * config.width // 256
+            rho = policy.rho(getattr(config, "guidance", 1.0))
+            policy = replace(policy, corrector=rho if is_linear else 0.0)
+        num_tokens = getattr(config, "height", 1024) * getattr(config, "width", 1024) // 256
         generation = Generation(policy, num_steps, sigmas, num_tokens=num_tokens, plans=hook.handle.plans)
         engine = Engine(generation, hook.family.tap)
         self._config = config
