@@ -160,7 +160,7 @@ def gate_step(
     step_idx: int,
     mod_in: mx.array,
 ) -> SimpleNamespace:
-    policy = ours.Policy.of(skip_first_n_steps=skip_first, skip_last_n_steps=skip_last)
+    policy = ours.Policy(rule=ours.Gate(skip_first_n_steps=skip_first, skip_last_n_steps=skip_last))
     generation = Generation(policy, num_steps, list)
     for _ in range(step_idx):
         generation.record("computed")
