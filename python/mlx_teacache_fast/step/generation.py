@@ -46,6 +46,7 @@ class Generation:
         self._num_tokens = num_tokens
         self._plans = plans
         self._known: list[int] = []  # computed steps whose results are kept, the latest first
+        self._weights: list[float] = []  # of the forecast for the step that comes next
         self._gap: list[tuple[int, list[float]]] = []  # steps skipped since, and the weights of their forecasts
         self._records: list[StepRecord] = []
         self._last: mx.array | None = None  # of the last step: the gate's state, or the forecast's miss
