@@ -31,6 +31,8 @@ NOTES = {
     "bench_gate": "In float16, which no FLUX pipeline of mflux uses, this package's CPU gate is bound by conversions, "
     "not by memory. Where memory is returned after each use, a float32 result of this size (50 MB) is mapped anew at "
     "each step; below 32 MB glibc keeps it.",
+    "bench_forecast": "The budgets' plans here are those of an earlier rule, in the model's own regime, and nothing is "
+    "corrected: what the table says of forecasts and their guard holds for given steps.",
     "bench_step": "What is left of a skipped step is mflux's prelude up to block 0, of which block 0's modulation is "
     "the largest part in a wide model, the gate, one read and a graph. That does not grow with the number of blocks. A "
     "step that a plan skips is the forecast alone.",
