@@ -53,6 +53,9 @@ def _number(rule: str, accepts: Callable[[float], bool]) -> Check:
     return check
 
 
+_part = _number("a number from 0.0 to 1.0", lambda part: 0 <= part <= 1)
+
+
 def _one_of(rule: str, choices: tuple[Any, ...]) -> Check:
     def check(name: str, value: Any) -> Any:
         if type(value) is not type(choices[0]) or value not in choices:
@@ -144,9 +147,10 @@ class Gate(_Checked):
 
     # fmt: off
     rel_l1_thresh: float | None = _setting(
-        None, _number("a number from 0.0 to 1.0", lambda t: 0 <= t <= 1),
-        "accumulated distance, 0 to 1, at which a step is computed again: a higher one skips more and is less faithful,"
-        f" 0 skips nothing (default: the model's own, 0.17 to 0.30; {DEFAULT_THRESHOLD:g} with coefficients of yours)",
+        None, _part,
+        "TeaCache's gate instead of a tolerance: accumulated distance, 0 to 1, at which a step is computed again; a "
+        "higher one skips more, 0 skips nothing (default: the model's own, 0.17 to 0.30; "
+        f"{DEFAULT_THRESHOLD:g} with coefficients of yours)",
         "--threshold", metavar="T", type=float)
     coefficients: Coefficients | None = _setting(
         None, _floats(5, "five finite numbers of float32's range, fourth degree first"),
@@ -157,13 +161,13 @@ class Gate(_Checked):
         "distances that these coefficients were fitted on; a larger one computes (default: the model's own, and no "
         "limits with coefficients of yours)", metavar=("LOW", "HIGH"), nargs=2, type=float)
     skip_first_n_steps: int = _setting(
-        1, step_count, "so many first steps are always computed (default: 1)", "--skip-first", **_N)
+        1, step_count, "of the gate: so many first steps are always computed (default: 1)", "--skip-first", **_N)
     skip_last_n_steps: int = _setting(
-        1, step_count, "so many last steps are always computed (default: 1)", "--skip-last", **_N)
+        1, step_count, "of the gate: so many last steps are always computed (default: 1)", "--skip-last", **_N)
     max_consecutive_skips: int = _setting(  # 8 is mlx-teacache's
-        8, step_count, "a step is computed after so many skipped ones; 0 skips nothing (default: 8)", **_N)
+        8, step_count, "of the gate: a step is computed after so many skipped ones; 0 skips nothing (default: 8)", **_N)
     max_skips: int | None = _setting(
-        None, step_count, "at most so many skipped steps a picture (default: no limit)", **_N)
+        None, step_count, "of the gate: at most so many skipped steps a picture (default: no limit)", **_N)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -226,7 +230,7 @@ class Tolerance(_Checked):
 
     # fmt: off
     tolerance: float | None = _setting(
-        None, _number("a number from 0.0 to 1.0", lambda t: 0 <= t <= 1),
+        None, _part,
         "relative L1 distance, 0 to 1, by which a skipped step's forecast may miss, as far as earlier misses tell: a "
         f"higher one skips more and is less faithful, 0 skips nothing (default: {MODES[DEFAULT_MODE]:g})",
         metavar="T", type=float)
@@ -348,7 +352,7 @@ class Policy(_Checked):
         "what is reused or extrapolated: the residual of the transformer's blocks, or the output, the noise "
         "prediction, which takes little memory (default: output)", choices=CACHES)
     corrector: float | None = _setting(
-        None, _number("a number from 0.0 to 1.0", lambda share: 0 <= share <= 1),
+        None, _part,
         "share of the error gathered in skipped steps that the next computed one takes back, with Euler schedulers and "
         f"the output cache (default: {RHO:g} with a tolerance, 0.5 with a budget of 0.3 or more and guidance of 5 or "
         "less, else 0)",
