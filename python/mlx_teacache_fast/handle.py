@@ -175,7 +175,7 @@ def gate(flux: Any, policy: Policy) -> Handle:
     # TeaCache as published takes the demonstration model for the one whose name it has, as mlx-teacache does.
     by_name = not isinstance(policy.rule, Tolerance) and (policy.forecast, policy.cache) == (0, "residual")
     family, variant, calibrated = families.match(getattr(flux, "model_config", None), type(flux), by_name)
-    if flux.transformer is None:
+    if getattr(flux, family.transformer, None) is None:
         raise IncompatibleModelError(
             f"this {type(flux).__name__} has no transformer any more (mflux's low-memory mode drops it after a "
             "generation): load the pipeline again"
@@ -187,6 +187,10 @@ def gate(flux: Any, policy: Policy) -> Handle:
             existing.handle,
         )
     policy = policy.of_model(variant)
+    if policy.cache == "residual" and not family.tap.idle:
+        raise TeaCacheValueError(
+            f'cache="residual" is not for {type(flux).__name__}, whose blocks cannot be left out alone: cache="output"'
+        )
     handle = Handle(policy, variant, calibrated, published_plans(flux.model_config))
     handle._hook = hook.Hook(flux, family, handle)
     if reason := policy.rule.skips_nothing:

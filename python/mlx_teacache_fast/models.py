@@ -59,7 +59,8 @@ class Variant:
     Attributes:
         variant_id: Also the alias of mflux's model configuration.
         display_name: The model's name.
-        coefficients: Polynomial of the relative L1 distance, c4 first, dimensionless.
+        coefficients: Polynomial of the relative L1 distance, c4 first, dimensionless; None where none are known, and
+            the gate wants some of the user's.
         calibrated_range: The distances that the polynomial was fitted on; None where it is used without limits.
         rel_l1_thresh: Default threshold on the accumulated polynomial.
         fit: Where the polynomial comes from, but for the threshold.
@@ -69,10 +70,10 @@ class Variant:
 
     variant_id: str
     display_name: str
-    coefficients: Coefficients
-    calibrated_range: tuple[float, float] | None
-    rel_l1_thresh: float
-    fit: Provenance
+    coefficients: Coefficients | None = None
+    calibrated_range: tuple[float, float] | None = None
+    rel_l1_thresh: float | None = None
+    fit: Provenance | None = None
     distilled: bool = False
     published: tuple[Published, ...] = ()
 
@@ -83,7 +84,8 @@ class Variant:
 
     @property
     def provenance(self) -> Provenance:
-        return replace(self.fit, default_thresh=self.default_thresh)
+        """Of the coefficients, where there are some."""
+        return Provenance("rule") if self.fit is None else replace(self.fit, default_thresh=self.default_thresh)
 
 
 def _fit(url: str | None, dataset: str | None = None, r2: float | None = None) -> Provenance:
@@ -94,6 +96,7 @@ _UPSTREAM = _fit("https://github.com/ali-vilab/TeaCache/blob/main/TeaCache4FLUX/
 _SCRIPTS = "https://github.com/IonDen/mlx-teacache/blob/main/scripts"
 _FLUX1_FITTED_BY = f"{_SCRIPTS}/calibrate_flux1.py"
 _FLUX2_FITTED_BY = f"{_SCRIPTS}/calibrate_flux2.py"
+_QWEN_FITTED_ON = "10 prompts, 50 steps, 768x768, guidance 4, 4-bit weights"
 
 _FLUX1: Coefficients = (498.651651244, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 _KLEIN_BASE: Coefficients = (-1841.022165607874, 848.4417137572868, -131.3554469956159, 8.179509586828413, 0.0)
@@ -131,6 +134,38 @@ _ALL = (
     Variant(
         "flux2-klein-base-9b", "FLUX.2 klein base 9B", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17, _KLEIN_BASE_4B_FIT,
         published=(Published(50, 13, 0.17, 4.0),)),
+    Variant(
+        "qwen-image", "Qwen-Image",
+        (-12.954226906135869, 8.883805167578382, -0.9363839862290331, 1.4538816050570036, 0.0),
+        (0.04675976472922664, 0.587799896108221), 0.30,
+        _fit(f"{_SCRIPTS}/calibrate_qwen.py", _QWEN_FITTED_ON, 0.8490), published=(Published(50, 33, 0.30, 4.0),)),
+    Variant(
+        "qwen-image-2512", "Qwen-Image-2512",
+        (-13.200421839759947, 4.851407025105924, 2.4891133197469846, 0.2453630032662089, 0.0),
+        (0.08094493952514002, 0.4705715918534816), 0.25,
+        _fit(f"{_SCRIPTS}/calibrate_qwen.py", _QWEN_FITTED_ON, 0.8183), published=(Published(50, 29, 0.25, 4.0),)),
+    # Its signal is what the first layer adds.
+    Variant(
+        "z-image-base", "Z-Image base",
+        (-898.9907628349583, 367.7086118008557, -45.41511572598643, 3.95114319842774, 0.0),
+        (0.027887196237753466, 0.25914120883567665), 0.12,
+        _fit(f"{_SCRIPTS}/calibrate_z_image.py", "10 prompts, 50 steps, 512x512, guidance 4, 8-bit weights", 0.3997548),
+        published=(Published(50, 15, 0.12, 4.0),)),
+    # Of these no coefficients are known.
+    *(Variant(variant_id, name) for variant_id, name in (
+        ("qwen-image-edit", "Qwen-Image-Edit"), ("qwen-image-2.1", "Qwen-Image-2.1"),
+        ("qwen-image-2.1-controlnet-union", "Qwen-Image-2.1 with ControlNet"),
+        ("flux3-image-klein-base", "FLUX.3 klein base"), ("fibo", "FIBO"), ("fibo-edit", "FIBO Edit"),
+        ("fibo2", "FIBO 2"), ("ernie-image", "ERNIE-Image"), ("krea-2-raw", "Krea 2"), ("ideogram-4-fp8", "Ideogram 4"),
+        ("iris-3b-base", "Iris 3B base"), ("moss-image-sft", "MOSS-Image SFT"), ("moss-image-base", "MOSS-Image base"),
+        ("anima-base", "Anima base"), ("anima-aesthetic", "Anima Aesthetic"))),
+    *(Variant(variant_id, name, distilled=True) for variant_id, name in (
+        ("qwen-image-2.1-turbo", "Qwen-Image-2.1 turbo"),
+        ("qwen-image-2.1-turbo-controlnet-union", "Qwen-Image-2.1 turbo with ControlNet"),
+        ("z-image-turbo", "Z-Image turbo"), ("flux3-image-klein", "FLUX.3 klein"), ("fibo-lite", "FIBO lite"),
+        ("fibo-edit-rmbg", "FIBO Edit RMBG"), ("ernie-image-turbo", "ERNIE-Image turbo"), ("krea-2", "Krea 2 turbo"),
+        ("krea-2-controlnet-depth", "Krea 2 turbo with ControlNet"), ("iris-3b", "Iris 3B turbo"),
+        ("anima-turbo", "Anima turbo"))),
 )
 
 # The demonstration model's, which is none of mflux's: mlx-teacache-fast calibrate demo --guidance 1 4

@@ -176,8 +176,13 @@ class Gate(_Checked):
             raise TeaCacheValueError("calibrated_range belongs to coefficients of yours: give them too")
 
     def of_model(self, variant: Variant) -> "Gate":
-        """With the model's values in place of those that are left open."""
+        """With the model's values in place of those that are left open; TeaCacheValueError if it has none."""
         threshold = self.rel_l1_thresh
+        if self.coefficients is None and variant.coefficients is None and threshold != 0:
+            raise TeaCacheValueError(
+                f"no coefficients are known for {variant.display_name}: rel_l1_thresh wants some of yours beside it, "
+                "which mlx-teacache-fast tune fits; a tolerance, a budget and steps need none"
+            )
         if threshold is None:
             threshold = variant.rel_l1_thresh if self.coefficients is None else DEFAULT_THRESHOLD
         own = self if self.coefficients is not None else variant

@@ -66,7 +66,7 @@ def supported() -> Pipelines:
         IncompatibleModelError: mflux cannot be imported.
     """
     require_mflux()
-    from .mflux.families import FAMILIES
+    from .mflux.families import FAMILIES, REFUSED
 
     rows = []
     for family in FAMILIES:
@@ -74,7 +74,7 @@ def supported() -> Pipelines:
             infos = [match_variant(SimpleNamespace(aliases=[alias]), pipeline) for alias in family.models]
             best = {v.variant_id: v for v in sorted(filter(None, infos), key=lambda v: v.calibrated)}
             rows.append(Pipeline(pipeline.__name__, tuple(best[i] for i in VARIANTS if i in best)))
-        rows += [Pipeline(pipeline.__name__, (), reason) for pipeline, reason in family.refused.items()]
+    rows += [Pipeline(pipeline.__name__, (), reason) for pipeline, reason in REFUSED.items()]
     return Pipelines(rows)
 
 

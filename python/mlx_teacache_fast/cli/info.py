@@ -78,25 +78,31 @@ def _overview() -> str:
     rows = [("model", "threshold", "distances", "published skips")]
     for variant in VARIANTS.values():
         skips = ", ".join(f"{p.skipped} of {p.steps} at {p.rel_l1_thresh:g}" for p in variant.published)
-        rows.append((variant.variant_id, f"{variant.rel_l1_thresh:g}", _range(variant), skips or "none known"))
+        threshold = "none" if variant.rel_l1_thresh is None else f"{variant.rel_l1_thresh:g}"
+        distances = "" if variant.coefficients is None else _range(variant)
+        rows.append((variant.variant_id, threshold, distances, skips or "none known"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _about(config: Any, variant: Variant, calibrated: bool, steps: int | None, default: int) -> str:
-    fit = variant.fit
     rows = [("model", config.model_name)]
     if config.base_model is not None:
         rows.append(("taken for", f"a checkpoint made from {config.base_model}"))
     rows += [
         ("variant", f"{variant.variant_id} ({variant.display_name})"),
-        ("calibrated", "yes" if calibrated else f"no: with the coefficients of {variant.variant_id}"),
-        ("threshold", f"{variant.rel_l1_thresh:g}"),
-        ("coefficients", fit.reference_url or "this package"),
     ]
-    if fit.calibration_dataset is not None:
-        rows.append(("", f"fitted on {fit.calibration_dataset}; R^2 {fit.fit_metric_value:.3f}"))
-    rows.append(("range", _range(variant)))
+    if (fit := variant.fit) is None:
+        rows.append(("coefficients", "none known: a threshold wants some of yours"))
+    else:
+        rows += [
+            ("calibrated", "yes" if calibrated else f"no: with the coefficients of {variant.variant_id}"),
+            ("threshold", f"{variant.rel_l1_thresh:g}"),
+            ("coefficients", fit.reference_url or "this package"),
+        ]
+        if fit.calibration_dataset is not None:
+            rows.append(("", f"fitted on {fit.calibration_dataset}; R^2 {fit.fit_metric_value:.3f}"))
+        rows.append(("range", _range(variant)))
     of = "" if calibrated else f"of {variant.variant_id}: "
     rows += [("published", of + _published(p)) for p in variant.published]
     rows += [("", url) for url in dict.fromkeys(p.url for p in variant.published)]

@@ -4,15 +4,16 @@ from typing import Any, NamedTuple
 
 from ..errors import IncompatibleModelError
 from ..models import TINY_KLEIN, VARIANTS, Variant
+from . import flux1, others
 from .family import Command, Family
 from .flux1 import FLUX1
 from .flux2 import FLUX2
 
-FAMILIES: tuple[Family, ...] = (FLUX1, FLUX2)
+FAMILIES: tuple[Family, ...] = (FLUX1, FLUX2, *others.OTHERS)
 
 COMMANDS: dict[str, Command] = dict(sorted(item for family in FAMILIES for item in family.commands.items()))
 PIPELINES: tuple[type, ...] = tuple(pipeline for family in FAMILIES for pipeline in family.pipelines)
-REFUSED: dict[type, str] = {pipeline: why for family in FAMILIES for pipeline, why in family.refused.items()}
+REFUSED: dict[type, str] = flux1.REFUSED | others.REFUSED
 
 
 class Match(NamedTuple):
@@ -40,15 +41,18 @@ def match(model_config: Any, pipeline_class: type, by_name: bool = False) -> Mat
     aliases = getattr(model_config, "aliases", None) or ()
     if TINY_KLEIN.variant_id in aliases and not by_name:
         return Match(family, TINY_KLEIN, True)
-    model = next((family.models[alias] for alias in aliases if alias in family.models), None)
+    names = [str(getattr(model_config, "model_name", None)).lower(), *aliases]
+    model = next((family.models[alias] for alias in names if alias in family.models), None)
     if model is None:
         known = ", ".join(family.models)
         raise IncompatibleModelError(
             f"{name} has a model configuration with aliases {list(aliases)}, and apply knows {known}"
         )
-    is_finetune = getattr(model_config, "base_model", None) is not None  # mflux's own models name no base
+    # mflux's own models name no base.
+    is_finetune = getattr(model_config, "base_model", None) is not None and names[0] not in family.models
     here = issubclass(pipeline_class, family.pipelines[0]) and not is_finetune
-    return Match(family, VARIANTS[model.variant], model.fitted and here)
+    variant = VARIANTS[model.variant]
+    return Match(family, variant, variant.coefficients is not None and model.fitted and here)
 
 
 def uncalibrated_message(flux: Any, variant: Variant) -> str:

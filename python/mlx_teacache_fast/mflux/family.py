@@ -1,12 +1,12 @@
-"""What is to be said of a family of mflux's pipelines. Each is one value in a file of its own."""
+"""What is to be said of a family of pipelines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
-from ..step.tap import Tap
+from ..step.tap import Signal, Tap
 
 
 def idle_joint(*, hidden_states: mx.array, encoder_hidden_states: mx.array, **_: Any) -> tuple[mx.array, mx.array]:
@@ -19,7 +19,13 @@ def idle_single(*, hidden_states: mx.array, **_: Any) -> mx.array:
     return mx.array(hidden_states)
 
 
-IDLE: dict[str, Callable[..., Any]] = {"transformer_blocks": idle_joint, "single_transformer_blocks": idle_single}
+def modulated(argument: int | str) -> Callable[..., Signal]:
+    """``Tap.signal`` where block 0's attention is called with what the modulation made: its place or name there."""
+
+    def signal(_attention: Any, *args: Any, **kwargs: Any) -> Signal:
+        return Signal(args[argument] if isinstance(argument, int) else kwargs[argument])
+
+    return signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,8 @@ class Model:
     """A model of a family.
 
     Attributes:
-        variant: Whose coefficients it is gated with.
-        fitted: Whether these were fitted on it, in text-to-image.
+        variant: What it is gated as.
+        fitted: Whether the variant's coefficients were fitted on it, in text-to-image.
         text_to_image: Whether the family's text-to-image pipeline runs it.
     """
 
@@ -52,25 +58,46 @@ class Model:
     text_to_image: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """Pipelines that have one kind of transformer.
+    """Pipelines that have one kind of transformer and run it in one way.
+
+    A step is what one of ``factories`` made, or one of ``methods``, or where there are neither the call of ``module``.
 
     Attributes:
-        commands: mflux's, by name. Their pipelines can be gated; the first one is for text-to-image.
-        refused: Pipelines that cannot be gated, and why.
-        models: By alias of mflux's model configuration.
+        pipelines: Classes that can be gated; the first one is for text-to-image. Left out: those of the commands.
+        commands: mflux's that make them, by name.
+        models: By alias of mflux's model configuration, or by its model's name in lower case, which goes first.
         tap: Where the transformer is listened to.
-        factories: The pipeline's methods that make the function of a step from a transformer. Where there are none, the
-            pipeline calls its transformer, once a step.
+        factories: The pipeline's methods that make the function of a step from a transformer and other things.
+        methods: The pipeline's methods that are a step.
+        module: The pipeline's attribute that is called for a step.
+        transformer: The pipeline's attribute that the tap's paths begin at.
+        is_several: Whether a step is several calls: one for each branch of the guidance.
+        is_on_class: Whether ``generate_image`` looks its factories up on the class, by the class's name.
+        positional: Names of the arguments that a factory's function is called with by place.
+        changes: Names of the arguments of a step: with other ones what was computed before is of no use.
+        sigmas: The schedule that runs, of the pipeline, mflux's Config and generate_image's arguments, where it is not
+            that of the Config's scheduler.
+        is_euler: Whether a step is linear in the noise; None: as the Config's scheduler has it.
     """
 
-    commands: dict[str, Command]
-    refused: dict[type, str] = field(default_factory=dict)
+    pipelines: tuple[type, ...] = ()
+    commands: dict[str, Command] = field(default_factory=dict)
     models: dict[str, Model]
     tap: Tap
     factories: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    module: str = "transformer"
+    transformer: str = "transformer"
+    is_several: bool = False
+    is_on_class: bool = False
+    positional: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+    sigmas: Callable[[Any, Any, dict[str, Any]], Sequence[float]] | None = None
+    is_euler: bool | None = None
 
-    @property
-    def pipelines(self) -> tuple[type, ...]:
-        return tuple(dict.fromkeys(command.pipeline for command in self.commands.values()))
+    def __post_init__(self) -> None:
+        if not self.pipelines:
+            made = dict.fromkeys(command.pipeline for command in self.commands.values())
+            object.__setattr__(self, "pipelines", tuple(made))

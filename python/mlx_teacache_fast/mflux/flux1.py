@@ -17,7 +17,7 @@ from mflux.models.flux.variants.txt2img.flux import Flux1
 
 from ..step.captured import Arguments
 from ..step.tap import Signal, Tap
-from .family import IDLE, Command, Family, Model
+from .family import Command, Family, Model, idle_joint, idle_single
 
 
 def _signal(block: Any, *, hidden_states: mx.array, text_embeddings: mx.array, **_others: Any) -> Signal:
@@ -34,6 +34,11 @@ def _tokens(arguments: Arguments) -> int:
 _SPECIAL: dict[str, Any] = dict(fitted=False, text_to_image=False)
 _DEV = "kontext fill redux depth controlnet-canny controlnet-upscaler fill-catvton"  # what is made from it
 
+REFUSED: dict[type, str] = dict.fromkeys(
+    (Flux1Concept, Flux1ConceptFromImage),
+    "it returns attention maps beside the image, which a step whose blocks are skipped does not have",
+)
+
 FLUX1 = Family(
     commands={
         "mflux-generate": Command(pipeline=Flux1, repeats=True, leaves_out_steps=True),
@@ -48,10 +53,6 @@ FLUX1 = Family(
         "mflux-generate-kontext": Command(pipeline=Flux1Kontext, repeats=True),
         "mflux-generate-redux": Command(pipeline=Flux1Redux, repeats=True),
     },
-    refused=dict.fromkeys(
-        (Flux1Concept, Flux1ConceptFromImage),
-        "it returns attention maps beside the image, which a step whose blocks are skipped does not have",
-    ),
     models={
         "dev": Model(variant="flux1-dev"),
         "schnell": Model(variant="flux1-schnell"),
@@ -59,5 +60,9 @@ FLUX1 = Family(
         **{f"dev-{name}": Model(variant="flux1-dev", **_SPECIAL) for name in _DEV.split()},
         "schnell-controlnet-canny": Model(variant="flux1-schnell", **_SPECIAL),
     },
-    tap=Tap(signal=_signal, n_tokens=_tokens, idle=IDLE),
+    tap=Tap(
+        signal=_signal,
+        n_tokens=_tokens,
+        idle={"transformer_blocks": idle_joint, "single_transformer_blocks": idle_single},
+    ),
 )

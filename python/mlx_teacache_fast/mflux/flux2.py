@@ -8,7 +8,7 @@ from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 
 from ..step.captured import Arguments
 from ..step.tap import Signal, Tap
-from .family import IDLE, Command, Family, Model
+from .family import Command, Family, Model, idle_joint, idle_single
 
 
 def _signal(block: Any, *, hidden_states: mx.array, temb_mod_params_img: Any, **_others: Any) -> Signal:
@@ -34,6 +34,11 @@ FLUX2 = Family(
         "flux2-klein-base-4b": Model(variant="flux2-klein-base-4b"),
         "flux2-klein-base-9b": Model(variant="flux2-klein-base-9b"),
     },
-    tap=Tap(signal=_signal, n_tokens=lambda arguments: arguments["latents"].shape[1], idle=IDLE, makes_cache=_extracts),
+    tap=Tap(
+        signal=_signal,
+        n_tokens=lambda arguments: int(arguments["latents"].shape[1]),
+        idle={"transformer_blocks": idle_joint, "single_transformer_blocks": idle_single},
+        makes_cache=_extracts,
+    ),
     factories=("_predict", "_cached_predict"),
 )

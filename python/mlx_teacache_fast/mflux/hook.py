@@ -20,12 +20,22 @@ from typing import Any, cast
 import mlx.core as mx
 from mflux.models.common.schedulers import FlowMatchEulerDiscreteScheduler, LinearScheduler, SeedVR2EulerScheduler
 
-from ..errors import IncompatibleModelError, NoBenefitWarning, TeaCacheWarning, UntestedVersionWarning, warn_caller
+from ..errors import (
+    IncompatibleModelError,
+    InternalStateError,
+    NoBenefitWarning,
+    TeaCacheValueError,
+    TeaCacheWarning,
+    UntestedVersionWarning,
+    warn_caller,
+)
 from ..policy import Policy
 from ..record import metadata
 from ..record.stats import Stats
+from ..step.captured import Arguments
 from ..step.engine import Engine
 from ..step.generation import Generation
+from ..step.tap import Step
 from .family import Family
 
 NEWEST_VERIFIED_MFLUX = "0.24.0"
@@ -99,9 +109,18 @@ class Hook:
         generate_image = self._own or type(flux).generate_image
         if not self.is_live:  # restored, and called by somebody who wrapped generate_image in between
             return generate_image(flux, *args, **kwargs)
-        run = _Run(self, flux)
-        started = perf_counter()
-        image = generate_image(_view(run), *args, **kwargs)
+        given = inspect.signature(generate_image).bind(flux, *args, **kwargs).arguments
+        for name in _MFLUXS:
+            if given.get(name):
+                raise TeaCacheValueError(
+                    f"{name}={given[name]!r} is mflux's own way to leave out steps, and this {type(flux).__name__} is "
+                    "gated: leave out either"
+                )
+        run, started = _Run(self, flux, given), perf_counter()
+        view = _view(run)
+        if self.family.is_on_class:
+            generate_image = _on_view(generate_image, view)
+        image = generate_image(view, *args, **kwargs)
         run.finish(image, perf_counter() - started)
         return image
 
@@ -114,12 +133,13 @@ def hook_of(flux: Any) -> Hook | None:
 class _Run:
     """One call of ``generate_image``: what its view of the pipeline has of its own."""
 
-    def __init__(self, hook: Hook, flux: Any) -> None:
+    def __init__(self, hook: Hook, flux: Any, given: dict[str, Any]) -> None:
         self.hook = hook
         self.flux = flux
+        self._given = given  # generate_image's arguments
         # Of each loop that mflux has begun: one, but for a generate_image of the user's.
         self._engines: list[Engine] = []
-        self._step: Any = None  # of the last one, where the pipeline calls its transformer
+        self._steps: dict[str, Step] = {}  # of the last one, by what the pipeline calls for them
         self._config: Any = None
 
     # ---- What the view has in place of the pipeline's
@@ -130,39 +150,57 @@ class _Run:
         own = self.flux.callbacks
         registry = copy.copy(own)  # with its lists, to which callbacks may be added
         registry.before_loop_callbacks = lambda: [self, *own.before_loop_callbacks()]
+        registry.in_loop_callbacks = lambda: [self, *own.in_loop_callbacks()]
         return registry
 
     @property
-    def transformer(self) -> Any:
-        transformer = self.flux.transformer
-        return transformer if self.hook.family.factories or transformer is None else _Transformer(self)
+    def module(self) -> Any:
+        """In place of what the pipeline calls for a step."""
+        return None if getattr(self.flux, self.hook.family.module) is None else _Called(self)
 
-    def made(self, name: str, transformer: Any) -> Callable[..., mx.array]:
-        """In place of a factory: what mflux's returns, gated."""
-        make = getattr(self.flux, name)
-        own: Callable[..., mx.array] = make(transformer)
-        if not self._engines:
-            return own
+    def made(self, name: str, *given: Any) -> Callable[..., mx.array]:
+        """In place of a factory: what mflux's returns, gated. Its first argument is the transformer."""
+        make, (transformer, *others) = getattr(self.flux, name), given
+        own: Callable[..., mx.array] = make(*given)
         # A function of somebody else may hide mflux's compiled one: then no array of its trace may get out.
         is_mfluxs = getattr(own, "__globals__", {}).get("__name__", "").startswith("mflux.")
         is_traced = type(own) is _COMPILED or not is_mfluxs
         is_compiled = type(own) is _COMPILED or (is_traced and self.hook.policy.cache == "residual")
-        return self._engines[-1].through(make, lambda: transformer, own, is_traced=is_traced, is_compiled=is_compiled)
+        steps: list[Step] = []
 
-    def called(self, *args: Any, **kwargs: Any) -> mx.array:
-        """In place of a call of the transformer."""
-        transformer = self.flux.transformer
-        if self._step is None:
-            return cast(mx.array, transformer(*args, **kwargs))
-        given = inspect.signature(type(transformer).__call__).bind(transformer, *args, **kwargs).arguments
-        noise: mx.array = self._step(**dict([*given.items()][1:]))
-        return noise
+        def step(*by_place: Any, **by_name: Any) -> mx.array:
+            if not self._engines:
+                return own(*by_place, **by_name)
+            if not steps:  # the factory may be called before the loop begins
+                of, how = lambda t: make(t, *others), dict(is_traced=is_traced, is_compiled=is_compiled)
+                steps.append(self._engines[-1].through(of, lambda: transformer, own, **how))
+            return steps[0](**dict(zip(self.hook.family.positional, by_place, strict=True)), **by_name)
+
+        return step
+
+    def called(self, name: str, *args: Any, **kwargs: Any) -> mx.array:
+        """In place of a method that is a step, or of a call of the module."""
+        flux, family = self.flux, self.hook.family
+        own = getattr(flux, name)
+        if not self._engines:
+            return cast(mx.array, own(*args, **kwargs))
+        if name == family.module:
+            given = _named(type(own).__call__, own, *args, **kwargs)
+            make: Any = lambda module: module  # noqa: E731
+        else:
+            given = _named(getattr(type(flux), name), flux, *args, **kwargs)
+            make = lambda transformer: getattr(_with_transformer(flux, family, transformer), name)  # noqa: E731
+        if name not in self._steps:
+            of = functools.partial(getattr, flux, family.transformer)
+            now: Any = lambda **arguments: getattr(flux, name)(**arguments)  # noqa: E731
+            self._steps[name] = self._engines[-1].through(make, of, now, is_traced=False, is_compiled=False)
+        return self._steps[name](**given)
 
     # ---- A loop, from its begin to its end
 
     def call_before_loop(self, config: Any, **_: Any) -> None:
         """mflux's callback: the schedule is known now."""
-        hook, flux = self.hook, self.flux
+        hook, flux, family = self.hook, self.flux, self.hook.family
         if not hook.is_live:  # restored while the generation was being prepared
             return
         num_steps = max(0, config.num_inference_steps - config.init_time_step)
@@ -172,21 +210,29 @@ class _Run:
             _warn(too_short, NoBenefitWarning)
 
         def sigmas() -> Any:
-            return list(getattr(config.scheduler, "sigmas", ()))[config.init_time_step :]
+            own = (
+                getattr(config.scheduler, "sigmas", ())
+                if family.sigmas is None
+                else family.sigmas(flux, config, self._given)
+            )
+            return list(own)[config.init_time_step :]
 
         policy = hook.policy
         if policy.cache == "output":
-            is_linear = getattr(type(config.scheduler), "step", None) in _EULER
+            is_linear = family.is_euler
+            if is_linear is None:
+                is_linear = getattr(type(config.scheduler), "step", None) in _EULER
             rho = policy.rho(getattr(config, "guidance", 1.0))
             policy = replace(policy, corrector=rho if is_linear else 0.0)
         num_tokens = getattr(config, "height", 1024) * getattr(config, "width", 1024) // 256
         generation = Generation(policy, num_steps, sigmas, num_tokens=num_tokens, plans=hook.handle.plans)
-        engine = Engine(generation, hook.family.tap)
-        self._config = config
-        if not hook.family.factories:
-            own: Any = lambda **arguments: flux.transformer(**arguments)  # noqa: E731
-            self._step = engine.through(lambda t: t, lambda: flux.transformer, own, is_traced=False, is_compiled=False)
-        self._engines.append(engine)
+        self._config, self._steps = config, {}
+        self._engines.append(Engine(generation, family.tap, is_several=family.is_several, changes=family.changes))
+
+    def call_in_loop(self, **_: Any) -> None:
+        """mflux's callback: a step is done."""
+        if self._engines:
+            self._engines[-1].end_step()
 
     def finish(self, image: Any, seconds: float) -> None:
         """Statistics and metadata of a finished picture, which is not lost, whatever happens here."""
@@ -216,6 +262,8 @@ class _Run:
         hook.stats.commit(*counted)  # last: an interrupted generation does not count
 
 
+# generate_image's arguments by which mflux itself leaves out steps.
+_MFLUXS = ("step_cache_ratio", "teacache_ratio", "use_step_cache")
 # Steps that are linear in the noise.
 _EULER = [s.step for s in (LinearScheduler, FlowMatchEulerDiscreteScheduler, SeedVR2EulerScheduler)]
 _COMPILED: Any = type(mx.compile(lambda: None))  # of no Python function, whatever isinstance says
@@ -228,20 +276,45 @@ def _warn(message: str, category: type[Warning]) -> None:
         print(message, file=sys.stderr)
 
 
-class _Transformer:
-    """Stands for the transformer in a generation: to call it is a step, and all else is the transformer's."""
+class _Called:
+    """Stands for a module in a generation: to call it is a step, and all else is the module's."""
 
     def __init__(self, run: _Run) -> None:
         object.__setattr__(self, "_run", run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return cast(_Run, self._run).called(*args, **kwargs)
+        return cast(_Run, self._run).called(self._run.hook.family.module, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._run.flux.transformer, name)
+        return getattr(getattr(self._run.flux, self._run.hook.family.module), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._run.flux.transformer, name, value)
+        setattr(getattr(self._run.flux, self._run.hook.family.module), name, value)
+
+
+def _named(method: Any, *args: Any, **kwargs: Any) -> Arguments:
+    """The arguments of a call by name, but for the first one."""
+    try:
+        parameters = inspect.signature(method).parameters
+        bound = inspect.signature(method).bind(*args, **kwargs).arguments
+    except TypeError:  # which says what is wrong
+        method(*args, **kwargs)
+        raise
+    named: Arguments = {}
+    for name, value in [*bound.items()][1:]:
+        if parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            raise InternalStateError(
+                f"{method.__qualname__} was replaced by a function that does not name its arguments"
+            )
+        named |= value if parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return named
+
+
+def _with_transformer(flux: Any, family: Family, transformer: Any) -> Any:
+    """A copy of the pipeline, ungated."""
+    copied = copy.copy(flux)
+    setattr(copied, family.transformer, transformer)
+    return copied
 
 
 class _View:
@@ -259,7 +332,6 @@ class _View:
         delattr(self._run.flux, name)
 
     callbacks = property(lambda self: self._run.callbacks)
-    transformer = property(lambda self: self._run.transformer)
     generate_image = property(lambda self: types.MethodType(type(self._run.flux).generate_image, self))  # ungated
 
 
@@ -274,22 +346,34 @@ for _name in _DICT.split():
 
 
 @functools.cache
-def _view_class(kind: Any, factories: tuple[str, ...]) -> Any:
-    about = {"__slots__": ("_run",), "__module__": kind.__module__, "__doc__": kind.__doc__}
-    own = {
-        name: property(lambda self, name=name: functools.partial(self._run.made, name))  # type: ignore[misc]
-        for name in factories
-        if hasattr(kind, name)
-    }
-    return type(kind.__name__, (_View, kind), about | own)
+def _view_class(kind: Any, family: Family) -> Any:
+    about: dict[str, Any] = {"__slots__": ("_run",), "__module__": kind.__module__, "__doc__": kind.__doc__}
+    for name in (*family.factories, *family.methods):
+        way = "made" if name in family.factories else "called"
+        if hasattr(kind, name):
+            about[name] = property(lambda self, n=name, w=way: functools.partial(getattr(self._run, w), n))  # type: ignore[misc]
+    if not (family.factories or family.methods):
+        about[family.module] = property(lambda self: self._run.module)
+    return type(kind.__name__, (_View, kind), about)
 
 
 def _view(run: _Run) -> Any:
-    kind = _view_class(cast(Any, type(run.flux)), run.hook.family.factories)
+    kind = _view_class(cast(Any, type(run.flux)), run.hook.family)
     view = kind.__new__(kind)
     object.__setattr__(view, "_run", run)
     object.__setattr__(view, "__dict__", vars(run.flux))
     return view
+
+
+def _on_view(function: Any, view: Any) -> Any:
+    """A method that looks others up on its class, by the class's name: with the view of that name."""
+    owner = next((kind for kind in type(view).__mro__ if function in vars(kind).values()), None)
+    if owner is None:  # of somebody else
+        return function
+    names = function.__globals__ | {owner.__name__: view}
+    bound = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    bound.__kwdefaults__ = function.__kwdefaults__
+    return bound
 
 
 @functools.cache

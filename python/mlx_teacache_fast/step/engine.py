@@ -12,6 +12,7 @@ import mlx.core as mx
 from .. import ops
 from ..errors import TeaCacheValueError
 from ..policy import Gate
+from ..record.stats import Kind, StepRecord
 from .captured import Arguments, Arrays, Captured, Function
 from .forecast import combined, corrected, miss_of, reuse
 from .generation import Generation
@@ -21,22 +22,41 @@ from .tap import Make, Signal, Step, Tap
 class Engine:
     """The steps of one generation.
 
+    Args:
+        generation: Its schedule, and what is decided.
+        tap: Of its transformer.
+        is_several: Whether a step is several calls, one for each branch of the guidance, until ``end_step``.
+        changes: Arguments of a step: with other ones what was computed before is of no use.
+
     Attributes:
         in_graph: Whether the decision stands in the graph of a step that mflux compiles; else it is read before.
     """
 
     in_graph = True
 
-    def __init__(self, generation: Generation, tap: Tap) -> None:
+    def __init__(
+        self, generation: Generation, tap: Tap, *, is_several: bool = False, changes: Sequence[str] = ()
+    ) -> None:
         self.generation = generation
         self._tap = tap
+        self._is_several = is_several
+        self._changes = changes
+        self._values: list[Any] | None = None  # of ``changes``
+        self._call = 0  # of the step, that comes next
         self._n_kept = generation.policy.forecast + 1
         self._keeps_residual = generation.policy.cache == "residual"
         self._state = mx.zeros(8)
         self._anchor: Arrays = []  # one, from the first step that is measured
-        # What the last computed steps made, the latest first: the output, or for each call of the transformer a
-        # residual, call by call. As many as the forecast's order wants; those of unknown steps have no weight.
-        self._history: Arrays = []
+        # What the last computed steps made, the latest first, for each call of a step: the output, or for each of the
+        # transformer's calls in it a residual, one after the other. As many as the forecast's order wants; those of
+        # unknown steps have no weight.
+        self._histories: list[Arrays] = []
+        # Of the step, for all of its calls.
+        self._way = "own"
+        self._decided: StepRecord | None = None
+        self._kind: Kind | None = None
+        self._weights: Any = None
+        self._correction: list[float] | None = None
 
     def through(
         self, make: Make, get_transformer: Callable[[], Any], own: Step, *, is_traced: bool, is_compiled: bool
@@ -61,7 +81,7 @@ class Engine:
 
             def note(call: int, entered: Signal, left: mx.array) -> mx.array:
                 n = tap.n_tokens(arguments)
-                made.append(left[:, :n] - entered.x[:, :n])
+                made.append(left[:, :n] - entered.tokens[:, :n])
                 return left
 
             noise = tap.through(make, get_transformer(), note, is_idle=False)(**arguments)
@@ -75,7 +95,7 @@ class Engine:
             n, residuals = tap.n_tokens(arguments), self._of_each_call(history)
 
             def again(call: int, entered: Signal, left: mx.array) -> mx.array:
-                return reuse(entered.x[:, :n], weights, residuals[call])
+                return reuse(entered.tokens[:, :n], weights, residuals[call])
 
             return [tap.through(make, get_transformer(), again, is_idle=True)(**arguments)]
 
@@ -92,10 +112,10 @@ class Engine:
             found: list[Any] = []  # what the gate returned
 
             def again(call: int, entered: Signal, left: mx.array) -> mx.array:
+                signal = entered.first(tap.n_tokens(arguments))
                 if not found:
-                    signal = tap.of_latents(entered, arguments)
                     found.extend(self._gate(signal, [anchor], state, force, residuals, weights))
-                return cast(mx.array, found[1][call])
+                return found[1][call] if found[1] else reuse(signal.tokens, weights, residuals[call])
 
             if keeps_residual:
                 noise = tap.through(make, get_transformer(), again, is_idle=True)(**arguments)
@@ -116,61 +136,111 @@ class Engine:
         run_measure: Function = Captured(measure) if is_traced else measure
         run_body, run_gated = Captured(body), Captured(gated)
 
-        def step(**arguments: Any) -> mx.array:
-            if generation.settle() == "numerical-miss":
-                self._history = []  # it must not be looked at
-            plan, decided = generation.plan, generation.decide()
-            if generation.is_over or (plan is not None and all(plan)):  # more steps than the schedule has are not ours
-                noise = own(**arguments)
+        def own_step(call: int, arguments: Arguments) -> mx.array:
+            """mflux's, of which nothing is kept but what must be."""
+            noise = own(**arguments)
+            if call == 0:
                 generation.record("computed")
-            elif tap.makes_cache(arguments):
-                noise = own(**arguments)
+            return noise
+
+        def first_step(call: int, arguments: Arguments) -> mx.array:
+            """Of which nothing before it counts for what comes."""
+            noise = own(**arguments)
+            if call == 0:
+                generation.restart()
                 generation.record("forced", is_kept=not keeps_residual)
-                if keeps_residual:  # its tokens are not those of later steps
-                    generation.compute_next()
-                else:
-                    self._history = self._renewed([mx.array(noise)], [])
-            elif decided is None and is_compiled and self.in_graph and self._anchor and self._history:
-                history, correction = self._history, generation.correction()
-                arrays = [generation.force(), generation.weights(), self._state, *self._anchor, *history]
-                self._state, anchor, noise, *self._history = run_gated(arrays, arguments)
-                self._anchor = [anchor]
-                if correction is not None:
-                    as_it_is = mx.array([1.0, *[0.0] * len(history)])
-                    noise = corrected(mx.where(self._state[0] != 0, as_it_is, mx.array(correction)), noise, history)
-                generation.record(self._state)
+            if keeps_residual:  # its tokens are not those of later steps
+                generation.compute_next()
             else:
-                weights, correction = generation.weights(), generation.correction()
+                self._histories[call] = self._renewed([mx.array(noise)], [])
+            return noise
+
+        def graph_step(call: int, arguments: Arguments) -> mx.array:
+            history, correction = self._histories[call], generation.correction()
+            arrays = [generation.force(), generation.weights(), self._state, *self._anchor, *history]
+            self._state, anchor, noise, *self._histories[call] = run_gated(arrays, arguments)
+            self._anchor = [anchor]
+            if correction is not None:
+                as_it_is = mx.array([1.0, *[0.0] * len(history)])
+                noise = corrected(mx.where(self._state[0] != 0, as_it_is, mx.array(correction)), noise, history)
+            generation.record(self._state)
+            return noise
+
+        def host_step(call: int, arguments: Arguments) -> mx.array:
+            decided = self._decided
+            if call == 0:
+                self._weights, self._correction = generation.weights(), generation.correction()
                 if decided is None:
                     self._state, anchor = run_measure([generation.force(), self._state, *self._anchor], arguments)
                     self._anchor = [anchor]
                     generation.record(self._state)
-                    kind = generation.settle()
+                    self._kind = generation.settle()
+                    if self._kind == "numerical-miss":
+                        self._histories = [[]]
                 else:
-                    kind = decided.kind
-                miss = None
-                if kind != "skipped":
-                    noise, *made = run_compute([], arguments)
-                    if generation.watch is not None and self._history:
-                        miss = miss_of(weights, made, self._of_each_call(self._history))
-                    if correction is not None:
-                        noise = corrected(mx.array(correction), noise, self._history)
-                    if miss is not None:  # which is read before the next step
-                        (noise,) = mx.depends([noise], [miss])
-                    self._history = [] if kind == "numerical-miss" else self._renewed(made, self._kept(self._history))
-                elif self._history:
-                    (noise,) = run_forecast([weights, *self._history], arguments)
+                    self._kind = decided.kind
+            history, miss = self._histories[call], None
+            if self._kind == "skipped" and history:
+                (noise,) = run_forecast([self._weights, *history], arguments)
+            elif self._kind == "skipped" and call == 0:
+                raise TeaCacheValueError(
+                    "steps must compute step 1 too where reference images have a key-value cache: step 0 makes it"
+                )
+            else:
+                noise, *made = run_compute([], arguments)
+                if generation.watch is not None and history:
+                    miss = miss_of(self._weights, made, self._of_each_call(history))
+                if self._correction is not None and history:
+                    noise = corrected(mx.array(self._correction), noise, history)
+                if miss is not None:  # which is read before the next step
+                    (noise,) = mx.depends([noise], [miss])
+                self._histories[call] = self._renewed(made, self._kept(history))
+            if decided is not None and call == 0:
+                generation.record(decided, is_kept=self._kind != "skipped", miss=miss)
+            elif miss is not None and self._kind != "skipped":
+                generation.missed(miss)
+            return noise
+
+        ways = {"own": own_step, "first": first_step, "graph": graph_step, "host": host_step}
+
+        def step(**arguments: Any) -> mx.array:
+            call, self._call = self._call, self._call + 1
+            if call == 0:
+                values, before = [arguments.get(name) for name in self._changes], self._values
+                self._values = values
+                is_new = before is not None and any(a is not b for a, b in zip(values, before, strict=True))
+                if generation.settle() == "numerical-miss" or is_new:
+                    self._histories = []  # it must not be looked at
+                plan, self._decided = generation.plan, generation.decide()
+                if generation.is_over or (plan is not None and all(plan)):
+                    self._way = "own"  # more steps than the schedule has are not ours
+                elif is_new or tap.makes_cache(arguments):
+                    self._way = "first"
+                elif (
+                    self._decided is None
+                    and is_compiled
+                    and not self._is_several
+                    and self.in_graph
+                    and self._anchor
+                    and any(self._histories)
+                ):
+                    self._way = "graph"
                 else:
-                    raise TeaCacheValueError(
-                        "steps must compute step 1 too where reference images have a key-value cache: step 0 makes it"
-                    )
-                if decided is not None:
-                    generation.record(decided, is_kept=kind != "skipped", miss=miss)
-            if generation.is_over:  # mflux's memory saver frees memory before it decodes the image
-                self._anchor, self._history = [], []
+                    self._way = "host"
+            if len(self._histories) == call:
+                self._histories.append([])
+            noise = ways[self._way](call, arguments)
+            if not self._is_several:
+                self.end_step()
             return noise
 
         return step
+
+    def end_step(self) -> None:
+        """No call of it comes any more."""
+        self._call = 0
+        if self.generation.is_over:  # mflux's memory saver frees memory before it decodes the image
+            self._anchor, self._histories, self._values = [], [], None
 
     def _gate(
         self,
@@ -182,7 +252,10 @@ class Engine:
         weights: Any = None,
     ) -> tuple[mx.array, list[mx.array], mx.array]:
         rule = cast(Gate, self.generation.policy.rule)
-        x, shift, scale, eps = signal
+        x, shift, scale, eps, _ = signal
+        if shift is None or scale is None:
+            x = x.reshape(-1, *x.shape[-2:])
+            residuals, shift, scale = (), x, mx.full(x.shape, -1, x.dtype)
         return ops.gate(
             x,
             shift,

@@ -49,7 +49,7 @@ class Generation:
         self._weights: list[float] = []  # of the forecast for the step that comes next
         self._gap: list[tuple[int, list[float]]] = []  # steps skipped since, and the weights of their forecasts
         self._records: list[StepRecord] = []
-        self._last: mx.array | None = None  # of the last step: the gate's state, or the forecast's miss
+        self._last: mx.array | None = None  # of the last step: the gate's state, or what miss_of found
         self._recorded_at: list[float] = []  # perf_counter's seconds
         self._skipped = 0
 
@@ -89,6 +89,10 @@ class Generation:
         trailing = self.index >= self.num_steps - gate.skip_last_n_steps
         trailing = trailing or (gate.max_skips is not None and self._skipped >= gate.max_skips)
         return mx.array(FORCES[1 if leading else 2 if trailing else 0], dtype=mx.int32)
+
+    def restart(self) -> None:
+        """What was kept is of no use any more."""
+        self._known, self._gap = [], []
 
     def compute_next(self) -> None:
         """Of a budget: the step that comes next computes too."""
@@ -132,7 +136,7 @@ class Generation:
         Args:
             step: That.
             is_kept: What it computes is kept for forecasts.
-            miss: The forecast's, where it computed, float32 scalar.
+            miss: What ``forecast.miss_of`` found, where it computed.
         """
         self._recorded_at.append(perf_counter())
         if isinstance(step, mx.array):
@@ -144,22 +148,27 @@ class Generation:
             self.watch.computed(step.index, math.inf)
         self._add(step, is_kept=is_kept)
 
+    def missed(self, miss: mx.array) -> None:
+        """``miss_of`` another call of the model in the last step, which is one of the guidance's branches."""
+        self._last = miss if self._last is None else self._last + miss
+
     def settle(self) -> Kind | None:
         """Read what was decided or measured of the last step, once; None if that is known already."""
         if self._last is None:
             return None
-        measured, self._last = self._last.tolist(), None
-        if isinstance(measured, list):
-            step = step_record(len(self._records), cast(list[float], measured))
+        measured, self._last = cast(list[float], self._last.tolist()), None
+        if len(measured) > 2:
+            step = step_record(len(self._records), measured)
             self._add(step, is_kept=step.kind != "skipped")
         else:
-            miss, step = cast(float, measured), self._records.pop()
+            (off, size), step = measured, self._records.pop()
+            miss = off / max(size, 1e-12)
             is_number = math.isfinite(miss)
             step = replace(step, rel_l1=miss) if is_number else replace(step, kind="numerical-miss")
             cast(Watch, self.watch).computed(step.index, miss if is_number else math.inf)
             self._records.append(step)
         if step.kind == "numerical-miss":
-            self._known, self._gap = [], []  # what was kept must not be looked at
+            self.restart()  # what was kept must not be looked at
         return step.kind
 
     def _add(self, step: StepRecord, *, is_kept: bool) -> None:

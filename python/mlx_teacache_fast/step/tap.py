@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -15,57 +15,65 @@ Make = Callable[[Any], Step]  # what runs mflux's step with a transformer
 
 
 class Signal(NamedTuple):
-    """What the gate measures, lazy: the image tokens that enter block 0, and its modulation of them."""
+    """What the gate measures, lazy: the tokens that enter block 0 and its modulation of them, or what that makes."""
 
     x: mx.array
-    shift: mx.array
-    scale: mx.array
-    eps: float  # of the layer norm
+    shift: mx.array | None = None  # None: x is what is measured
+    scale: mx.array | None = None
+    eps: float = 0.0  # of the layer norm
+    entered: mx.array | None = None  # block 0, where that is not x
+
+    @property
+    def tokens(self) -> mx.array:
+        """What entered block 0."""
+        return self.x if self.entered is None else self.entered
+
+    def first(self, n: int | None) -> "Signal":
+        """Of so many first tokens."""
+        if n is None or self.x.shape[1] == n:
+            return self
+        return self._replace(x=self.x[:, :n], entered=None if self.entered is None else self.entered[:, :n])
 
 
 class _Reached(BaseException):  # nobody's `except Exception` is meant
-    def __init__(self, signal: Signal) -> None:
-        self.signal = signal
+    def __init__(self, found: Any) -> None:
+        self.found = found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """What a step must know of a transformer.
+    """What a step must know of a transformer. Paths are attributes, keys and indices, with dots in between.
 
     Attributes:
-        signal: From block 0, and what it is called with.
-        n_tokens: Of the latents, from the step's arguments. Tokens of reference images are behind them.
-        blocks: The list whose first block tells.
+        at: Path of what ends the prelude: block 0, or its attention.
+        signal: Of that, and of what it is called with.
+        n_tokens: Of the latents, from the step's arguments; tokens of reference images are behind them. None: of all
+            tokens.
         idle: For each list of blocks what stands for one of them in a step that leaves the blocks out: called as they
-            are, it returns what they return, unchanged and in arrays of its own.
-        tail: The layer after all blocks, called with the image tokens.
+            are, it returns what they return, unchanged and in arrays of its own. Empty where that cannot be.
+        tail: Path of the layer after all blocks, called with the tokens.
         makes_cache: Whether a step with these arguments makes what later ones need, so that it computes in any case.
+        traced: Attributes in which the transformer keeps its own compiled functions, and the methods that they are of.
     """
 
+    at: str = "transformer_blocks.0"
     signal: Callable[..., Signal]
-    n_tokens: Callable[[Arguments], int]
-    idle: dict[str, Callable[..., Any]]
-    blocks: str = "transformer_blocks"
+    n_tokens: Callable[[Arguments], int | None] = lambda arguments: None
+    idle: dict[str, Callable[..., Any]] = field(default_factory=dict)
     tail: str = "norm_out"
     makes_cache: Callable[[Arguments], bool] = lambda arguments: False
+    traced: dict[str, str] = field(default_factory=dict)
 
     def measured(self, make: Make, transformer: Any, arguments: Arguments) -> Signal:
         """mflux's own prelude, up to block 0: the signal of the latents' tokens."""
-        first = getattr(transformer, self.blocks)[0]
-
-        def stop(*args: Any, **kwargs: Any) -> None:
-            raise _Reached(self.signal(first, *args, **kwargs))
-
-        try:
-            make(_copy(transformer, **{self.blocks: [stop]}))(**arguments)
-        except _Reached as reached:
-            return self.of_latents(reached.signal, arguments)
-        raise InternalStateError(_NOT_REACHED)
-
-    def of_latents(self, signal: Signal, arguments: Arguments) -> Signal:
-        """Of their tokens alone."""
-        n, x = self.n_tokens(arguments), signal.x
-        return signal if x.shape[1] == n else signal._replace(x=x[:, :n])
+        part = at(transformer, self.at)
+        signal: Signal = reached(
+            transformer,
+            self.at,
+            lambda t: make(self._untraced(t))(**arguments),
+            lambda *a, **k: self.signal(part, *a, **k),
+        )
+        return signal.first(self.n_tokens(arguments))
 
     def through(
         self, make: Make, transformer: Any, tokens: Callable[[int, Signal, mx.array], mx.array], *, is_idle: bool
@@ -78,25 +86,47 @@ class Tap:
 
         def step(**arguments: Any) -> mx.array:
             entered: list[Signal] = []
-            first, *others = getattr(transformer, self.blocks)
-            tail = getattr(transformer, self.tail)
+            blocks = self.at.partition(".")[0]
+            first, *others = getattr(transformer, blocks)
+            tail = at(transformer, self.tail)
 
             def block_0(*args: Any, **kwargs: Any) -> Any:
                 entered.append(self.signal(first, *args, **kwargs))
-                return (self.idle[self.blocks] if is_idle else first)(*args, **kwargs)
+                return (self.idle[blocks] if is_idle else first)(*args, **kwargs)
 
             def after(left: mx.array, *args: Any, **kwargs: Any) -> Any:
                 return tail(tokens(len(entered) - 1, entered[-1], left), *args, **kwargs)
 
-            parts: dict[str, Any] = {self.blocks: [block_0, *others], self.tail: after}
+            parts: dict[str, Any] = {blocks: [block_0, *others], self.tail: after}
             if is_idle:
-                parts |= {name: [block_0 if name == self.blocks else idle] for name, idle in self.idle.items()}
-            noise = make(_copy(transformer, **parts))(**arguments)
+                parts |= {name: [block_0 if name == blocks else idle] for name, idle in self.idle.items()}
+            changed = transformer
+            for path, part in parts.items():
+                changed = _with(changed, path, part)
+            noise = make(changed)(**arguments)
             if not entered:
                 raise InternalStateError(_NOT_REACHED)
             return noise
 
         return step
+
+    def _untraced(self, transformer: Any) -> Any:
+        for name, method in self.traced.items():
+            setattr(transformer, name, getattr(transformer, method))
+        return transformer
+
+
+def reached(root: Any, path: str, run: Callable[[Any], Any], found: Callable[..., Any]) -> Any:
+    """``found(*args, **kwargs)`` of what the part at ``path`` is called with when ``run`` has such a ``root``."""
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise _Reached(found(*args, **kwargs))
+
+    try:
+        run(_with(root, path, stop))
+    except _Reached as reached:
+        return reached.found
+    raise InternalStateError(_NOT_REACHED)
 
 
 _NOT_REACHED = (
@@ -105,10 +135,24 @@ _NOT_REACHED = (
 )
 
 
-def _copy(transformer: Any, **parts: Any) -> Any:
-    copied = copy.copy(transformer)
-    if getattr(copied, "gradient_checkpointing", False):  # of training; wants blocks that take and return arrays
-        copied.gradient_checkpointing = False
-    for name, part in parts.items():
+def at(root: Any, path: str) -> Any:
+    """The part of a module at a path."""
+    for name in path.split("."):
+        root = root[int(name)] if isinstance(root, list) else root[name] if type(root) is dict else getattr(root, name)
+    return root
+
+
+def _with(root: Any, path: str, part: Any) -> Any:
+    """A copy of a module in which ``part`` stands at a path; all other parts are the module's own."""
+    name, _, rest = path.partition(".")
+    part = _with(at(root, name), rest, part) if rest else part
+    copied = copy.copy(root)
+    if isinstance(root, list):
+        copied[int(name)] = part
+    elif type(root) is dict:
+        copied[name] = part
+    else:
+        if getattr(copied, "gradient_checkpointing", False):  # of training; wants blocks that take and return arrays
+            copied.gradient_checkpointing = False
         setattr(copied, name, part)
     return copied

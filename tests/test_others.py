@@ -1,0 +1,366 @@
+"""mflux's other families: a computed step is mflux's to the last bit, and a skipped one calls no model."""
+
+import functools
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from every_pipeline import ALWAYS, NEVER, kinds, run, same
+from mflux.models.common.config.model_config import ModelConfig
+from mflux.utils.apple_silicon import AppleSiliconUtil
+from mflux.utils.exceptions import StopImageGenerationException
+from other_pipelines import PIPELINES, Small
+
+import mlx_teacache_fast as tc
+from mlx_teacache_fast import errors
+from mlx_teacache_fast.mflux import families, others
+from mlx_teacache_fast.mflux.hook import hook_of
+from mlx_teacache_fast.models import VARIANTS
+from mlx_teacache_fast.step.generation import Generation
+
+pytestmark = pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
+
+every = pytest.mark.parametrize("small", PIPELINES, ids=str)
+BY_NAME = {str(small): small for small in PIPELINES}
+
+
+def test_these_are_the_table() -> None:
+    assert {small.kind for small in PIPELINES} == {kind for row in others.OTHERS for kind in row.pipelines}
+
+
+def ways(small: Small) -> dict[str, dict[str, Any]]:
+    """Of computing all."""
+    found: dict[str, dict[str, Any]] = {
+        "threshold 0": dict(rel_l1_thresh=0.0),
+        "gate": NEVER,
+        "tolerance": dict(tolerance=1e-9),
+        "plan of ones": dict(steps="111111"),
+    }
+    if small.has_residual:
+        found["residual"] = NEVER | dict(cache="residual", forecast=0)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, pytest.param(mx.float32, marks=pytest.mark.slow)], ids=str)
+@every
+def test_nothing_skipped_is_bit_equal(small: Small, dtype: mx.Dtype, photo: Path) -> None:
+    with small.pipeline(dtype) as flux:
+        before = dict(vars(flux))
+        for guidance in (4.0, 1.0):
+            given = small.arguments(photo) | dict(guidance=guidance)
+            plain = run(flux, given)
+            for name, how in ways(small).items():
+                with tc.apply(flux, **how) as handle:
+                    assert same(run(flux, given), plain), name
+                assert handle.stats.generations == 1
+                assert handle.stats.skipped_count == 0
+            with tc.apply(flux, steps="111101"):  # the steps before the first skip
+                planned = run(flux, given)
+            assert same(planned, plain, steps=4)
+            assert not same(planned, plain, steps=5)
+            assert same(run(flux, given), plain)
+        assert vars(flux) == before
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """As mflux runs on M1 and M2."""
+    with patch.object(AppleSiliconUtil, "is_m1_or_m2", staticmethod(lambda: True)):
+        yield
+
+
+def models(flux: Any) -> list[Any]:
+    """What is called for the noise."""
+    found = [
+        getattr(flux, name, None) for name in ("controlnet", "conditional_transformer", "unconditional_transformer")
+    ]
+    return [model for model in found if model is not None] or [flux.transformer]
+
+
+@every
+def test_a_plan_is_a_loop_written_without_this_code(small: Small, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model itself is replaced: in a step that the plan skips it says what it said last, branch by branch."""
+    plan = "110101"
+    given = small.arguments(photo) | dict(guidance=4.0)
+    with small.pipeline(mx.float32) as flux, eager():
+        with tc.apply(flux, steps=plan, forecast=0, corrector=0):
+            gated = run(flux, given)
+        state: dict[str, Any] = {"step": 0, "said": {}, "branch": 0}
+
+        class Steps:
+            def call_in_loop(self, **_: Any) -> None:
+                state["step"], state["branch"] = state["step"] + 1, 0
+
+        flux.callbacks.register(Steps())
+        for kind in {type(model) for model in models(flux)}:
+            call = kind.__call__
+
+            @functools.wraps(call)
+            def says(self: Any, *args: Any, call: Any = call, **kwargs: Any) -> mx.array:
+                branch, state["branch"] = state["branch"], state["branch"] + 1
+                if plan[state["step"]] == "1":
+                    state["said"][branch] = call(self, *args, **kwargs)
+                return mx.array(state["said"][branch])
+
+            monkeypatch.setattr(kind, "__call__", says)
+        expected = run(flux, given)
+    for a, b in zip(gated[1], expected[1], strict=True):
+        assert mx.allclose(a, b, rtol=1e-4, atol=1e-4 * mx.abs(b).max().item())
+
+
+@every
+def test_a_skipped_step_calls_no_model(small: Small, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = small.arguments(photo) | dict(guidance=4.0)
+    called: list[int] = []
+    with small.pipeline() as flux, eager():
+        for kind in {type(model) for model in models(flux)}:
+            call = kind.__call__
+
+            @functools.wraps(call)
+            def counted(*args: Any, call: Any = call, **kwargs: Any) -> mx.array:
+                called.append(1)
+                return call(*args, **kwargs)
+
+            monkeypatch.setattr(kind, "__call__", counted)
+        run(flux, given)
+        of_a_step = len(called) / 6
+        for how in (dict(steps="110101"), dict(steps="110101", forecast=2), dict(budget=0.67)):
+            called.clear()
+            with tc.apply(flux, **how) as handle:
+                run(flux, given)
+            assert handle.stats.skipped_count in (1, 2)  # FIBO 2 changes its embeddings in a step of these
+            assert len(called) == (6 - handle.stats.skipped_count) * of_a_step
+
+
+@every
+def test_the_schedule_is_the_one_that_runs(small: Small, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times that the model is given are the schedule's sigmas, up to a factor and a shift."""
+    sigmas: list[list[float]] = []
+    times: list[float] = []
+    own = Generation.stats
+    monkeypatch.setattr(Generation, "stats", lambda self, s: sigmas.append(list(self._sigmas)) or own(self, s))
+    given = small.arguments(photo) | dict(guidance=1.0)
+    with small.pipeline(mx.float32) as flux, eager():
+        for kind in {type(model) for model in models(flux)}:
+            call = kind.__call__
+
+            @functools.wraps(call)
+            def seen(self: Any, *args: Any, call: Any = call, **kwargs: Any) -> mx.array:
+                given = inspect.signature(call).bind(self, *args, **kwargs).arguments
+                time = next(given[name] for name in ("t", "timestep", "timesteps", "sigma", "time") if name in given)
+                times.append(float(given["config"].scheduler.sigmas[time]) if "config" in given else float(time))
+                return call(self, *args, **kwargs)
+
+            monkeypatch.setattr(kind, "__call__", seen)
+        with tc.apply(flux, tolerance=0.1):
+            run(flux, given)
+    (known,) = sigmas
+    assert len(known) == 7
+    assert np.all(np.diff(known) < 0)
+    assert known[0] == pytest.approx(1, abs=2e-3)
+    assert 0 <= known[-1] < 0.05
+    steps = times[:: len(times) // 6]
+    relative = [np.array(x[:6]) - x[0] for x in (known, steps)]
+    np.testing.assert_allclose(*(x / x[-1] for x in relative), atol=3e-3)
+
+
+@every
+def test_threads_and_an_interruption(small: Small, photo: Path) -> None:
+    """Generations know nothing of each other; what an interrupted one leaves behind is nothing."""
+    given = small.arguments(photo) | dict(guidance=4.0)
+    with small.pipeline() as flux:
+        flux.callbacks.in_loop.clear()
+        flux.callbacks.before_loop.clear()
+        before = dict(vars(flux))
+
+        def picture(seed: int) -> np.ndarray:
+            return np.asarray(flux.generate_image(**given | dict(seed=seed)).image)
+
+        with tc.apply(flux, steps="110101") as handle:
+            alone = {seed: picture(seed) for seed in (1, 2)}
+            assert not np.array_equal(alone[1], alone[2])
+            together: dict[int, np.ndarray] = {}
+            if small.calls == 1:  # a pipeline that keeps caches of its own in the transformer is for one thread
+                started = threading.Barrier(2)
+
+                def in_thread(seed: int) -> None:
+                    mx.set_default_device(mx.cpu)
+                    started.wait()
+                    together[seed] = picture(seed)
+
+                threads = [threading.Thread(target=in_thread, args=(seed,)) for seed in (1, 2)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                assert all(np.array_equal(together[seed], alone[seed]) for seed in (1, 2))
+            counted = handle.stats.generations
+
+            class Interrupts:
+                def call_in_loop(self, t: int, **_: Any) -> None:
+                    if t == 3:
+                        raise KeyboardInterrupt
+
+            interrupts = Interrupts()
+            flux.callbacks.register(interrupts)
+            with pytest.raises(StopImageGenerationException):
+                picture(1)
+            flux.callbacks.in_loop.remove(interrupts)
+            assert handle.stats.generations == counted
+            assert np.array_equal(picture(1), alone[1])
+        assert vars(flux) == before
+
+
+# ---- What is special in some
+
+
+def test_other_embeddings_begin_anew(photo: Path) -> None:
+    """FIBO 2 goes on with other embeddings below a level of noise, and without the negative ones from cfg_end on."""
+    small = BY_NAME["Fibo2"]
+    given = small.arguments(photo) | dict(guidance=4.0, num_inference_steps=10)
+    with small.pipeline() as flux:
+        plain = run(flux, given)
+        with tc.apply(flux, steps="1" + "0" * 9) as handle:
+            run(flux, given)
+        (switched,) = [i for i, kind in enumerate(kinds(handle)) if kind == "forced"]
+        with tc.apply(flux, steps="1" + "0" * 9) as handle:
+            run(flux, given | dict(cfg_end=0.8))
+        assert [i for i, kind in enumerate(kinds(handle)) if kind == "forced"] == [switched, 8]
+        with tc.apply(flux, **ALWAYS) as handle:
+            run(flux, given)
+        assert kinds(handle)[switched] == "forced"
+        with tc.apply(flux, tolerance=1e-9):
+            assert same(run(flux, given), plain)
+
+
+def test_a_branch_that_stops(photo: Path) -> None:
+    """Ideogram 4 leaves out the second call from cfg_end on."""
+    small = BY_NAME["Ideogram4"]
+    given = small.arguments(photo) | dict(guidance=4.0, num_inference_steps=8, cfg_end=0.5)
+    with small.pipeline() as flux:
+        plain = run(flux, given)
+        for how in (NEVER, dict(steps="11111111"), dict(tolerance=1e-9)):
+            with tc.apply(flux, **how) as handle:
+                assert same(run(flux, given), plain)
+        with tc.apply(flux, steps="11010101") as handle:
+            assert not same(run(flux, given), plain)
+        assert handle.stats.skipped_count == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("MOSSImage", dict(step_cache_ratio=0.3)),
+        ("Fibo2", dict(step_cache_ratio=0.3)),
+        ("QwenImage21", dict(teacache_ratio=0.3)),
+        ("QwenImage21Edit", dict(use_step_cache=True)),
+    ],
+)
+def test_mfluxs_own_skipping_is_refused(name: str, option: dict[str, Any], photo: Path) -> None:
+    small = BY_NAME[name]
+    given = small.arguments(photo)
+    (word, value), *_ = option.items()
+    with small.pipeline() as flux, tc.apply(flux, budget=0.5) as handle:
+        with pytest.raises(tc.TeaCacheValueError) as error:
+            flux.generate_image(**given, **option)
+        assert str(error.value) == (
+            f"{word}={value!r} is mflux's own way to leave out steps, and this {name} is gated: leave out either"
+        )
+        run(flux, given | {word: None})
+        assert handle.stats.generations == 1
+
+
+def test_no_coefficients_are_known() -> None:
+    small = BY_NAME["ErnieImage"]
+    with small.pipeline() as flux:
+        for given in (dict(rel_l1_thresh=0.2), dict(coefficients=None, rel_l1_thresh=1)):
+            with pytest.raises(tc.TeaCacheValueError) as error:
+                tc.apply(flux, **given)
+            assert str(error.value) == (
+                "no coefficients are known for ERNIE-Image: rel_l1_thresh wants some of yours beside it, which "
+                "mlx-teacache-fast tune fits; a tolerance, a budget and steps need none"
+            )
+        with pytest.raises(tc.TeaCacheValueError, match="no coefficients are known for ERNIE-Image"):
+            tc.apply_teacache(flux, cache="output")
+        with pytest.raises(tc.TeaCacheValueError) as error:
+            tc.apply(flux, cache="residual")
+        assert str(error.value) == (
+            'cache="residual" is not for ErnieImage, whose blocks cannot be left out alone: cache="output"'
+        )
+        assert hook_of(flux) is None
+        with tc.apply(flux) as handle:
+            assert handle.variant_id == "ernie-image"
+            assert not handle.calibrated
+            assert handle.provenance.source == "rule"
+
+
+def test_a_distilled_model_has_nothing_to_skip() -> None:
+    small = BY_NAME["ZImage"]
+    with small.pipeline() as flux:
+        flux.model_config = ModelConfig.z_image_turbo()
+        with pytest.warns(errors.NoBenefitWarning, match="z-image-turbo is distilled to a few steps"):
+            tc.apply(flux).restore()
+
+
+def test_qwens_names() -> None:
+    """mflux's alias is of the later one."""
+    kind = BY_NAME["QwenImage"].kind
+    for name, variant in (
+        ("qwen-image", "qwen-image-2512"),
+        ("Qwen/Qwen-Image", "qwen-image"),
+        ("qwen/qwen-image", "qwen-image"),
+    ):
+        found = families.match(ModelConfig.from_name(name), kind)
+        assert (found.variant.variant_id, found.calibrated) == (variant, True), name
+
+
+def test_each_variant_is_some_models() -> None:
+    named = {model.variant for family in families.FAMILIES for model in family.models.values()}
+    assert named == set(VARIANTS)
+
+
+# ---- mlx-teacache has three of them
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "given", "thresholds"),
+    [
+        ("QwenImage", "qwen-image", {}, (0.25, 0.5, 1.0)),
+        ("QwenImage", "Qwen/Qwen-Image", {}, (0.25, 0.5, 1.0)),
+        ("ZImage", "z-image", {}, (0.12,)),  # random weights change more than it was fitted on
+        ("ZImage", "z-image", dict(coefficients=(0.0, 0.0, 0.0, 0.25, 0.0)), (0.3, 0.5, 0.9)),
+    ],
+)
+def test_teacache_is_mlx_teacaches(
+    name: str, model: str, given: dict[str, Any], thresholds: tuple[float, ...], photo: Path
+) -> None:
+    """Both run eagerly here: the same steps, and the same latents to the last bit."""
+    import mlx_teacache
+
+    small = BY_NAME[name]
+    picture = small.arguments(photo) | dict(guidance=4.0, num_inference_steps=16)
+    skipped = []
+    with small.pipeline() as flux, eager():
+        flux.model_config = ModelConfig.from_name(model)
+        for threshold in thresholds:
+            made, decided = [], []
+            for package in (mlx_teacache, tc):
+                handle = package.apply_teacache(flux, rel_l1_thresh=threshold, **given)
+                try:
+                    made.append(run(flux, picture))
+                    stats = handle.stats
+                    decided.append((stats.computed_count, stats.skipped_count, stats.forced_count))
+                finally:
+                    handle.restore()
+            assert decided[0] == decided[1], threshold
+            assert same(*made), threshold
+            skipped.append(decided[0][1])
+    assert skipped == sorted(skipped)
+    assert skipped[-1] > 0 or len(thresholds) == 1
