@@ -112,18 +112,6 @@ def test_windows_that_are_refused() -> None:
     assert str(value_error.value) == "active_num_steps must be a whole number of steps, 0 or more, got 2.0"
 
 
-def test_the_window_is_the_generations(flux: Any, generate: Generate) -> None:
-    with (
-        tc.apply_teacache(flux, skip_first_n_steps=2) as handle,
-        pytest.raises(tc.InvalidStepWindowError) as generating,
-    ):
-        generate(num_inference_steps=3, height=32, width=32)
-    with pytest.raises(tc.InvalidStepWindowError) as asking:
-        tc.check_step_window(3, skip_first_n_steps=2, nominal_num_inference_steps=3)
-    assert str(asking.value) == str(generating.value)
-    assert handle.stats.generations == 0
-
-
 # ---- match_variant, supported
 
 

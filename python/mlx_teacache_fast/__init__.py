@@ -53,13 +53,15 @@ from .errors import (
     UncalibratedWarning,
     UntestedVersionWarning,
 )
-from .handle import Handle, apply, apply_teacache
+from .handle import Handle, apply, apply_teacache, gate_all, register
+from .mflux.family import Family, modulated
 from .models import VARIANTS, Provenance, Variant
 from .pictures import read_metadata
 from .policy import MODES, Budget, Gate, Policy, Steps, Tolerance, check_step_window
 from .record.metadata import Metadata
 from .record.stats import GenerationStats, Stats, StepRecord
 from .record.trace import Trace, replay
+from .step.tap import Signal, Tap
 from .support import Pipeline, Pipelines, VariantInfo, match_variant, supported
 
 if TYPE_CHECKING:
@@ -79,13 +81,14 @@ __version__ = _version("mlx-teacache-fast")
 
 # fmt: off
 __all__ = [
-    "MODES", "VARIANTS", "AlreadyPatchedError", "Budget", "DisabledWarning", "Gate", "GenerationStats", "Handle",
-    "IncompatibleModelError", "InternalStateError", "InvalidStepWindowError", "Metadata", "NoBenefitWarning",
-    "OutputError", "Pipeline", "Pipelines", "Policy", "Provenance", "Stats", "StepDecision", "StepRecord", "Steps",
-    "TeaCacheDisabledWarning", "TeaCacheError", "TeaCacheHandle", "TeaCacheNoBenefitWarning", "TeaCacheStats",
-    "TeaCacheUncalibratedCheckpointWarning", "TeaCacheUntestedMfluxWarning", "TeaCacheValueError", "TeaCacheWarning",
-    "Tolerance", "Trace", "UncalibratedWarning", "UntestedVersionWarning", "Variant", "VariantInfo", "__version__",
-    "apply", "apply_teacache", "check_step_window", "match_variant", "ops", "read_metadata", "replay", "supported",
+    "MODES", "VARIANTS", "AlreadyPatchedError", "Budget", "DisabledWarning", "Family", "Gate", "GenerationStats",
+    "Handle", "IncompatibleModelError", "InternalStateError", "InvalidStepWindowError", "Metadata", "NoBenefitWarning",
+    "OutputError", "Pipeline", "Pipelines", "Policy", "Provenance", "Signal", "Stats", "StepDecision", "StepRecord",
+    "Steps", "Tap", "TeaCacheDisabledWarning", "TeaCacheError", "TeaCacheHandle", "TeaCacheNoBenefitWarning",
+    "TeaCacheStats", "TeaCacheUncalibratedCheckpointWarning", "TeaCacheUntestedMfluxWarning", "TeaCacheValueError",
+    "TeaCacheWarning", "Tolerance", "Trace", "UncalibratedWarning", "UntestedVersionWarning", "Variant", "VariantInfo",
+    "__version__", "apply", "apply_teacache", "check_step_window", "gate_all", "match_variant", "modulated", "ops",
+    "read_metadata", "register", "replay", "supported",
 ]
 # fmt: on
 

@@ -1,6 +1,8 @@
 """``apply``: gating a pipeline by a policy, and the handle that says what happened and undoes it."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +26,7 @@ from .record.trace import Trace
 from .support import require_mflux
 
 if TYPE_CHECKING:
+    from .mflux.family import Family
     from .mflux.hook import Hook
 
 
@@ -138,6 +141,51 @@ def apply_teacache(flux: Any, **given: Any) -> Handle:
     return gate(flux, Policy.of(Gate, **{"forecast": 0, "cache": "residual"} | given))
 
 
+@contextmanager
+def gate_all(policy: Policy | str | Path | None = None, **given: Any) -> Iterator[list[Handle]]:
+    """Until the end of the block, every pipeline that is made and can be gated is gated.
+
+    For programs that make their pipelines themselves: a server, a command. For that time the ``__init__`` of the
+    pipelines' classes is wrapped.
+
+    Args:
+        policy: As for ``apply``; with ``given``.
+
+    Yields:
+        list[Handle]: Of the pipelines, in the order in which they were made; restored at the end.
+
+    Raises:
+        Exception: As of ``apply``: of the settings at once, of a pipeline where it is made.
+    """
+    policy = policy_of(policy, given)
+    require_mflux()
+    from .mflux.commands import gating
+
+    handles: list[Handle] = []
+    try:
+        with gating(lambda flux: handles.append(gate(flux, policy)), policy):
+            yield handles
+    finally:
+        for handle in handles:
+            handle.restore()
+
+
+def register(family: "Family") -> None:
+    """Have ``apply`` and ``gate_all`` gate pipelines that are not mflux's, too: docs/families.md has an example.
+
+    Args:
+        family: What is to be known of them.
+
+    Raises:
+        TeaCacheValueError: Its classes do not have the methods that it names.
+        IncompatibleModelError: mflux cannot be imported.
+    """
+    require_mflux()
+    from .mflux import families
+
+    families.register(family)
+
+
 def _documented() -> None:
     """``help(apply)`` shows every setting, with its default and text."""
     apply.__doc__ = (apply.__doc__ or "").replace("{settings}", described(" " * 12, *RULES, Policy))
@@ -186,12 +234,13 @@ def gate(flux: Any, policy: Policy) -> Handle:
             "(this error has it as its attribute `handle`)",
             existing.handle,
         )
+    hook.check_alone(flux)
     policy = policy.of_model(variant)
     if policy.cache == "residual" and not family.tap.idle:
         raise TeaCacheValueError(
             f'cache="residual" is not for {type(flux).__name__}, whose blocks cannot be left out alone: cache="output"'
         )
-    handle = Handle(policy, variant, calibrated, published_plans(flux.model_config))
+    handle = Handle(policy, variant, calibrated, published_plans(getattr(flux, "model_config", None)))
     handle._hook = hook.Hook(flux, family, handle)
     if reason := policy.rule.skips_nothing:
         warn_caller(f"{reason}: every step computes", DisabledWarning)

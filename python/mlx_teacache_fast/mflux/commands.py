@@ -5,14 +5,15 @@ import functools
 import importlib
 import inspect
 import json
+import runpy
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import EntryPoint, distribution
+from importlib.metadata import EntryPoint, distribution, entry_points
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 from mflux.cli.parser.parsers import CommandLineParser
 from mflux.models.common.config.config import Config
@@ -20,20 +21,24 @@ from mflux.models.common.config.config import Config
 from ..errors import TeaCacheValueError, TeaCacheWarning
 from ..policy import Policy
 from ..record.metadata import Metadata
-from .families import COMMANDS, PIPELINES, REFUSED, match
+from .families import COMMANDS, REFUSED, all_families, match
 
 # What --config-from-metadata takes paths from; options of these names replace them.
 _PATHS = ("image_path", "image_paths", "redux_image_paths")
 
 
 def find(name: str) -> Callable[[], Any]:
-    """The function behind one of mflux's commands.
+    """What runs a command: one of mflux's, a Python file, or any other package's console script.
 
     Raises:
-        TeaCacheValueError: mflux has no such command, or it has no pipeline that can be gated.
+        TeaCacheValueError: There is no such command, or it is mflux's and has no pipeline that can be gated.
     """
+    if name.endswith(".py") and Path(name).is_file():
+        return lambda: runpy.run_path(name, run_name="__main__") and None
     available = scripts()
     script = available.get(name)
+    if script is None and (others := tuple(entry_points(group="console_scripts", name=name))):
+        return cast(Callable[[], Any], others[0].load())
     gated = [command for command in COMMANDS if command in available]  # an older mflux has fewer
     if script is None:
         near = difflib.get_close_matches(PurePath(name).name, gated, cutoff=0.7)
@@ -75,7 +80,7 @@ def with_options_of(like: Metadata | None, folder: Path) -> Iterator[None]:
         yield
         return
     name, *given = sys.argv
-    if not COMMANDS[name].repeats:
+    if name not in COMMANDS or not COMMANDS[name].repeats:
         message = f"{name} takes from a picture only how it is gated: give prompt, model, seed, steps and size yourself"
         warnings.warn(message, TeaCacheWarning, stacklevel=2)
         yield
@@ -116,8 +121,9 @@ def gating(gate: Callable[[Any], object], policy: Policy, only: str | None = Non
     with ExitStack() as undo:
         undo.callback(setattr, CommandLineParser, "parse_args", CommandLineParser.parse_args)
         CommandLineParser.parse_args = _checked(CommandLineParser.parse_args, policy)
-        for pipeline in PIPELINES:
-            undo.callback(setattr, pipeline, "__init__", pipeline.__init__)  # type: ignore[misc]
+        for pipeline in {kind: None for family in all_families() for kind in family.pipelines}:
+            own = vars(pipeline).get("__init__")  # or a base class's
+            undo.callback(*((delattr, pipeline, "__init__") if own is None else (setattr, pipeline, "__init__", own)))
             pipeline.__init__ = _gated_from_the_start(pipeline, gate, only)  # type: ignore[misc]
         yield
 

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ..errors import IncompatibleModelError
+from ..errors import IncompatibleModelError, TeaCacheValueError
 from ..models import TINY_KLEIN, VARIANTS, Variant
 from . import flux1, others
 from .family import Command, Family
@@ -12,8 +12,31 @@ from .flux2 import FLUX2
 FAMILIES: tuple[Family, ...] = (FLUX1, FLUX2, *others.OTHERS)
 
 COMMANDS: dict[str, Command] = dict(sorted(item for family in FAMILIES for item in family.commands.items()))
-PIPELINES: tuple[type, ...] = tuple(pipeline for family in FAMILIES for pipeline in family.pipelines)
 REFUSED: dict[type, str] = flux1.REFUSED | others.REFUSED
+
+_registered: list[Family] = []
+
+
+def all_families() -> tuple[Family, ...]:
+    """All of them, those that were registered first."""
+    return (*_registered, *FAMILIES)
+
+
+def register(family: Family) -> None:
+    """Have ``apply`` and ``gate_all`` gate somebody else's pipelines too, as ``family`` says.
+
+    Raises:
+        TeaCacheValueError: Its classes do not have what it names, or it is of none.
+    """
+    if not isinstance(family, Family) or not family.pipelines:
+        raise TeaCacheValueError(f"register takes a Family of one or more pipelines, got {family!r}")
+    for kind in family.pipelines:
+        for name in (family.runs, *family.factories, *family.methods):
+            if not callable(getattr(kind, name, None)):
+                raise TeaCacheValueError(f"{kind.__name__} has no method {name!r}, which its family names")
+    if family.schedule is not None and family.is_several:
+        raise TeaCacheValueError("is_several is for loops that tell mflux's callbacks when a step is done")
+    _registered.insert(0, family)
 
 
 class Match(NamedTuple):
@@ -35,9 +58,11 @@ def match(model_config: Any, pipeline_class: type, by_name: bool = False) -> Mat
     name = pipeline_class.__name__
     if pipeline_class in REFUSED:
         raise IncompatibleModelError(f"apply cannot gate {name}: {REFUSED[pipeline_class]}")
-    family = next((f for f in FAMILIES if issubclass(pipeline_class, f.pipelines)), None)
+    family = next((f for f in all_families() if issubclass(pipeline_class, f.pipelines)), None)
     if family is None:
-        raise IncompatibleModelError(f"apply gates mflux's {', '.join(p.__name__ for p in PIPELINES)}, got {name}")
+        raise IncompatibleModelError(f"apply gates mflux's pipelines, which print(supported()) lists, got {name}")
+    if not family.models:
+        return Match(family, Variant(name, name), False)
     aliases = getattr(model_config, "aliases", None) or ()
     if TINY_KLEIN.variant_id in aliases and not by_name:
         return Match(family, TINY_KLEIN, True)

@@ -67,7 +67,8 @@ class Family:
     Attributes:
         pipelines: Classes that can be gated; the first one is for text-to-image. Left out: those of the commands.
         commands: mflux's that make them, by name.
-        models: By alias of mflux's model configuration, or by its model's name in lower case, which goes first.
+        models: By alias of mflux's model configuration, or by its model's name in lower case, which goes first. Empty:
+            a pipeline is gated as what its class is called, and the gate wants coefficients.
         tap: Where the transformer is listened to.
         factories: The pipeline's methods that make the function of a step from a transformer and other things.
         methods: The pipeline's methods that are a step.
@@ -79,12 +80,15 @@ class Family:
         changes: Names of the arguments of a step: with other ones what was computed before is of no use.
         sigmas: The schedule that runs, of the pipeline, mflux's Config and generate_image's arguments, where it is not
             that of the Config's scheduler.
+        runs: The pipeline's method that makes a picture.
+        schedule: Where that has a loop of its own, which tells none of mflux's callbacks: sigma of each step and after
+            the last one, of the pipeline and the method's arguments by name.
         is_euler: Whether a step is linear in the noise; None: as the Config's scheduler has it.
     """
 
     pipelines: tuple[type, ...] = ()
     commands: dict[str, Command] = field(default_factory=dict)
-    models: dict[str, Model]
+    models: dict[str, Model] = field(default_factory=dict)
     tap: Tap
     factories: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
@@ -95,6 +99,8 @@ class Family:
     positional: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
     sigmas: Callable[[Any, Any, dict[str, Any]], Sequence[float]] | None = None
+    runs: str = "generate_image"
+    schedule: Callable[[Any, dict[str, Any]], Sequence[float]] | None = None
     is_euler: bool | None = None
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ import mlx.core as mx
 from mflux.models.common.schedulers import FlowMatchEulerDiscreteScheduler, LinearScheduler, SeedVR2EulerScheduler
 
 from ..errors import (
+    AlreadyPatchedError,
     IncompatibleModelError,
     InternalStateError,
     NoBenefitWarning,
@@ -57,15 +58,15 @@ class Hook:
         self.is_live = False
         self.short_schedule_told = False
         self._flux = weakref.ref(flux)
-        own = vars(flux).get("generate_image")  # a method that somebody has set on the instance
+        own = vars(flux).get(family.runs)  # a method that somebody has set on the instance
         if own is not None and getattr(own, "__self__", None) is not flux:
             raise IncompatibleModelError(
-                f"generate_image of this {type(flux).__name__} was replaced by somebody else's function, which would "
-                "run past the gate: call apply() first, and wrap generate_image afterwards"
+                f"{family.runs} of this {type(flux).__name__} was replaced by somebody else's function, which would "
+                f"run past the gate: call apply() first, and wrap {family.runs} afterwards"
             )
         self._own = None if own is None else own.__func__
         # The hook is there first and goes last: an interrupted apply() or restore() can be gone on with.
-        self._set = {_HOOK: self, "generate_image": self._replacement(flux), "__getstate__": self._state}
+        self._set = {_HOOK: self, family.runs: self._replacement(flux), "__getstate__": self._state}
 
     def install(self) -> None:
         flux = self._flux()
@@ -80,7 +81,7 @@ class Hook:
         for name, value in reversed(self._set.items()):
             if flux is None or vars(flux).get(name) is not value:
                 continue  # gone, or replaced by somebody else: not ours to change
-            if name == "generate_image" and self._own is not None:
+            if name == self.family.runs and self._own is not None:
                 object.__setattr__(flux, name, types.MethodType(self._own, flux))
             else:
                 object.__delattr__(flux, name)
@@ -89,11 +90,11 @@ class Hook:
         """What ``copy``, ``deepcopy`` and ``pickle`` see of the pipeline's attributes."""
         state = {name: value for name, value in vars(self._flux()).items() if name not in self._set}
         if self._own is not None:
-            state["generate_image"] = types.MethodType(self._own, self._flux())
+            state[self.family.runs] = types.MethodType(self._own, self._flux())
         return state
 
     def _replacement(self, flux: Any) -> Callable[..., Any]:
-        current = flux.generate_image
+        current = getattr(flux, self.family.runs)
 
         # Not the bound method: a cycle through the pipeline would keep gigabytes until the garbage collector runs.
         def generate_image(*args: Any, **kwargs: Any) -> Any:
@@ -106,10 +107,12 @@ class Hook:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         flux: Any = self._flux()
-        generate_image = self._own or type(flux).generate_image
+        generate_image = self._own or getattr(type(flux), self.family.runs)
         if not self.is_live:  # restored, and called by somebody who wrapped generate_image in between
             return generate_image(flux, *args, **kwargs)
-        given = inspect.signature(generate_image).bind(flux, *args, **kwargs).arguments
+        check_alone(flux)
+        given = _named(generate_image, flux, *args, **kwargs)
+        given = {n: p.default for n, p in inspect.signature(generate_image).parameters.items()} | given
         for name in _MFLUXS:
             if given.get(name):
                 raise TeaCacheValueError(
@@ -120,9 +123,22 @@ class Hook:
         view = _view(run)
         if self.family.is_on_class:
             generate_image = _on_view(generate_image, view)
+        if self.family.schedule is not None:
+            sigmas = [float(sigma) for sigma in self.family.schedule(flux, given)]
+            run.begin(len(sigmas) - 1, len(sigmas) - 1, lambda: sigmas)
         image = generate_image(view, *args, **kwargs)
         run.finish(image, perf_counter() - started)
         return image
+
+
+def check_alone(flux: Any) -> None:
+    """Raises AlreadyPatchedError where mlx-teacache skips steps of the pipeline."""
+    if (handle := vars(flux).get("_teacache_handle")) is not None:
+        raise AlreadyPatchedError(
+            f"mlx-teacache gates this {type(flux).__name__} too, and only one can decide: call restore() on either "
+            "handle",
+            handle,
+        )
 
 
 def hook_of(flux: Any) -> Hook | None:
@@ -200,33 +216,34 @@ class _Run:
 
     def call_before_loop(self, config: Any, **_: Any) -> None:
         """mflux's callback: the schedule is known now."""
-        hook, flux, family = self.hook, self.flux, self.hook.family
+        family, skipped = self.hook.family, config.init_time_step
+
+        def sigmas() -> Any:
+            if family.sigmas is not None:
+                return list(family.sigmas(self.flux, config, self._given))[skipped:]
+            return list(getattr(config.scheduler, "sigmas", ()))[skipped:]
+
+        self._config = config
+        self.begin(max(0, config.num_inference_steps - skipped), config.num_inference_steps, sigmas)
+
+    def begin(self, num_steps: int, num_inference_steps: int, sigmas: Callable[[], Any]) -> None:
+        """A loop of so many steps, of so many that were asked for; ``sigmas`` are known at the first one."""
+        hook, config, family = self.hook, self._config, self.hook.family
         if not hook.is_live:  # restored while the generation was being prepared
             return
-        num_steps = max(0, config.num_inference_steps - config.init_time_step)
-        too_short = hook.policy.rule.check_schedule(num_steps, config.num_inference_steps)
+        policy = hook.policy
+        too_short = policy.rule.check_schedule(num_steps, num_inference_steps)
         if too_short is not None and not hook.short_schedule_told:
             hook.short_schedule_told = True
             _warn(too_short, NoBenefitWarning)
-
-        def sigmas() -> Any:
-            own = (
-                getattr(config.scheduler, "sigmas", ())
-                if family.sigmas is None
-                else family.sigmas(flux, config, self._given)
-            )
-            return list(own)[config.init_time_step :]
-
-        policy = hook.policy
         if policy.cache == "output":
-            is_linear = family.is_euler
-            if is_linear is None:
-                is_linear = getattr(type(config.scheduler), "step", None) in _EULER
-            rho = policy.rho(getattr(config, "guidance", 1.0))
-            policy = replace(policy, corrector=rho if is_linear else 0.0)
+            is_euler = family.is_euler
+            if is_euler is None:
+                is_euler = getattr(type(getattr(config, "scheduler", None)), "step", None) in _EULER
+            policy = replace(policy, corrector=policy.rho(getattr(config, "guidance", 1.0)) if is_euler else 0.0)
         num_tokens = getattr(config, "height", 1024) * getattr(config, "width", 1024) // 256
         generation = Generation(policy, num_steps, sigmas, num_tokens=num_tokens, plans=hook.handle.plans)
-        self._config, self._steps = config, {}
+        self._steps = {}
         self._engines.append(Engine(generation, family.tap, is_several=family.is_several, changes=family.changes))
 
     def call_in_loop(self, **_: Any) -> None:
@@ -239,7 +256,9 @@ class _Run:
         hook = self.hook
         counted, notes = [], []
         if not self._engines and hook.is_live:
-            notes.append("this generation was not gated: generate_image did not tell mflux's callbacks of its loop")
+            notes.append(
+                f"this generation was not gated: {hook.family.runs} did not tell mflux's callbacks of its loop"
+            )
         try:
             for engine in self._engines:
                 generation = engine.generation
@@ -331,9 +350,6 @@ class _View:
     def __delattr__(self, name: str) -> None:
         delattr(self._run.flux, name)
 
-    callbacks = property(lambda self: self._run.callbacks)
-    generate_image = property(lambda self: types.MethodType(type(self._run.flux).generate_image, self))  # ungated
-
 
 def _delegated(name: str) -> Callable[..., Any]:
     return lambda self, *args: getattr(self._run.flux, name)(*args)
@@ -348,6 +364,11 @@ for _name in _DICT.split():
 @functools.cache
 def _view_class(kind: Any, family: Family) -> Any:
     about: dict[str, Any] = {"__slots__": ("_run",), "__module__": kind.__module__, "__doc__": kind.__doc__}
+    if family.schedule is None:
+        about["callbacks"] = property(lambda self: self._run.callbacks)
+    about[family.runs] = property(
+        lambda self: types.MethodType(getattr(type(self._run.flux), family.runs), self)
+    )  # ungated
     for name in (*family.factories, *family.methods):
         way = "made" if name in family.factories else "called"
         if hasattr(kind, name):

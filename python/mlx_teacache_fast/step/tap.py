@@ -136,10 +136,16 @@ _NOT_REACHED = (
 
 
 def at(root: Any, path: str) -> Any:
-    """The part of a module at a path."""
+    """The part of a module at a path; InternalStateError if there is none."""
+    part = root
     for name in path.split("."):
-        root = root[int(name)] if isinstance(root, list) else root[name] if type(root) is dict else getattr(root, name)
-    return root
+        try:
+            part = (
+                part[int(name)] if isinstance(part, list) else part[name] if type(part) is dict else getattr(part, name)
+            )
+        except (AttributeError, IndexError, KeyError, ValueError):
+            raise InternalStateError(f"{type(root).__name__} has no {path}, where its family's tap is") from None
+    return part
 
 
 def _with(root: Any, path: str, part: Any) -> Any:
