@@ -4,10 +4,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from mflux.models.common.config.config import Config
+from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.schedulers.flow_match_euler_discrete_scheduler import FlowMatchEulerDiscreteScheduler
 
 import mlx_teacache_fast as tc
-from mlx_teacache_fast.plans import PUBLISHED, placed, shifted
+from mlx_teacache_fast.plans import PUBLISHED, placed, published_plans, shifted
 from mlx_teacache_fast.step.rules import budgeted
 
 
@@ -33,6 +35,40 @@ KLEIN = {  # LeMiCa4FLUX, klein base 9B
 def test_kleins_own_steps_are_the_published_ones(budget: float) -> None:
     sigmas = sigmas_of_mflux(4096, 50)
     assert computed(budgeted(sigmas, budget, 4096, PUBLISHED["flux2-klein-base-9b"])) == KLEIN[budget]
+
+
+OTHERS = {  # MeanCache, and of ERNIE-Image LeMiCa
+    "Qwen/Qwen-Image": [
+        [0, 1, 3, 7, 14, 21, 28, 35, 42, 49],
+        [*range(9), 10, 17, 24, 31, 38, 45, 48, 49],
+        [*range(17), 24, 32, 40, 43, 45, 47, 48, 49],
+    ],
+    "qwen-image": [
+        [0, 2, 4, 7, 14, 21, 28, 35, 42, 49],
+        [*range(10), 11, 19, 27, 35, 43, 47, 49],
+        [*range(16), 23, 31, 37, *range(44, 50)],
+    ],
+    "z-image": [
+        [*range(4), 5, 9, 15, 22, 29, 36, 43, 47, 49],
+        [*range(5), 6, 8, 10, 12, 14, 16, 18, 20, 22, 30, 38, 43, 46, 48, 49],
+        [*range(7), 8, *range(10, 14), *range(15, 19), 20, 22, 29, 37, 42, 45, 47, 48, 49],
+    ],
+    "ernie-image": [
+        [0, 1, 3, 7, 14, 21, 28, 35, 42, 49],
+        [*range(11), 17, 27, 37, 44, 48, 49],
+        [*range(17), 22, 31, 38, 43, *range(46, 50)],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_own_steps_are_the_published_ones(name: str) -> None:
+    """In the schedule that mflux runs by default."""
+    config = ModelConfig.from_name(name)
+    scheduler = "flow_match_euler_discrete" if name == "z-image" else "linear"
+    sigmas = [float(s) for s in Config(config, 50, 1024, 1024, 4.0, scheduler=scheduler).scheduler.sigmas][:50]
+    for steps in OTHERS[name]:
+        assert computed(budgeted(sigmas, len(steps) / 50, 4096, published_plans(config))) == steps
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

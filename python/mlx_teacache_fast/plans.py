@@ -99,13 +99,21 @@ def _steps(text: str) -> tuple[int, ...]:
     return tuple(i for end in ends for i in range(end[0], end[-1] + 1))
 
 
-_KLEIN_BASE = PublishedPlans(  # 50 steps, guidance 4, 1024 x 1024
-    "https://arxiv.org/abs/2511.00090",
+def _published(source: str, sigmas: tuple[float, ...], *plans: str) -> PublishedPlans:
+    return PublishedPlans(source, sigmas, tuple(map(_steps, plans)))
+
+
+# 50 steps, guidance 4; where the source does not say the sigmas they are mflux's, at 1024 x 1024.
+_LEMICA, _MEANCACHE = "https://arxiv.org/abs/2511.00090", "https://arxiv.org/abs/2601.19961"
+_KLEIN_BASE = _published(
+    _LEMICA,
     shifted(50, 7.5636),
-    tuple(
-        map(_steps, ("0 1 4 5 9 17 25 33 41 49", "0-9 17 25 33 41 49", "0-14 22 32 42 47 49", "0-20 25 35 43 47 49"))
-    ),
+    "0 1 4 5 9 17 25 33 41 49",
+    "0-9 17 25 33 41 49",
+    "0-14 22 32 42 47 49",
+    "0-20 25 35 43 47 49",
 )
+_QWEN_SIGMAS = tuple(1 - 0.98 * (1 - sigma) / (1 - shifted(50, 2.0008)[-1]) for sigma in shifted(50, 2.0008))
 _MAGCACHE = "https://arxiv.org/abs/2506.09045"  # 28 steps, guidance 3.5 and 2.5, 1024 x 1024
 # fmt: off
 _DEV = (
@@ -118,10 +126,40 @@ _KONTEXT = (
     0.93359)
 # fmt: on
 
-# By mflux's alias of a model.
+# By mflux's alias of a model, or by its name in lower case, which goes first.
 PUBLISHED: dict[str, PublishedPlans] = {
     "flux2-klein-base-9b": _KLEIN_BASE,
     "flux2-klein-base-4b": _KLEIN_BASE,  # made with the 9B
+    "qwen/qwen-image": _published(
+        _MEANCACHE,
+        _QWEN_SIGMAS,
+        "0 1 3 7 14 21 28 35 42 49",
+        "0-8 10 17 24 31 38 45 48 49",
+        "0-16 24 32 40 43 45 47-49",
+    ),
+    "qwen-image-2512": _published(
+        _MEANCACHE,
+        _QWEN_SIGMAS,
+        "0 2 4 7 14 21 28 35 42 49",
+        "0-9 11 19 27 35 43 47 49",
+        "0-15 23 31 37 44-49",
+    ),
+    "z-image": _published(
+        _MEANCACHE,
+        shifted(50, 7.5636),
+        "0-3 5 9 15 22 29 36 43 47 49",
+        "0-3 5 7 10 12 17 25 33 41 45 48 49",
+        "0-4 6 8 10 12 14 19 27 35 43 46 48 49",
+        "0-4 6 8 10 12 14 16 18 20 22 30 38 43 46 48 49",
+        "0-6 8 10-13 15-18 20 22 29 37 42 45 47-49",
+    ),
+    "ernie-image": _published(
+        _LEMICA,
+        shifted(50, 4.0),
+        "0 1 3 7 14 21 28 35 42 49",
+        "0-10 17 27 37 44 48 49",
+        "0-16 22 31 38 43 46-49",
+    ),
     "dev": PublishedPlans(_MAGCACHE, shifted(28, 3.1582), of_magnitudes(_DEV, 3, 5)),
     "dev-kontext": PublishedPlans(_MAGCACHE, shifted(28, 3.1582), of_magnitudes(_KONTEXT, 6, 5)),
 }
@@ -132,4 +170,5 @@ def published_plans(model_config: object) -> PublishedPlans | None:
     aliases: Sequence[str] = getattr(model_config, "aliases", ())
     if TINY_KLEIN.variant_id in aliases:  # it has a real model's name too, and another schedule
         return None
-    return next((PUBLISHED[alias] for alias in aliases if alias in PUBLISHED), None)
+    names = [str(getattr(model_config, "model_name", None)).lower(), *aliases]
+    return next((PUBLISHED[name] for name in names if name in PUBLISHED), None)
