@@ -198,7 +198,7 @@ def test_policy_that_cannot_be_used(tmp_path, photo):
         (["--mode", "fast", "--tolerance", 0.3], "mode and tolerance both set the tolerance: leave out either"),
         (
             ["--budget", 0.4, "--max-skips", 3],
-            "max_skips says which steps compute, and budget cannot count: leave out either",
+            "budget says which steps compute, and max_skips cannot count: leave out either",
         ),
         (
             ["--coefficients", 1, 2, 3, 4, "inf"],

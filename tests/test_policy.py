@@ -151,8 +151,8 @@ def test_a_handle_is_read_only(flux: Any) -> None:
 
 
 NAMES = (
-    "tolerance, mode, rel_l1_thresh, coefficients, calibrated_range, skip_first_n_steps, skip_last_n_steps, "
-    "max_consecutive_skips, max_skips, budget, steps, forecast, cache, corrector, save_metadata"
+    "tolerance, mode, budget, rel_l1_thresh, coefficients, calibrated_range, skip_first_n_steps, skip_last_n_steps, "
+    "max_consecutive_skips, max_skips, steps, forecast, cache, corrector, save_metadata"
 )
 
 
@@ -185,7 +185,8 @@ def test_bad_settings(flux: Any, given: dict[str, Any], message: str) -> None:
 def test_planned_steps_stand_alone(planned: dict[str, Any]) -> None:
     (name,) = planned
     for f in settings_of(tc.Gate):
-        message = f"{f.name} says which steps compute, and {name} cannot count: leave out either"
+        first, other = (name, f.name) if name == "budget" else (f.name, name)
+        message = f"{first} says which steps compute, and {other} cannot count: leave out either"
         assert refusal(tc.Policy.of, **planned, **{f.name: 1}) == message
 
 

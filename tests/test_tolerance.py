@@ -20,7 +20,7 @@ from mlx_teacache_fast.policy import LONGEST_GAP, RHO, WARM_UP
 from mlx_teacache_fast.step import engine
 from mlx_teacache_fast.step.forecast import corrected, correction, miss_of, weights
 from mlx_teacache_fast.step.generation import Generation
-from mlx_teacache_fast.step.rules import Watch
+from mlx_teacache_fast.step.rules import Watch, budgeted
 
 Generate = Callable[..., np.ndarray]
 
@@ -411,3 +411,44 @@ def test_bad_settings(flux: Any, given: dict[str, Any], message: str) -> None:
     with pytest.raises(tc.TeaCacheValueError) as error:
         tc.apply(flux, **given)
     assert str(error.value) == message
+
+
+# ---- With a budget
+
+
+@given(
+    st.integers(5, 60),
+    st.floats(0.05, 1),
+    st.floats(0, 1),
+    st.lists(st.floats(0, 1), min_size=60, max_size=60),
+)
+def test_a_budget_is_never_exceeded(num_steps: int, budget: float, tolerance: float, misses: list[float]) -> None:
+    """And nothing is saved where the tolerance wants everything: then the steps are the plan's."""
+    sigmas = [1 - i / num_steps for i in range(num_steps)]
+    plan = budgeted(sigmas, budget, 4096)
+    watch = Watch(tolerance, [*sigmas, 0.0], plan)
+    computed = []
+    for i in range(num_steps):
+        kind, _ = watch.decide(i)
+        computed.append(kind != "skipped")
+        if computed[-1]:
+            watch.computed(i, misses[i] if i > 3 else math.inf)
+        assert sum(computed) <= sum(plan[: i + 1])
+    assert computed[0]
+    assert computed[-1]
+    if tolerance == 0:
+        assert tuple(computed) == plan
+
+
+def test_a_tolerance_with_a_budget(flux: Any, generate: Generate) -> None:
+    options = dict(num_inference_steps=20, guidance=4.0, height=64, width=64)
+    with tc.apply(flux, tolerance=1e-9, budget=0.4) as handle:
+        strict = generate(**options)
+        assert handle.stats.skipped_count == 12
+        assert str(handle.policy).startswith("tolerance 1e-09, budget 0.4, forecast 1")
+    with tc.apply(flux, budget=0.4, corrector=0.75):
+        assert np.array_equal(generate(**options), strict)
+    with tc.apply(flux, mode="fast", budget=0.9) as handle:
+        generate(**options)
+        assert handle.policy.rule == tc.Tolerance(tolerance=0.2, budget=0.9)
+        assert handle.stats.skipped_count > 2

@@ -117,6 +117,18 @@ def _setting(default: Any, check: Check, says: str, flag: str | None = None, **o
 _N: dict[str, Any] = {"metavar": "N", "type": int}
 
 
+def _budget(default: Any) -> Any:
+    return _setting(
+        default,
+        _number("a share of the steps above 0.0 and up to 1.0", lambda share: 0 < share <= 1),
+        "at most this share of the steps is computed, planned before the run: as published for the model; or the "
+        "first, the last, and others evenly over the noise that a picture of that size shows. Beside a tolerance, that "
+        "says which of them are needed",
+        metavar="SHARE",
+        type=float,
+    )
+
+
 @dataclass(frozen=True)
 class _Checked:
     """Its fields are checked when it is made."""
@@ -129,8 +141,8 @@ class _Checked:
 
 
 def settings(*kinds: type) -> list[Field[Any]]:
-    """The fields of rules, and of ``Policy`` without its rule."""
-    return [f for kind in kinds for f in fields(kind) if f.metadata]
+    """The fields of rules, and of ``Policy`` without its rule; of two of one name the last one."""
+    return [*{f.name: f for kind in kinds for f in fields(kind) if f.metadata}.values()]
 
 
 def _names(*kinds: type) -> set[str]:
@@ -239,6 +251,7 @@ class Tolerance(_Checked):
         None, _one_of(", ".join(map(repr, MODES)), tuple(MODES)),
         f"the tolerance by name: {', '.join(f'{m} {x:g}' for m, x in MODES.items())} (default: {DEFAULT_MODE})",
         choices=tuple(MODES))
+    budget: float | None = _budget(None)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -264,7 +277,7 @@ class Tolerance(_Checked):
         )
 
     def __str__(self) -> str:
-        return f"tolerance {self.tolerance:g}"
+        return f"tolerance {self.tolerance:g}" + ("" if self.budget is None else f", budget {self.budget:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,12 +288,7 @@ class Budget(_Checked):
         {settings}
     """
 
-    # fmt: off
-    budget: float = _setting(
-        MISSING, _number("a share of the steps above 0.0 and up to 1.0", lambda share: 0 < share <= 1),
-        "this share of the steps is computed, planned before the run: as published for the model; or the first, the "
-        "last, and others evenly over the noise that a picture of that size shows", metavar="SHARE", type=float)
-    # fmt: on
+    budget: float = _budget(MISSING)
 
     @property
     def skips_nothing(self) -> str | None:
@@ -387,11 +395,14 @@ class Policy(_Checked):
             raise TeaCacheValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
         asked = given.keys()
         given = {n: v for n, v in given.items() if v is not None or known[n].default not in (None, MISSING)}
-        kind, *others = [rule for rule in RULES if _names(rule) & given.keys()] or [default]
-        if others:
+        asked_of_rules = _names(*RULES) & given.keys()
+        fitting = [rule for rule in RULES if asked_of_rules <= _names(rule)]
+        if not fitting:
+            kind = next(rule for rule in RULES if _names(rule) & given.keys())
             first = next(name for name in given if name in _names(kind))
-            wrong = ", ".join(name for name in given if name in _names(*others))
+            wrong = ", ".join(name for name in given if name in asked_of_rules - _names(kind))
             raise TeaCacheValueError(f"{first} says which steps compute, and {wrong} cannot count: leave out either")
+        kind = min(fitting, key=lambda rule: len(_names(rule))) if asked_of_rules else default
         named = {"rel_l1_thresh", "coefficients"}
         if kind is Gate and default is not Gate and not named & asked and "calibrated_range" not in given:
             limits = ", ".join(name for name in given if name in _names(Gate))

@@ -14,7 +14,7 @@ from ..plans import PublishedPlans
 from ..policy import Budget, Gate, Policy, Tolerance
 from ..record.stats import GenerationStats, Kind, StepRecord, step_record
 from .forecast import correction, weights
-from .rules import Watch, planned
+from .rules import Watch, budgeted, planned
 
 FORCES = (0, 1, 2)  # gated, leading forced, trailing forced; csrc/gate_decision.h has the same
 
@@ -72,7 +72,10 @@ class Generation:
     def watch(self) -> Watch | None:
         """Where a tolerance decides."""
         rule = self.policy.rule
-        return Watch(cast(float, rule.tolerance), self._sigmas) if isinstance(rule, Tolerance) else None
+        if not isinstance(rule, Tolerance):
+            return None
+        plan = rule.budget and budgeted(self._sigmas[: self.num_steps], rule.budget, self._num_tokens, self._plans)
+        return Watch(cast(float, rule.tolerance), self._sigmas, plan or None)
 
     @cached_property
     def _sigmas(self) -> list[float]:

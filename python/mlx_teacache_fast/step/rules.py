@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from ..plans import PublishedPlans, placed
 from ..policy import LONGEST_GAP, WARM_UP, Budget, Gate, Rule, Steps, Tolerance
@@ -39,14 +39,19 @@ class Watch:
     than the schedule's mean, an error in it weighs more in the picture: there less is tolerated, by the square root of
     that. A gap is at most one step longer than either of the two before it.
 
+    With a plan a step computes only where one of the plan's is left by then; what is saved can be used later.
+
     Args:
         tolerance: On the forecast's relative L1 distance from what would be computed.
         sigmas: The schedule, of the active steps and the one after them.
+        plan: A budget's.
     """
 
-    def __init__(self, tolerance: float, sigmas: Sequence[float]) -> None:
+    def __init__(self, tolerance: float, sigmas: Sequence[float], plan: Sequence[bool] | None = None) -> None:
         self._tolerance = tolerance
         self._sigmas = sigmas
+        self._allowed = list(accumulate(plan)) if plan is not None else [len(sigmas)] * len(sigmas)
+        self._count = 0
         self._speed = math.inf
         self._computed = [0, 0, 0]  # the last three of these steps, the latest first
 
@@ -54,6 +59,8 @@ class Watch:
         """The kind of a step, and the miss that is expected of its forecast, weighed by the step's width."""
         sigmas, (last, *before) = self._sigmas, self._computed
         num_steps = len(sigmas) - 1
+        if self._count >= self._allowed[index]:
+            return "skipped", None
         if index < WARM_UP or index == num_steps - 1:
             return "forced", None
         mean_width = abs(sigmas[-1] - sigmas[0]) / num_steps
@@ -69,6 +76,7 @@ class Watch:
         """The step was; not finite where there was no forecast to compare with."""
         travelled = abs(self._sigmas[index] - self._sigmas[self._computed[0]])
         self._speed = miss / travelled if travelled > 0 else math.inf
+        self._count += 1
         self._computed = [index, *self._computed[:2]]
 
 
