@@ -245,7 +245,8 @@ struct RowSums {
 
 // Everything that a range of rows needs: addresses, sizes and types, by value.
 struct Job {
-  int n_rows;  // of all batches
+  bool modulates;  // else x is the modulated input, and the distance is all that is computed
+  int n_rows;      // of all batches
   int tokens;
   int channels;
   float eps;
@@ -294,6 +295,40 @@ bool all_finite(const char* row, int d) {
   return finite;
 }
 
+// Both sums over a row whose dtype is O.
+template <typename O>
+struct Distance {
+  Pair diff{}, anchor{};
+
+  ALWAYS_INLINE void add(Pair m, Pair a) {
+    diff.a += absolute(O::rounded(m.a - a.a));
+    diff.b += absolute(O::rounded(m.b - a.b));
+    anchor.a += absolute(a.a);
+    anchor.b += absolute(a.b);
+  }
+  // An element that is not finite makes the sum so; the row is looked at again only then.
+  ALWAYS_INLINE RowSums of_row(const char* modulated, int d) const {
+    const float sum_diff = sum(diff.a + diff.b);
+    return {sum_diff, sum(anchor.a + anchor.b), gate_is_finite(sum_diff) || all_finite<O>(modulated, d)};
+  }
+};
+
+template <typename X>
+ALWAYS_INLINE RowSums compare_row(const char* modulated, const char* anchor, int d) {
+  constexpr bool all16 = X::size == 2;
+  Distance<X> sums;
+  int i = 0;
+  for (; i + kPair <= d; i += kPair) {
+    const size_t at = size_t(i) * X::size;
+    sums.add(load<X, all16>(modulated + at), load<X, all16>(anchor + at));
+  }
+  if (const int n = d - i; n > 0) {
+    const size_t at = size_t(i) * X::size;
+    sums.add(load_tail<X, all16>(modulated + at, n), load_tail<X, all16>(anchor + at, n));
+  }
+  return sums.of_row(modulated, d);
+}
+
 template <typename X, typename M>
 ALWAYS_INLINE RowSums modulate_row(
     const char* x,
@@ -316,16 +351,10 @@ ALWAYS_INLINE RowSums modulate_row(
   const float rstd = 1.0f / std::sqrt(sum_over<X, x16>(x, d, squared) / float(d) + eps);
 
   // Modulation, rounded to the result's dtype after each operation as the unfused ops do, and both sums.
-  Pair diff_sum{}, anchor_sum{};
+  Distance<O> sums;
   auto modulate = [&](Floats xv, Floats scale_v, Floats shift_v) __attribute__((always_inline)) {
     Floats norm = X::rounded((xv - mean) * rstd);
     return O::rounded(O::rounded(scale_v * norm) + shift_v);
-  };
-  auto add = [&](Pair m, Pair a) __attribute__((always_inline)) {
-    diff_sum.a += absolute(O::rounded(m.a - a.a));
-    diff_sum.b += absolute(O::rounded(m.b - a.b));
-    anchor_sum.a += absolute(a.a);
-    anchor_sum.b += absolute(a.b);
   };
   int i = 0;
   for (; i + kPair <= d; i += kPair) {
@@ -335,7 +364,7 @@ ALWAYS_INLINE RowSums modulate_row(
     Pair av = load<O, all16>(anchor + size_t(i) * O::size);
     Pair m{modulate(xv.a, scale_v.a, shift_v.a), modulate(xv.b, scale_v.b, shift_v.b)};
     store<O, all16>(modulated + size_t(i) * O::size, m);
-    add(m, av);
+    sums.add(m, av);
   }
   if (const int n = d - i; n > 0) {
     Pair xv = load_tail<X, all16>(x + size_t(i) * X::size, n);
@@ -344,11 +373,9 @@ ALWAYS_INLINE RowSums modulate_row(
     Pair av = load_tail<O, all16>(anchor + size_t(i) * O::size, n);
     Pair m = first<all16>(n, {modulate(xv.a, scale_v.a, shift_v.a), modulate(xv.b, scale_v.b, shift_v.b)});
     store_tail<O, all16>(modulated + size_t(i) * O::size, m, n);
-    add(m, av);
+    sums.add(m, av);
   }
-  const float diff = sum(diff_sum.a + diff_sum.b);
-  // An element that is not finite makes the sum so; the row is looked at again only then.
-  return {diff, sum(anchor_sum.a + anchor_sum.b), gate_is_finite(diff) || all_finite<O>(modulated, d)};
+  return sums.of_row(modulated, d);
 }
 
 // x + sum_k weights[k] * residual_k: float32, rounded once.
@@ -410,6 +437,12 @@ FOR_EACH_CPU void run_rows(const Job& job, int begin, int end, RowSums* sums) {
   size_t scale_at = SIZE_MAX;
   for (int row = begin; row < end; row++) {
     const char* x = job.x + row * d * x_size;
+    if (!job.modulates) {
+      sums[row] = with_type(job.x_type, [&](auto xt) __attribute__((always_inline)) {
+        return compare_row<decltype(xt)>(x, job.anchor + row * d * x_size, int(d));
+      });
+      continue;
+    }
     const size_t mod =
         mod_size * ((row / job.tokens) * job.mod_batch_stride + (row % job.tokens) * job.mod_token_stride);
     if (mod != scale_at) {
@@ -510,6 +543,7 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   allocate_outputs(inputs, outputs, allocate);
   const auto& x = inputs[kX];
   Job job{};
+  job.modulates = modulates_;
   job.n_rows = x.shape(0) * x.shape(1);
   job.tokens = x.shape(1);
   job.channels = x.shape(2);
@@ -561,12 +595,9 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
     }
     // Sums overflow to infinity as a float32 reduction's would.
     const float count = float(double(job.n_rows) * job.channels);
-    GateState s;
-    static_assert(sizeof s == 8 * sizeof(float));
-    std::memcpy(&s, state, sizeof s);
-    s = gate_decide(
-        s, float(diff) / count, float(anchor) / count, finite, *force, rules, std::numeric_limits<float>::quiet_NaN());
-    std::memcpy(new_state, &s, sizeof s);
+    gate_decide_state(
+        state, new_state, float(diff) / count, float(anchor) / count, finite, *force, rules,
+        std::numeric_limits<float>::quiet_NaN());
   });
 }
 

@@ -91,6 +91,7 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
         {{"X", x.dtype()},
          {"M", mod.dtype()},
          {"R", residuals[0].dtype()},
+         {"MODULATES", modulates_},
          {"BRANCHES", n_branches_},
          {"TERMS", n_terms_},
          {"PACKS", grid.packs},

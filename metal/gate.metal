@@ -144,33 +144,53 @@ inline void decide(
   not_finite = threadgroup_sum(not_finite, scratch.of[kSumNotFinite], at);
   if (at.lid == 0) {
     const float count = float(p.rows) * float(p.channels);
-    GateState s;
-    s.skip = 0.0f;
-    s.kind = 0.0f;
-    s.rel_l1 = 0.0f;
-    s.predicted = 0.0f;
-    s.accumulated = state[4];
-    s.streak = state[5];
-    s.has_anchor = state[6];
-    s.has_residual = state[7];
     const GateRules rules = p.rules;
-    s = gate_decide(s, diff / count, anchor / count, not_finite == 0.0f, force[0], rules, NAN);
-    new_state[0] = s.skip;
-    new_state[1] = s.kind;
-    new_state[2] = s.rel_l1;
-    new_state[3] = s.predicted;
-    new_state[4] = s.accumulated;
-    new_state[5] = s.streak;
-    new_state[6] = s.has_anchor;
-    new_state[7] = s.has_residual;
+    gate_decide_state(state, new_state, diff / count, anchor / count, not_finite == 0.0f, force[0], rules, NAN);
   }
 }
 
 // ---- The pass over the data
 
+struct Distance {
+  float diff, anchor, not_finite;  // sums: of |m - a|, of |a|, of the elements of m that are not finite
+};
+
+template <typename O>
+inline void add_element(thread Distance& sums, O m, O before) {
+  const float a = float(before);
+  sums.diff += abs(float(O(float(m) - a)));
+  sums.anchor += abs(a);
+  sums.not_finite += gate_is_finite(float(m)) ? 0.0f : 1.0f;
+}
+
+// A row that is the modulated input.
+template <bool aligned, typename X>
+inline void add_row(
+    thread Distance& sums, device const X* row, device const X* before, uint first, uint stride, uint channels) {
+  for (uint column = first; column < channels; column += stride) {
+    const Pack<X> m = load_pack<aligned>(row, column, channels);
+    const Pack<X> a = load_pack<aligned>(before, column, channels);
+    for (int i = 0; i < kGatePack; i++) {
+      if (aligned || column + i < channels) {
+        add_element(sums, m.v[i], a.v[i]);
+      }
+    }
+  }
+}
+
 // X, M, R: dtypes of x, of shift and scale, of the residuals. packs: of a thread; 0 reads each row in every pass.
+// modulates: else x is the modulated input, M is X, and the distance is all that is computed.
 // one_dispatch: the threadgroup that finishes last decides. Else gate_decide_sums does, in a dispatch of its own.
-template <typename X, typename M, typename R, int branches, int terms, int packs, bool aligned, bool one_dispatch>
+template <
+    typename X,
+    typename M,
+    typename R,
+    bool modulates,
+    int branches,
+    int terms,
+    int packs,
+    bool aligned,
+    bool one_dispatch>
 [[kernel]] void gate(
     device const X* x [[buffer(kBufferX)]],
     device const M* shift [[buffer(kBufferShift)]],
@@ -229,13 +249,16 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
   Pack<M> shifts[held];
   size_t mod_at = ~size_t(0);  // where they were read
 
-  float diff_sum = 0.0f;
-  float anchor_sum = 0.0f;
-  float not_finite = 0.0f;
+  Distance sums = {0.0f, 0.0f, 0.0f};
   const uint end = min(p.rows, (group + 1) * p.rows_per_group);
   for (uint row = group * p.rows_per_group; row < end; row++) {
     const size_t begin = size_t(row) * channels;
     device const X* x_row = x + begin;
+    if (!modulates) {
+      add_row<aligned>(
+          sums, x_row, reinterpret_cast<device const X*>(before + begin), lid * kGatePack, stride, channels);
+      continue;
+    }
 
     // All reads of the row at once, so that they are in flight together; the sum of x, and reuse, which needs no more.
     float sum = 0.0f;
@@ -319,10 +342,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
         const O m = O(float(product) + float(shifts[slot].v[i]));
         out.v[i] = m;
         if (aligned || column + i < channels) {
-          const float a = float(befores[slot].v[i]);
-          diff_sum += abs(float(O(float(m) - a)));
-          anchor_sum += abs(a);
-          not_finite += gate_is_finite(float(m)) ? 0.0f : 1.0f;
+          add_element(sums, m, befores[slot].v[i]);
         }
       }
       store_pack<aligned>(modulated + begin, column, channels, out);
@@ -330,9 +350,9 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
     mod_at = mod;
   }
 
-  const float group_diff = threadgroup_sum(diff_sum, scratch.of[kSumDiff], at);
-  const float group_anchor = threadgroup_sum(anchor_sum, scratch.of[kSumAnchor], at);
-  const float group_not_finite = threadgroup_sum(not_finite, scratch.of[kSumNotFinite], at);
+  const float group_diff = threadgroup_sum(sums.diff, scratch.of[kSumDiff], at);
+  const float group_anchor = threadgroup_sum(sums.anchor, scratch.of[kSumAnchor], at);
+  const float group_not_finite = threadgroup_sum(sums.not_finite, scratch.of[kSumNotFinite], at);
   if (lid == 0) {
     device atomic_uint* partial = partials + kGatePartials * group;
     atomic_store_explicit(partial, as_type<uint>(group_diff), memory_order_relaxed);

@@ -31,6 +31,7 @@ from gate_cases import (
     assert_same_bits,
     assert_state_matches_numpy,
     digest,
+    given,
     hand_case,
     make_state,
     modulate,
@@ -271,6 +272,94 @@ def test_branches_do_not_mix() -> None:
     for branch in range(2):
         alone = replace(case, residuals=[case.residuals[branch]], weights=case.weights[branch][None])
         assert digest(alone.run()[1][0]) == digest(both[branch])
+
+
+# ---- x is the modulated input
+
+
+@GATES
+def test_given_the_modulated_input_by_hand(gate: Callable[..., Any]) -> None:
+    # |difference| = 0.25 and 0.25, mean|anchor| = 1.25: as the hand case, which modulates x to this one.
+    x = mx.array([[[-1.25, 1.75, -1.25, 1.75]]], mx.bfloat16)
+    case = replace(hand_case(), x=x, shift=None, scale=None, residuals=[], weights=mx.zeros((0, 0)))
+    modulated, reused, state = case.run(gate)
+    assert modulated.tolist() == x.tolist()
+    assert reused == []
+    assert state.tolist() == pytest.approx([1, SKIPPED, 0.2, 0.5, 0.75, 3, 1, 1], rel=1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_given_the_modulated_input_it_decides_alike(shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
+    """The same elements in the same order: the same state to the bit, and no second copy of the signal."""
+    case = random_case(shape, dtype)
+    signal = given(case)
+    modulated, _, state = signal.run()
+    assert digest(state) == digest(case.run()[2])
+    assert digest(modulated) == digest(signal.x)
+    expected = signal.run(reference.gate)[2]
+    assert state.tolist() == pytest.approx(expected.tolist(), rel=1e-5, nan_ok=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_given_an_element_that_is_not_finite_it_misses(value: float, dtype: mx.Dtype) -> None:
+    for column in (0, 31, 32, 254):
+        signal = given(random_case((2, 3, 255), dtype))
+        rows = np.array(signal.x.astype(mx.float32))
+        rows[1, 2, column] = value
+        assert replace(signal, x=mx.array(rows).astype(dtype)).run()[2].tolist()[1] == MISS
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["f32", "bf16"])
+def test_given_signals_step_by_step(dtype: mx.Dtype) -> None:
+    """The last step's signal is the anchor, eager, lazy and compiled, and stays as it is."""
+    case = given(random_case((1, 7, 255), dtype))
+    noise = (0.1 * mx.random.normal((4, *case.x.shape), key=mx.random.key(1))).astype(dtype)
+
+    def step(x: Any, anchor: Any, state: Any) -> Any:
+        rest = case.residuals, case.weights, state, mx.array(0, mx.int32)
+        x, _, state = ops.gate(x, None, None, anchor, *rest, **case.options)
+        return x, state
+
+    def chain(step: Callable[..., Any], evaluate: bool) -> list[Any]:
+        x, anchor, state = case.x, case.anchor, case.state
+        kept = []
+        for n in noise:
+            x = x + n
+            anchor, state = step(x, anchor, state)
+            kept += [anchor, state]
+            if evaluate:
+                mx.eval(kept)
+        mx.eval(kept)
+        return kept
+
+    lazy = chain(step, evaluate=False)
+    assert digest(*chain(step, evaluate=True)) == digest(*lazy)
+    assert digest(*chain(mx.compile(step), evaluate=False)) == digest(*lazy)
+    x = case.x
+    for n, anchor in zip(noise, lazy[::2], strict=True):
+        x = x + n
+        assert digest(anchor) == digest(x)
+
+
+def test_given_a_view_is_packed_once() -> None:
+    case = given(random_case((2, 5, 64)))
+    for view in (strided, batch_inside, offset, every_second):
+        assert_same_bits(replace(case, x=view(case.x), anchor=view(case.anchor)).run(), case.run())
+
+
+def test_a_signal_and_an_input_that_is_its_own_modulation_are_not_merged() -> None:
+    signal = given(random_case((1, 7, 64)))
+    x, anchor, state = signal.x, signal.anchor, signal.state
+    rest = [], mx.zeros((0, 0)), state, mx.array(0, mx.int32)
+
+    def step(x: Any, anchor: Any) -> Any:
+        given_x, modulated_x = (ops.gate(x, m, m, anchor, *rest, **signal.options)[2] for m in (None, x))
+        return [-given_x, -modulated_x]
+
+    got, other = mx.compile(step)(x, anchor)
+    assert digest(-got) == digest(signal.run()[2]) != digest(-other)
 
 
 # ---- Statistics and rounding
@@ -712,6 +801,12 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     (
         {"scale": zeros(2, 1, 64, dtype=mx.float16)},
         "shift and scale must have one shape and dtype, got float32 (2,1,64) and float16 (2,1,64)",
+    ),
+    ({"shift": None}, "shift and scale must be two arrays or both None, got None for shift"),
+    ({"scale": None}, "shift and scale must be two arrays or both None, got None for scale"),
+    (
+        {"shift": None, "scale": None},
+        "residuals must be empty where x is the modulated input (shift and scale None), got 2 branches",
     ),
     ({"anchor": zeros(1, 5, 64)}, "anchor must have x's shape (2,5,64), got (1,5,64)"),
     (

@@ -21,6 +21,7 @@ from gate_cases import (
     assert_same_bits,
     assert_state_matches_numpy,
     digest,
+    given,
     make_state,
     modulate_float64,
     random_case,
@@ -87,6 +88,18 @@ def test_branches_and_terms(dtype: mx.Dtype, branches: int, terms: int) -> None:
 @DTYPES
 def test_without_a_branch(dtype: mx.Dtype) -> None:
     assert_gpu_is_cpu(random_case((2, 3, 264), dtype, branches=0, terms=0))
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 130, 256), (1, 3, 40_000)], ids=lambda s: str(s))
+@pytest.mark.usefixtures("dispatches")
+def test_given_the_modulated_input(shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
+    """As on the CPU, and the state to the bit as where the GPU modulates: the same elements in the same order."""
+    case = random_case(shape, dtype)
+    modulated, _, state = on(GPU, case)
+    signal = replace(given(case), x=modulated)
+    assert digest(on(GPU, signal)[2]) == digest(state)
+    assert_gpu_is_cpu(signal)
 
 
 @pytest.mark.parametrize("residual", [mx.float32, mx.float16, mx.bfloat16], ids=str)

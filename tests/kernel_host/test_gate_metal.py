@@ -24,6 +24,7 @@ from kernel_host.gate_checks import (
     check_a_large_mean,
     check_a_rule,
     check_exact_statistics,
+    check_given_decides_alike,
     check_not_finite,
 )
 from kernel_host.gate_kernel import INCLUDES, GateKernel, Header, Variant, kernel_text, variant_of
@@ -31,7 +32,9 @@ from kernel_host.host import lint, why_no_lint
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
 
-TWO_DISPATCHES = [n for n in CASES if n.split(" ", 1)[1] in map(str, [*SHAPES, *MANY_ROWS])]
+TWO_DISPATCHES = [
+    n for n in CASES if n.split(" ", 1)[1].removesuffix(", given modulated") in map(str, [*SHAPES, *MANY_ROWS])
+]
 
 
 @pytest.fixture(scope="session")
@@ -135,6 +138,11 @@ def test_grid(header: Header) -> None:
                 assert channels > max_threads * 4 * 8
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_given_the_modulated_input_it_decides_alike(checked: GateKernel, dtype: mx.Dtype) -> None:
+    check_given_decides_alike(checked, dtype)
+
+
 # ---- Synchronisation
 
 
@@ -159,8 +167,9 @@ def test_no_alarm_in_300_runs(checked: GateKernel, record_property: Callable[[st
 
 @pytest.mark.skipif(why_no_lint() is not None, reason=why_no_lint() or "")
 def test_address_spaces(tmp_path: Path) -> None:
-    lines = 'instantiate_kernel("a", gate, bfloat, float, half, 2, 3, 1, true, true)\n'
-    lines += 'instantiate_kernel("b", gate, half, half, half, 1, 1, 0, false, true)\n'
+    lines = 'instantiate_kernel("a", gate, bfloat, float, half, true, 2, 3, 1, true, true)\n'
+    lines += 'instantiate_kernel("b", gate, half, half, half, true, 1, 1, 0, false, true)\n'
+    lines += 'instantiate_kernel("c", gate, half, half, half, false, 0, 0, 1, false, true)\n'
     assert lint(kernel_text() + "\n" + lines, tmp_path, include_dirs=INCLUDES) == []
 
 
