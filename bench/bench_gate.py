@@ -130,7 +130,7 @@ class Inputs:
 
 
 def plain_gate(
-    x: Any, shift: Any, scale: Any, anchor: Any, residuals: Any, weights: Any, state: Any, _: Any, **rules: Any
+    x: Any, shift: Any, scale: Any, anchor: Any, *, residuals: Any, weights: Any, state: Any, **rules: Any
 ) -> Any:
     """mlx-teacache's arithmetic; state: accumulated distance, skips in a row, whether it skips."""
     modulated = _modulated(x, shift, scale)
@@ -170,10 +170,10 @@ class GateStep:
                 shift,
                 scale,
                 anchor,
-                residuals,
-                weights,
-                state,
-                force,
+                residuals=residuals,
+                weights=weights,
+                state=state,
+                force=force,
                 coefficients=common.ALWAYS_SKIP,
                 threshold=1.0,
             )

@@ -32,14 +32,14 @@ NB_MODULE(_ext, m) {
             max_consecutive_skips, eps, s);
         return std::make_tuple(out.modulated, out.reused, out.state);
       },
-      "x"_a, "shift"_a.none(), "scale"_a.none(), "anchor"_a, "residuals"_a, "weights"_a, "state"_a, "force"_a,
-      nb::kw_only(), "coefficients"_a, "threshold"_a, "calibrated_range"_a = nb::none(), "max_consecutive_skips"_a = 8,
+      "x"_a, "shift"_a.none(), "scale"_a.none(), "anchor"_a, nb::kw_only(), "residuals"_a, "weights"_a, "state"_a,
+      "force"_a, "coefficients"_a, "threshold"_a, "calibrated_range"_a = nb::none(), "max_consecutive_skips"_a = 8,
       "eps"_a = 1e-6f, "stream"_a = nb::none(),
       nb::sig(
-          "def gate(x: mlx.core.array, shift: mlx.core.array | None, scale: mlx.core.array | None, anchor: "
-          "mlx.core.array, "
+          "def gate(x: mlx.core.array, shift: mlx.core.array | None, scale: mlx.core.array | None, "
+          "anchor: mlx.core.array, *, "
           "residuals: collections.abc.Sequence[collections.abc.Sequence[mlx.core.array]], "
-          "weights: mlx.core.array, state: mlx.core.array, force: mlx.core.array, *, "
+          "weights: mlx.core.array, state: mlx.core.array, force: mlx.core.array, "
           "coefficients: collections.abc.Sequence[float], threshold: float, "
           "calibrated_range: tuple[float, float] | None = None, max_consecutive_skips: int = 8, "
           "eps: float = 1e-6, stream: mlx.core.Stream | mlx.core.Device | None = None) "

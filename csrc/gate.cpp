@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace teacache {
 
@@ -42,6 +43,14 @@ mx::array modulation(const char* name, const mx::array& a, const mx::array& x, m
 
 }  // namespace
 
+int gate_rows(const mx::Shape& x) {
+  const int64_t rows = int64_t(x[0]) * x[1];
+  if (rows > std::numeric_limits<int>::max()) {
+    reject("[gate] x must have fewer than 2^31 rows (batch * tokens), got ", x);
+  }
+  return x[2] > 0 ? rows : 0;
+}
+
 GateOutputs gate(
     mx::array x,
     const std::optional<mx::array>& shift,
@@ -61,6 +70,9 @@ GateOutputs gate(
     require_gpu("gate");
   }
   auto s = mx::to_stream(s_);
+  if (s.device == mx::Device::cpu) {
+    gate_cpu_threads();  // an error of the environment is one of the call
+  }
 
   if (x.ndim() != 3) {
     reject("[gate] x must have shape (batch, tokens, channels), got ", x.shape());
@@ -216,6 +228,7 @@ void Gate::allocate_outputs(
 }
 
 std::vector<mx::Shape> Gate::output_shapes(const std::vector<mx::array>& inputs) {
+  gate_rows(inputs[kX].shape());  // throws also where mx.compile(shapeless=True) asks for new shapes
   std::vector<mx::Shape> shapes(kReused + n_branches_, inputs[kX].shape());
   shapes[kNewState] = inputs[kState].shape();
   if (!modulates_) {

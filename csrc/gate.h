@@ -37,6 +37,13 @@ GateOutputs gate(
     float eps,
     mx::StreamOrDevice s);
 
+// Rows of an x of this shape that have elements. Throws std::invalid_argument where an int cannot count them.
+int gate_rows(const mx::Shape& x);
+
+// How many threads a gate on the CPU may take: MLX_TEACACHE_FAST_NUM_THREADS, or the CPU's, but at most 8. Throws
+// std::invalid_argument for a value that is no number of threads.
+int gate_cpu_threads();
+
 // What a gate on this build's GPU needs besides its results, if it is to be a last output, of float32.
 std::optional<mx::Shape> gate_scratch(const mx::Shape& x);
 

@@ -78,7 +78,7 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   auto residual = [&](int i) -> const mx::array& { return n_residuals > 0 ? inputs[kResiduals + i] : x; };
   auto& device = mx::metal::device(stream().device);
 
-  const unsigned int rows = x.shape(0) * x.shape(1);
+  const unsigned int rows = gate_rows(x.shape());
   const unsigned int channels = x.shape(2);
 
   // Whole 16-byte words, if every array begins at one and a row ends with one.

@@ -63,9 +63,9 @@ class Case:
         return self.residuals[0][0].dtype if self.residuals else self.x.dtype
 
     @property
-    def arrays(self) -> list[Any]:
-        force = mx.array(self.force, mx.int32)
-        return [self.x, self.shift, self.scale, self.anchor, self.residuals, self.weights, self.state, force]
+    def arrays(self) -> dict[str, Any]:
+        names = ("x", "shift", "scale", "anchor", "residuals", "weights", "state")
+        return {name: getattr(self, name) for name in names} | {"force": mx.array(self.force, mx.int32)}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Case:
         }
 
     def run(self, gate: Callable[..., Any] = ops.gate) -> tuple[mx.array, list[mx.array], mx.array]:
-        modulated, reused, state = gate(*self.arrays, **self.options)
+        modulated, reused, state = gate(**self.arrays, **self.options)
         mx.eval(modulated, reused, state)
         return modulated, reused, state
 

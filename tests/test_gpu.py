@@ -45,7 +45,7 @@ def dispatches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def on(device: mx.Device, case: Case) -> tuple[mx.array, list[mx.array], mx.array]:
-    return case.run(lambda *args, **options: ops.gate(*args, **options, stream=device))
+    return case.run(lambda **given: ops.gate(**given, stream=device))
 
 
 def assert_gpu_is_cpu(case: Case) -> None:
@@ -184,7 +184,7 @@ def test_many_gates_in_flight() -> None:
     cases = [replace(random_case((1, 40 + i, 256), mx.bfloat16, seed=i), state=make_state()) for i in range(64)]
     expected = [digest(on(GPU, case)[2]) for case in cases]
     for _ in range(50):
-        states = [ops.gate(*case.arrays, **case.options)[2] for case in cases]
+        states = [ops.gate(**case.arrays, **case.options)[2] for case in cases]
         mx.eval(states)
         assert [digest(state) for state in states] == expected
 
@@ -194,9 +194,9 @@ def test_what_a_gate_takes_besides_its_inputs() -> None:
     case = random_case((1, 1024, 3072), mx.bfloat16)
     mx.eval(case.arrays)  # what is lazy when it is captured is computed at every call
     step = mx.compile(
-        lambda x, anchor, state: ops.gate(
-            x, case.shift, case.scale, anchor, case.residuals, case.weights, state, mx.array(0), **case.options
-        )[::2]
+        lambda x, anchor, state: ops.gate(**case.arrays | {"x": x, "anchor": anchor, "state": state}, **case.options)[
+            ::2
+        ]
     )
     anchor, state = case.anchor + 0, case.state
     for _ in range(3):
