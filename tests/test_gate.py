@@ -607,8 +607,8 @@ state = mx.array([0, 0, 0, 0, 0, 0, 1, 1], mx.float32)
 seen = set()
 for _ in range(20):
     modulated, (reused,), new_state = ops.gate(
-        x, shift, scale, anchor, residuals=[[residual]], weights=mx.ones((1, 1)), state=state, force=mx.array(0, mx.int32),
-        coefficients=(0, 0, 0, 1, 0), threshold=0.5,
+        x, shift, scale, anchor, residuals=[[residual]], weights=mx.ones((1, 1)), state=state,
+        force=mx.array(0, mx.int32), coefficients=(0, 0, 0, 1, 0), threshold=0.5,
     )
     outputs = b"".join(bytes(a.view(mx.uint8)) for a in (modulated, reused, new_state))
     seen.add(hashlib.sha256(outputs).hexdigest())
@@ -670,7 +670,8 @@ mx.set_default_device(mx.cpu)
 x = mx.linalg.inv(mx.zeros((1, 2, 2)), stream=mx.cpu)
 modulated, (reused,), state = ops.gate(
     x, mx.zeros((1, 2)), mx.zeros((1, 2)), mx.zeros((1, 2, 2)), residuals=[[mx.zeros((1, 2, 2))]],
-    weights=mx.ones((1, 1)), state=mx.zeros(8), force=mx.array(0, mx.int32), coefficients=(0, 0, 0, 1, 0), threshold=0.5,
+    weights=mx.ones((1, 1)), state=mx.zeros(8), force=mx.array(0, mx.int32), coefficients=(0, 0, 0, 1, 0),
+    threshold=0.5,
 )
 for output in (modulated, reused, state):
     try:

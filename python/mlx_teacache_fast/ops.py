@@ -19,10 +19,10 @@ class Body:
     """A function of arrays as one graph, which ``branch`` evaluates or leaves out; calling it evaluates it always.
 
     ``fn`` is called on placeholders, once in a thread for each combination of input shapes and dtypes, while the branch
-    is built, and never during an evaluation. Arrays that it closes over (weights) are evaluated then and become constants, and so
-    does everything else that does not depend on its inputs, random numbers included. An array of an enclosing
-    ``mx.compile`` must be passed as an input instead. When it is gone, so are the arrays: MLX keeps some of those in
-    functions that ``mx.compile`` made, in graphs with ``mx.split``, for ever.
+    is built, and never during an evaluation. Arrays that it closes over (weights) are evaluated then and become
+    constants, and so does everything else that does not depend on its inputs, random numbers included. An array of an
+    enclosing ``mx.compile`` must be passed as an input instead. When it is gone, so are the arrays: MLX keeps some of
+    those in functions that ``mx.compile`` made, in graphs with ``mx.split``, for ever.
 
     Args:
         fn (callable): Takes arrays, returns a list of one or more arrays.
