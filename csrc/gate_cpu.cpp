@@ -21,7 +21,8 @@
 
 // One body, compiled for each level of x86-64 and chosen at load. The order of every sum is fixed by kLanes and the
 // build contracts no multiply-add, so that all levels give the same bits. (On Arm the baseline has NEON.)
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
+// (A choice at load would come before AddressSanitizer is there.)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define FOR_EACH_CPU __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define FOR_EACH_CPU

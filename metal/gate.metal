@@ -38,12 +38,14 @@ struct Pack {
 
 // What 16 bytes hold: 4 floats, or 8 elements of a 16-bit type.
 inline void from_word(uint4 word, thread float* v) {
+#pragma unroll
   for (int i = 0; i < 4; i++) {
     v[i] = as_type<float>(word[i]);
   }
 }
 template <typename T>
 inline void from_word(uint4 word, thread T* v) {
+#pragma unroll
   for (int i = 0; i < 4; i++) {
     const vec<T, 2> pair = as_type<vec<T, 2>>(word[i]);
     v[2 * i] = pair[0];
@@ -56,6 +58,7 @@ inline uint4 to_word(thread const float* v) {
 template <typename T>
 inline uint4 to_word(thread const T* v) {
   uint4 word;
+#pragma unroll
   for (int i = 0; i < 4; i++) {
     word[i] = as_type<uint>(vec<T, 2>(v[2 * i], v[2 * i + 1]));
   }
@@ -70,10 +73,12 @@ inline Pack<T> load_pack(device const T* row, uint column, uint channels) {
   Pack<T> p;
   if (aligned) {
     device const uint4* words = reinterpret_cast<device const uint4*>(row + column);
+#pragma unroll
     for (int w = 0; w < kGatePack / per_word; w++) {
       from_word(words[w], p.v + w * per_word);
     }
   } else {
+#pragma unroll
     for (int i = 0; i < kGatePack; i++) {
       p.v[i] = column + i < channels ? row[column + i] : T(0.0f);
     }
@@ -86,6 +91,7 @@ inline void store_pack(device T* row, uint column, uint channels, Pack<T> p) {
   constexpr int per_word = 16 / sizeof(T);
   if (aligned) {
     device uint4* words = reinterpret_cast<device uint4*>(row + column);
+#pragma unroll
     for (int w = 0; w < kGatePack / per_word; w++) {
       words[w] = to_word(p.v + w * per_word);
     }
@@ -170,6 +176,7 @@ inline void add_row(
   for (uint column = first; column < channels; column += stride) {
     const Pack<X> m = load_pack<aligned>(row, column, channels);
     const Pack<X> a = load_pack<aligned>(before, column, channels);
+#pragma unroll
     for (int i = 0; i < kGatePack; i++) {
       if (aligned || column + i < channels) {
         add_element(sums, m.v[i], a.v[i]);
@@ -234,14 +241,16 @@ template <
   // Metal takes the arguments never to overlap: where the anchor is overwritten, it is read by the pointer that writes.
   device const O* before = p.in_place != 0 ? static_cast<device const O*>(modulated) : anchor;
   float w[branches > 0 ? branches * terms : 1];
+#pragma unroll
   for (int i = 0; i < branches * terms; i++) {
     w[i] = weights[i];
   }
 
   const uint channels = p.channels;
   const uint stride = threads * kGatePack;  // from one pack of a thread to its next
-  // Rolled loops over packs would index registers by a variable, which Metal keeps in memory.
   const uint n_packs = packs > 0 ? uint(packs) : (channels + stride - 1) / stride;
+  // Rolled loops over what is held would index registers by a variable, which Metal keeps in memory. A row that is not
+  // held is a loop of unknown length, which stays rolled.
   constexpr int held = packs > 0 ? packs : 1;
   Pack<X> xs[held];
   Pack<O> befores[held];  // the anchor
@@ -262,31 +271,36 @@ template <
 
     // All reads of the row at once, so that they are in flight together; the sum of x, and reuse, which needs no more.
     float sum = 0.0f;
-#pragma unroll
+#pragma unroll(held)
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
       if (column >= channels) {
         continue;
       }
       const Pack<X> xp = load_pack<aligned>(x_row, column, channels);
-      xs[packs > 0 ? k : 0] = xp;
+      xs[held > 1 ? k : 0] = xp;
       if (packs > 0) {
-        befores[k] = load_pack<aligned>(before + begin, column, channels);
+        befores[held > 1 ? k : 0] = load_pack<aligned>(before + begin, column, channels);
       }
+#pragma unroll
       for (int i = 0; i < kGatePack; i++) {
         sum += float(xp.v[i]);
       }
       // x + sum_k weights[k] * residual_k: float32, rounded once.
+#pragma unroll
       for (int b = 0; b < branches; b++) {
         float change[kGatePack];
+#pragma unroll
         for (int t = 0; t < terms; t++) {
           const Pack<R> rp = load_pack<aligned>(residuals[b * terms + t] + begin, column, channels);
+#pragma unroll
           for (int i = 0; i < kGatePack; i++) {
             const float term = w[b * terms + t] * float(rp.v[i]);
             change[i] = t == 0 ? term : change[i] + term;
           }
         }
         Pack<Y> out;
+#pragma unroll
         for (int i = 0; i < kGatePack; i++) {
           out.v[i] = Y(float(xp.v[i]) + change[i]);
         }
@@ -297,7 +311,7 @@ template <
     // LayerNorm statistics in two passes: E[x^2] - mean^2 cancels for a large mean.
     const float mean = threadgroup_sum(sum, scratch.of[kSumMean], at) / float(channels);
     float squares = 0.0f;
-#pragma unroll
+#pragma unroll(held)
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
       if (column >= channels) {
@@ -306,7 +320,8 @@ template <
       if (packs == 0) {
         xs[0] = load_pack<aligned>(x_row, column, channels);
       }
-      const Pack<X> xp = xs[packs > 0 ? k : 0];
+      const Pack<X> xp = xs[held > 1 ? k : 0];
+#pragma unroll
       for (int i = 0; i < kGatePack; i++) {
         const float centered = float(xp.v[i]) - mean;
         squares += aligned || column + i < channels ? centered * centered : 0.0f;
@@ -317,13 +332,13 @@ template <
 
     // Modulation, rounded to the result's dtype after each operation as the unfused ops do, and both sums.
     const size_t mod = size_t((row / p.tokens) * p.mod_batch_rows + (row % p.tokens) * p.mod_token_rows) * channels;
-#pragma unroll
+#pragma unroll(held)
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
       if (column >= channels) {
         continue;
       }
-      const uint slot = packs > 0 ? k : 0;
+      const uint slot = held > 1 ? k : 0;
       if (packs == 0) {
         xs[0] = load_pack<aligned>(x_row, column, channels);
         befores[0] = load_pack<aligned>(before + begin, column, channels);
@@ -331,11 +346,13 @@ template <
       if (packs == 0 || mod != mod_at) {
         shifts[slot] = load_pack<aligned>(shift + mod, column, channels);
         scales[slot] = load_pack<aligned>(scale + mod, column, channels);
+#pragma unroll
         for (int i = 0; i < kGatePack; i++) {
           scales[slot].v[i] = M(1.0f + float(scales[slot].v[i]));
         }
       }
       Pack<O> out;
+#pragma unroll
       for (int i = 0; i < kGatePack; i++) {
         const X norm = X((float(xs[slot].v[i]) - mean) * rstd);
         const O product = O(float(scales[slot].v[i]) * float(norm));

@@ -244,6 +244,24 @@ def test_streams_of_inputs_body_and_consumers(skipped: bool, compiled: bool, eva
                     assert mx.array_equal(got[3 * i + j], want[(i + j) % 3]).item(), (decider, at, i, j)
 
 
+@pytest.mark.parametrize("evaluate", [mx.eval, mx.async_eval])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_reader_many_command_buffers_after_the_wait(skipped: bool, evaluate: Callable[..., None]) -> None:
+    """``on_skip`` is the CPU's. A Relay encodes no kernel: its wait stands in one command buffer, and MLX commits after
+    about 50 operations, so that what reads its other output, 120 later, stands in another."""
+    x = mx.array(np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32))
+    body = ops.Body(lambda a, b: [slow(a, GPU), slow(b, GPU)])
+    want = slow(x + 1.0, CPU)
+    mx.eval(want)
+    for _ in range(5):
+        early, late = ops.branch(mx.array(skipped), [slow(x + i, CPU) for i in range(2)], body, [x, x + 1.0])
+        for _ in range(120):
+            early = mx.sin(early)
+        got = late + 0.0 * early
+        evaluate(got)
+        assert mx.array_equal(got, want).item()
+
+
 def test_two_gpu_streams_and_a_decision_on_one() -> None:
     """The body's input waits, on the decision's stream, for work on the other that has not been committed."""
     other = mx.new_stream(GPU)

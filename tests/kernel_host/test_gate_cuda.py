@@ -221,7 +221,7 @@ MUTANTS: dict[str, Mutate] = {
             "scratch.of[kSumVariance]) / float(channels)", "scratch.of[kSumVariance]) / float(channels) - mean * mean"
         ),
     ),
-    "infinities are numbers": swap("zeros = __fmaf_rn(m.y, 0.0f, zeros)", "zeros += 0.0f"),
+    "infinities are numbers": swap("__fmaf_rn(m.y, 0.0f, sums.zeros)", "sums.zeros"),
     "a signal's anchor from the first row": swap("reinterpret_cast<const X*>(anchor + begin)", "anchor"),
     "a signal's packs overlap": swap("column += stride", "column += stride / 2"),
     "a signal is modulated": swap("if (!modulates)", "if (false)"),

@@ -28,7 +28,7 @@ from kernel_host.gate_checks import (
     check_not_finite,
 )
 from kernel_host.gate_kernel import INCLUDES, GateKernel, Header, Variant, kernel_text, variant_of
-from kernel_host.host import lint, why_no_lint
+from kernel_host.host import lint, warnings, why_no_lint
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
 
@@ -171,6 +171,24 @@ def test_address_spaces(tmp_path: Path) -> None:
     lines += 'instantiate_kernel("b", gate, half, half, half, true, 1, 1, 0, false, true)\n'
     lines += 'instantiate_kernel("c", gate, half, half, half, false, 0, 0, 1, false, true)\n'
     assert lint(kernel_text() + "\n" + lines, tmp_path, include_dirs=INCLUDES) == []
+
+
+@pytest.mark.skipif(why_no_lint() is not None, reason=why_no_lint() or "")
+def test_no_warning(tmp_path: Path) -> None:
+    """CI compiles for macOS with -Wall -Werror, where a loop that cannot be unrolled is an error."""
+    variants = [("bfloat", "true", 1, 1, packs, aligned) for packs in (0, 1, 4) for aligned in ("true", "false")]
+    variants += [
+        ("float", "true", 2, 4, 2, "true"),
+        ("half", "true", 0, 0, 1, "true"),
+        ("half", "false", 0, 0, 1, "true"),
+    ]
+    lines = ""
+    for i, (t, modulates, *rest) in enumerate(variants):
+        arguments = ", ".join(map(str, [t, t, t, modulates, *rest, "true"]))
+        lines += f'instantiate_kernel("variant_{i}", gate, {arguments})\n'
+    assert warnings(f"{kernel_text()}\n{lines}", tmp_path, path="gate.metal") == []
+    rolled = kernel_text().replace("#pragma unroll(held)", "#pragma unroll")
+    assert any("loop not unrolled" in line for line in warnings(f"{rolled}\n{lines}", tmp_path))
 
 
 # ---- Real size

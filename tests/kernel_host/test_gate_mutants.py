@@ -107,7 +107,7 @@ MUTANTS: dict[str, Mutate] = {
     ),
     "a long row's anchor not read": swap("befores[0] = load_pack<aligned>(before + begin, column, channels);", ""),
     "a long row's modulation kept from its first pack": swap("packs == 0 || mod != mod_at", "mod != mod_at"),
-    "a thread's second pack takes the first's place": swap("xs[packs > 0 ? k : 0] = xp;", "xs[0] = xp;"),
+    "a thread's second pack takes the first's place": swap("xs[held > 1 ? k : 0] = xp;", "xs[0] = xp;"),
     # Arithmetic
     "variance by one less": swap(
         "squares, scratch.of[kSumVariance], at) / float(channels)",
@@ -129,10 +129,10 @@ MUTANTS: dict[str, Mutate] = {
     ),
     "reuse rounded twice": swap("Y(float(xp.v[i]) + change[i])", "Y(float(xp.v[i]) + float(Y(change[i])))"),
     "anchor read after it is overwritten": swap(
-        "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
+        "      Pack<O> out;\n#pragma unroll\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
         "      store_pack<aligned>(modulated + begin, column, channels, Pack<O>{});\n"
         "      befores[slot] = load_pack<aligned>(before + begin, column, channels);\n"
-        "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
+        "      Pack<O> out;\n#pragma unroll\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
     ),
     "elements that are not finite do not count": swap("gate_is_finite(float(m)) ? 0.0f : 1.0f", "0.0f"),
     "distances exchanged": swap("diff / count, anchor / count", "anchor / count, diff / count"),
