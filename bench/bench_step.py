@@ -155,7 +155,8 @@ def parts(flux: Any, size: int, dtype: Any) -> dict[str, Callable[[], object]]:
 
     def gate() -> None:
         state, weights, rules = mx.zeros(8), mx.zeros((0, 0)), common.ALWAYS_SKIP
-        mx.eval(ops.gate(x, zero, zero, anchor, [], weights, state, force, coefficients=rules, threshold=1.0))
+        given = {"residuals": [], "weights": weights, "state": state, "force": force}
+        mx.eval(ops.gate(x, zero, zero, anchor, **given, coefficients=rules, threshold=1.0))
 
     return {"modulation": lambda: mx.eval(modulate(time)), "gate": gate, "read": lambda: negate(number).item()}
 

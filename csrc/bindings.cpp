@@ -22,9 +22,9 @@ NB_MODULE(_ext, m) {
 
   m.def(
       "gate",
-      [](const mx::array& x, const mx::array& shift, const mx::array& scale, const mx::array& anchor,
-         const std::vector<std::vector<mx::array>>& residuals, const mx::array& weights, const mx::array& state,
-         const mx::array& force, const std::vector<float>& coefficients, float threshold,
+      [](const mx::array& x, const std::optional<mx::array>& shift, const std::optional<mx::array>& scale,
+         const mx::array& anchor, const std::vector<std::vector<mx::array>>& residuals, const mx::array& weights,
+         const mx::array& state, const mx::array& force, const std::vector<float>& coefficients, float threshold,
          std::optional<std::pair<float, float>> calibrated_range, int max_consecutive_skips, float eps,
          mx::StreamOrDevice s) {
         auto out = gate(
@@ -32,13 +32,14 @@ NB_MODULE(_ext, m) {
             max_consecutive_skips, eps, s);
         return std::make_tuple(out.modulated, out.reused, out.state);
       },
-      "x"_a, "shift"_a, "scale"_a, "anchor"_a, "residuals"_a, "weights"_a, "state"_a, "force"_a, nb::kw_only(),
-      "coefficients"_a, "threshold"_a, "calibrated_range"_a = nb::none(), "max_consecutive_skips"_a = 8,
+      "x"_a, "shift"_a.none(), "scale"_a.none(), "anchor"_a, nb::kw_only(), "residuals"_a, "weights"_a, "state"_a,
+      "force"_a, "coefficients"_a, "threshold"_a, "calibrated_range"_a = nb::none(), "max_consecutive_skips"_a = 8,
       "eps"_a = 1e-6f, "stream"_a = nb::none(),
       nb::sig(
-          "def gate(x: mlx.core.array, shift: mlx.core.array, scale: mlx.core.array, anchor: mlx.core.array, "
+          "def gate(x: mlx.core.array, shift: mlx.core.array | None, scale: mlx.core.array | None, "
+          "anchor: mlx.core.array, *, "
           "residuals: collections.abc.Sequence[collections.abc.Sequence[mlx.core.array]], "
-          "weights: mlx.core.array, state: mlx.core.array, force: mlx.core.array, *, "
+          "weights: mlx.core.array, state: mlx.core.array, force: mlx.core.array, "
           "coefficients: collections.abc.Sequence[float], threshold: float, "
           "calibrated_range: tuple[float, float] | None = None, max_consecutive_skips: int = 8, "
           "eps: float = 1e-6, stream: mlx.core.Stream | mlx.core.Device | None = None) "
@@ -50,6 +51,7 @@ NB_MODULE(_ext, m) {
         before, the decision, and what the step's output is if the body is skipped:
 
             modulated = layer_norm(x) * (1 + scale) + shift         rounded to the result's dtype at each operation
+                      = x                                           where shift and scale are None
             rel_l1    = mean(|modulated - anchor|) / mean(|anchor|) summed in float32, in a fixed order
             reused[b] = x + sum_k weights[b, k] * residuals[b][k]   summed in float32, rounded once
 
@@ -58,12 +60,14 @@ NB_MODULE(_ext, m) {
         Source: TeaCache (Liu et al., CVPR 2025, arXiv 2411.19108); safeguards as in mlx-teacache 0.14.1.
 
         Args:
-            x (array): Block 0's input, ``(B, S, D)``; float32, float16 or bfloat16.
-            shift (array): adaLN shift, ``(B, D)``, ``(B, 1, D)`` or ``(B, S, D)``; floating.
-            scale (array): adaLN scale, shape and dtype of ``shift``.
+            x (array): Block 0's input, ``(B, S, D)``; float32, float16 or bfloat16. Where ``shift`` and ``scale`` are
+                None the modulated input itself, or any other signal: for blocks with another norm.
+            shift (array, optional): adaLN shift, ``(B, D)``, ``(B, 1, D)`` or ``(B, S, D)``; floating.
+            scale (array, optional): adaLN scale, shape and dtype of ``shift``.
             anchor (array): The last step's ``modulated``; ignored while ``state`` has no anchor.
             residuals (list of list of array): For each of up to 2 branches (classifier-free guidance) 1 to 4 terms,
-                each of ``x``'s shape and all of one floating dtype. Without a branch nothing is reused, only decided.
+                each of ``x``'s shape and all of one floating dtype. Without a branch nothing is reused, only decided:
+                so it must be where ``shift`` and ``scale`` are None, since residuals are added to block 0's input.
             weights (array): float32 ``(branches, terms)``; ``(0, 0)`` without a branch.
             state (array): float32 ``(8,)``: skip (1 or 0), kind (0 computed, 1 forced, 2 skipped, 3 numerical miss),
                 rel_l1, predicted (both NaN where not measured), accumulated, consecutive skips, has_anchor,
@@ -80,7 +84,8 @@ NB_MODULE(_ext, m) {
 
         Returns:
             tuple: ``modulated`` (``x``'s shape, dtype of ``layer_norm(x) * scale``), ``reused`` (one array for each
-            branch, ``x``'s shape, dtype of ``x + residual``) and the new ``state``.
+            branch, ``x``'s shape, dtype of ``x + residual``) and the new ``state``. Where ``shift`` and ``scale``
+            are None, ``modulated`` is ``x``.
 
         Raises:
             ValueError: An argument has the wrong shape, dtype or value.

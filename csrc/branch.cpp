@@ -137,7 +137,7 @@ void Decide::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   commit_gpu_streams();
   mx::synchronize(stream());  // which has been told to wait for the input, wherever that comes from
   const auto& skip = inputs[0];
-  store(outputs[0], is_state(skip) ? skip.data<float>()[0] != 0.0f : skip.data<bool>()[0]);
+  store(outputs[0], is_state(skip) ? skip.data<float>()[0] > 0.0f : skip.data<bool>()[0]);  // NaN computes
 }
 
 // CUDA. The host reads a bool of its own at once; the array that a state or a view is a part of, MLX would move to
@@ -147,7 +147,7 @@ void Decide::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   mx::array first(mx::Shape{}, skip.dtype(), nullptr, {});
   first.copy_shared_buffer(skip, {}, {.contiguous = true, .row_contiguous = true, .col_contiguous = true}, 1);
   first.set_status(mx::array::Status::evaluated);
-  auto flag = mx::not_equal(first, mx::array(0, skip.dtype()), stream());
+  auto flag = mx::greater(first, mx::array(0, skip.dtype()), stream());  // NaN computes
   mx::async_eval({flag});
   mx::synchronize(stream());  // for what the stream has been given, which an evaluation launches at its end
   store(outputs[0], flag.data<bool>()[0]);

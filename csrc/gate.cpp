@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace teacache {
 
@@ -42,10 +43,18 @@ mx::array modulation(const char* name, const mx::array& a, const mx::array& x, m
 
 }  // namespace
 
+int gate_rows(const mx::Shape& x) {
+  const int64_t rows = int64_t(x[0]) * x[1];
+  if (rows > std::numeric_limits<int>::max()) {
+    reject("[gate] x must have fewer than 2^31 rows (batch * tokens), got ", x);
+  }
+  return x[2] > 0 ? rows : 0;
+}
+
 GateOutputs gate(
     mx::array x,
-    mx::array shift,
-    mx::array scale,
+    const std::optional<mx::array>& shift,
+    const std::optional<mx::array>& scale,
     mx::array anchor,
     const std::vector<std::vector<mx::array>>& residuals,
     mx::array weights,
@@ -61,17 +70,27 @@ GateOutputs gate(
     require_gpu("gate");
   }
   auto s = mx::to_stream(s_);
+  if (s.device == mx::Device::cpu) {
+    gate_cpu_threads();  // an error of the environment is one of the call
+  }
 
   if (x.ndim() != 3) {
     reject("[gate] x must have shape (batch, tokens, channels), got ", x.shape());
   }
   check_floating("x", x);
-  auto shift3 = modulation("shift", shift, x, s);
-  auto scale3 = modulation("scale", scale, x, s);
+  const bool modulates = shift.has_value();
+  if (scale.has_value() != modulates) {
+    reject("[gate] shift and scale must be two arrays or both None, got None for ", modulates ? "scale" : "shift");
+  }
+  // contiguous() copies only what is not packed; the flags are known at evaluation, not here.
+  auto packed = [&](const mx::array& a) { return mx::contiguous(a, false, s); };
+  const auto packed_x = packed(x);
+  auto shift3 = modulates ? modulation("shift", *shift, x, s) : packed_x;
+  auto scale3 = modulates ? modulation("scale", *scale, x, s) : packed_x;
   if (shift3.shape() != scale3.shape() || shift3.dtype() != scale3.dtype()) {
     reject(
-        "[gate] shift and scale must have one shape and dtype, got ", shift.dtype(), " ", shift.shape(), " and ",
-        scale.dtype(), " ", scale.shape());
+        "[gate] shift and scale must have one shape and dtype, got ", shift->dtype(), " ", shift->shape(), " and ",
+        scale->dtype(), " ", scale->shape());
   }
   auto modulated_dtype = mx::result_type(x, shift3);
   if (anchor.shape() != x.shape()) {
@@ -84,6 +103,11 @@ GateOutputs gate(
   const int n_branches = residuals.size();
   if (n_branches > kMaxBranches) {
     reject("[gate] residuals must be a list of at most 2 branches, got ", n_branches);
+  }
+  if (n_branches > 0 && !modulates) {
+    reject(
+        "[gate] residuals must be empty where x is the modulated input (shift and scale None), got ", n_branches,
+        " branches");
   }
   const int n_terms = n_branches > 0 ? residuals[0].size() : 0;
   if (n_branches > 0 && (n_terms < 1 || n_terms > kMaxTerms)) {
@@ -150,15 +174,13 @@ GateOutputs gate(
     reject("[gate] eps must be finite and not negative, got ", eps);
   }
 
-  // contiguous() copies only what is not packed; the flags are known at evaluation, not here.
-  auto packed = [&](const mx::array& a) { return mx::contiguous(a, false, s); };
-  std::vector<mx::array> inputs{packed(x), shift3, scale3, packed(anchor), packed(weights), packed(state), force};
+  std::vector<mx::array> inputs{packed_x, shift3, scale3, packed(anchor), packed(weights), packed(state), force};
   for (auto& branch : residuals) {
     for (auto& term : branch) {
       inputs.push_back(packed(term));
     }
   }
-  auto primitive = std::make_shared<Gate>(s, rules, eps, n_branches, n_terms);
+  auto primitive = std::make_shared<Gate>(s, rules, modulates, eps, n_branches, n_terms);
   auto shapes = primitive->output_shapes(inputs);
   std::vector<mx::Dtype> dtypes{modulated_dtype, mx::float32};
   for (auto& branch : residuals) {
@@ -167,7 +189,7 @@ GateOutputs gate(
   dtypes.resize(shapes.size(), mx::float32);
   auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs);
   const auto reused = outputs.begin() + Gate::kReused;
-  return {outputs[Gate::kModulated], {reused, reused + n_branches}, outputs[Gate::kNewState]};
+  return {modulates ? outputs[Gate::kModulated] : packed_x, {reused, reused + n_branches}, outputs[Gate::kNewState]};
 }
 
 bool Gate::is_equivalent(const mx::Primitive& other_) const {
@@ -177,8 +199,9 @@ bool Gate::is_equivalent(const mx::Primitive& other_) const {
   return on_gpu_ == other.on_gpu_ &&
          std::equal(std::begin(a.coefficients), std::end(a.coefficients), std::begin(b.coefficients)) &&
          a.has_range == b.has_range && a.range_lo == b.range_lo && a.range_hi == b.range_hi &&
-         a.threshold == b.threshold && a.max_consecutive_skips == b.max_consecutive_skips && eps_ == other.eps_ &&
-         n_branches_ == other.n_branches_ && n_terms_ == other.n_terms_;
+         a.threshold == b.threshold && a.max_consecutive_skips == b.max_consecutive_skips &&
+         modulates_ == other.modulates_ && eps_ == other.eps_ && n_branches_ == other.n_branches_ &&
+         n_terms_ == other.n_terms_;
 }
 
 void Gate::allocate_outputs(
@@ -194,7 +217,7 @@ void Gate::allocate_outputs(
     }
   }
   const auto& anchor = inputs[kAnchor];
-  if (anchor.is_donatable()) {
+  if (modulates_ && anchor.is_donatable()) {
     outputs[kModulated].copy_shared_buffer(anchor);
   } else {
     allocate(outputs[kModulated]);
@@ -205,8 +228,12 @@ void Gate::allocate_outputs(
 }
 
 std::vector<mx::Shape> Gate::output_shapes(const std::vector<mx::array>& inputs) {
+  gate_rows(inputs[kX].shape());  // throws also where mx.compile(shapeless=True) asks for new shapes
   std::vector<mx::Shape> shapes(kReused + n_branches_, inputs[kX].shape());
   shapes[kNewState] = inputs[kState].shape();
+  if (!modulates_) {
+    shapes[kModulated] = mx::Shape{0};
+  }
   if (auto scratch = on_gpu_ ? gate_scratch(inputs[kX].shape()) : std::nullopt) {
     shapes.push_back(*scratch);
   }

@@ -2,10 +2,14 @@
 // Formula: LayerNorm without affine, adaLN modulation, relative L1 (TeaCache, arXiv 2411.19108, section 3.3).
 #include <algorithm>
 #include <bit>
+#include <charconv>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <thread>
 
 #ifdef __linux__
@@ -17,7 +21,8 @@
 
 // One body, compiled for each level of x86-64 and chosen at load. The order of every sum is fixed by kLanes and the
 // build contracts no multiply-add, so that all levels give the same bits. (On Arm the baseline has NEON.)
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
+// (A choice at load would come before AddressSanitizer is there.)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define FOR_EACH_CPU __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define FOR_EACH_CPU
@@ -245,7 +250,8 @@ struct RowSums {
 
 // Everything that a range of rows needs: addresses, sizes and types, by value.
 struct Job {
-  int n_rows;  // of all batches
+  bool modulates;  // else x is the modulated input, and the distance is all that is computed
+  int n_rows;      // of all batches
   int tokens;
   int channels;
   float eps;
@@ -294,6 +300,40 @@ bool all_finite(const char* row, int d) {
   return finite;
 }
 
+// Both sums over a row whose dtype is O.
+template <typename O>
+struct Distance {
+  Pair diff{}, anchor{};
+
+  ALWAYS_INLINE void add(Pair m, Pair a) {
+    diff.a += absolute(O::rounded(m.a - a.a));
+    diff.b += absolute(O::rounded(m.b - a.b));
+    anchor.a += absolute(a.a);
+    anchor.b += absolute(a.b);
+  }
+  // An element that is not finite makes the sum so; the row is looked at again only then.
+  ALWAYS_INLINE RowSums of_row(const char* modulated, int d) const {
+    const float sum_diff = sum(diff.a + diff.b);
+    return {sum_diff, sum(anchor.a + anchor.b), gate_is_finite(sum_diff) || all_finite<O>(modulated, d)};
+  }
+};
+
+template <typename X>
+ALWAYS_INLINE RowSums compare_row(const char* modulated, const char* anchor, int d) {
+  constexpr bool all16 = X::size == 2;
+  Distance<X> sums;
+  int i = 0;
+  for (; i + kPair <= d; i += kPair) {
+    const size_t at = size_t(i) * X::size;
+    sums.add(load<X, all16>(modulated + at), load<X, all16>(anchor + at));
+  }
+  if (const int n = d - i; n > 0) {
+    const size_t at = size_t(i) * X::size;
+    sums.add(load_tail<X, all16>(modulated + at, n), load_tail<X, all16>(anchor + at, n));
+  }
+  return sums.of_row(modulated, d);
+}
+
 template <typename X, typename M>
 ALWAYS_INLINE RowSums modulate_row(
     const char* x,
@@ -316,16 +356,10 @@ ALWAYS_INLINE RowSums modulate_row(
   const float rstd = 1.0f / std::sqrt(sum_over<X, x16>(x, d, squared) / float(d) + eps);
 
   // Modulation, rounded to the result's dtype after each operation as the unfused ops do, and both sums.
-  Pair diff_sum{}, anchor_sum{};
+  Distance<O> sums;
   auto modulate = [&](Floats xv, Floats scale_v, Floats shift_v) __attribute__((always_inline)) {
     Floats norm = X::rounded((xv - mean) * rstd);
     return O::rounded(O::rounded(scale_v * norm) + shift_v);
-  };
-  auto add = [&](Pair m, Pair a) __attribute__((always_inline)) {
-    diff_sum.a += absolute(O::rounded(m.a - a.a));
-    diff_sum.b += absolute(O::rounded(m.b - a.b));
-    anchor_sum.a += absolute(a.a);
-    anchor_sum.b += absolute(a.b);
   };
   int i = 0;
   for (; i + kPair <= d; i += kPair) {
@@ -335,7 +369,7 @@ ALWAYS_INLINE RowSums modulate_row(
     Pair av = load<O, all16>(anchor + size_t(i) * O::size);
     Pair m{modulate(xv.a, scale_v.a, shift_v.a), modulate(xv.b, scale_v.b, shift_v.b)};
     store<O, all16>(modulated + size_t(i) * O::size, m);
-    add(m, av);
+    sums.add(m, av);
   }
   if (const int n = d - i; n > 0) {
     Pair xv = load_tail<X, all16>(x + size_t(i) * X::size, n);
@@ -344,11 +378,9 @@ ALWAYS_INLINE RowSums modulate_row(
     Pair av = load_tail<O, all16>(anchor + size_t(i) * O::size, n);
     Pair m = first<all16>(n, {modulate(xv.a, scale_v.a, shift_v.a), modulate(xv.b, scale_v.b, shift_v.b)});
     store_tail<O, all16>(modulated + size_t(i) * O::size, m, n);
-    add(m, av);
+    sums.add(m, av);
   }
-  const float diff = sum(diff_sum.a + diff_sum.b);
-  // An element that is not finite makes the sum so; the row is looked at again only then.
-  return {diff, sum(anchor_sum.a + anchor_sum.b), gate_is_finite(diff) || all_finite<O>(modulated, d)};
+  return sums.of_row(modulated, d);
 }
 
 // x + sum_k weights[k] * residual_k: float32, rounded once.
@@ -399,30 +431,36 @@ ALWAYS_INLINE auto with_type(Type t, F&& f) {
   }
 }
 
-FOR_EACH_CPU void run_rows(const Job& job, int begin, int end, RowSums* sums) {
+// scale_plus_one: room for a row of 1 + scale.
+FOR_EACH_CPU void run_rows(const Job& job, int begin, int end, char* scale_plus_one, RowSums* sums) {
   const size_t d = job.channels;
   const size_t x_size = size_of_type(job.x_type);
   const size_t mod_size = size_of_type(job.mod_type);
   const size_t out_size = job.x_type == job.mod_type ? x_size : 4;
   const size_t residual_size = size_of_type(job.residual_type);
   const size_t reused_size = job.x_type == job.residual_type ? x_size : 4;
-  std::vector<char> scale_plus_one(d * mod_size);
   size_t scale_at = SIZE_MAX;
   for (int row = begin; row < end; row++) {
     const char* x = job.x + row * d * x_size;
+    if (!job.modulates) {
+      sums[row] = with_type(job.x_type, [&](auto xt) __attribute__((always_inline)) {
+        return compare_row<decltype(xt)>(x, job.anchor + row * d * x_size, int(d));
+      });
+      continue;
+    }
     const size_t mod =
         mod_size * ((row / job.tokens) * job.mod_batch_stride + (row % job.tokens) * job.mod_token_stride);
     if (mod != scale_at) {
       scale_at = mod;
       with_type(job.mod_type, [&](auto mt) __attribute__((always_inline)) {
-        plus_one_row<decltype(mt)>(job.scale + mod, scale_plus_one.data(), int(d));
+        plus_one_row<decltype(mt)>(job.scale + mod, scale_plus_one, int(d));
       });
     }
     sums[row] = with_type(job.x_type, [&](auto xt) __attribute__((always_inline)) {
       return with_type(job.mod_type, [&](auto mt) __attribute__((always_inline)) {
         return modulate_row<decltype(xt), decltype(mt)>(
-            x, scale_plus_one.data(), job.shift + mod, job.anchor + row * d * out_size,
-            job.modulated + row * d * out_size, int(d), job.eps);
+            x, scale_plus_one, job.shift + mod, job.anchor + row * d * out_size, job.modulated + row * d * out_size,
+            int(d), job.eps);
       });
     });
     for (int b = 0; b < job.n_branches; b++) {
@@ -451,41 +489,98 @@ FOR_EACH_CPU void run_rows(const Job& job, int begin, int end, RowSums* sums) {
 }
 static_assert(kMaxTerms == 4);
 
-int max_threads() {
-  static const int n = [] {
-    if (const char* set = std::getenv("MLX_TEACACHE_FAST_NUM_THREADS")) {
-      return std::max(1, std::atoi(set));
-    }
-    return std::clamp(int(std::thread::hardware_concurrency()), 1, 8);
-  }();
-  return n;
-}
-
-// Below this a thread costs more than it saves: starting one takes about 30 us, this much work 100 us.
+// Below this a thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 1 << 17;
 
-// The rows are independent and their sums are added up in row order afterwards, so the result does not depend on the
-// number of threads.
-void run(const Job& job, RowSums* sums) {
-  const int64_t elements = int64_t(job.n_rows) * job.channels;
-  const int n_threads =
-      int(std::clamp<int64_t>(elements / kElementsPerThread, 1, std::min(max_threads(), std::max(1, job.n_rows))));
-  auto first_row = [&](int t) { return int(int64_t(job.n_rows) * t / n_threads); };
-  std::vector<std::thread> threads;
-  int started = 1;
-  try {
-    for (; started < n_threads; started++) {
-      threads.emplace_back(run_rows, std::cref(job), first_row(started), first_row(started + 1), sums);
+// The rows in as many slices as threads. Each row's sums have a place of their own and are added up in row order
+// afterwards, so the result does not depend on the number of threads. All memory is taken by who asks for the gate,
+// which can say that there is none.
+struct Work {
+  Work(const Job& job, int n_slices)
+      : n_slices(n_slices), sums(job.n_rows), scales(n_slices, std::vector<char>(job.channels * sizeof(float))) {}
+
+  void run_slice(const Job& job, int i) {
+    const auto first_row = [&](int slice) { return int(int64_t(job.n_rows) * slice / n_slices); };
+    run_rows(job, first_row(i), first_row(i + 1), scales[i].data(), sums.data());
+  }
+
+  const int n_slices;
+  std::vector<RowSums> sums;
+  std::vector<std::vector<char>> scales;  // of each slice: 1 + scale of a row
+};
+
+// Threads that wait for slices, for all gates of the process. They are never ended: nothing waits for them at exit.
+class Pool {
+ public:
+  static Pool& get() {
+    static auto& pool = *new Pool;
+    return pool;
+  }
+
+  // On this thread, and on those of the pool that are free.
+  void run(const Job& job, Work& work) {
+    Task task{job, work};
+    std::unique_lock lock(mutex_);
+    while (n_threads_ < work.n_slices - 1) {
+      try {
+        std::thread([this] { serve(); }).detach();
+      } catch (const std::exception&) {
+        break;  // the system gives no more: those there are do it
+      }
+      n_threads_++;
     }
-  } catch (...) {
-    // The system gives no more threads: this one does the rest.
-    run_rows(job, first_row(started), job.n_rows, sums);
+    if (work.n_slices > 1) {
+      task.next = first_;
+      first_ = &task;
+      wake_.notify_all();
+    }
+    take_slices(task, lock);
+    done_.wait(lock, [&] { return task.n_done == work.n_slices; });
   }
-  run_rows(job, 0, first_row(1), sums);
-  for (auto& thread : threads) {
-    thread.join();
+
+ private:
+  // On the stack of who runs it, and in the list while there are slices to take.
+  struct Task {
+    const Job& job;
+    Work& work;
+    int n_taken = 0;
+    int n_done = 0;
+    Task* next = nullptr;
+  };
+
+  void serve() {
+    std::unique_lock lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [&] { return first_ != nullptr; });
+      take_slices(*first_, lock);
+    }
   }
-}
+
+  void take_slices(Task& task, std::unique_lock<std::mutex>& lock) {
+    while (task.n_taken < task.work.n_slices) {
+      const int slice = task.n_taken++;
+      if (task.n_taken == task.work.n_slices) {
+        for (Task** t = &first_; *t != nullptr; t = &(*t)->next) {
+          if (*t == &task) {
+            *t = task.next;
+            break;
+          }
+        }
+      }
+      lock.unlock();
+      task.work.run_slice(task.job, slice);
+      lock.lock();
+      if (++task.n_done == task.work.n_slices) {
+        done_.notify_all();
+      }
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  Task* first_ = nullptr;
+  int n_threads_ = 0;
+};
 
 // Fresh memory costs a page fault for each page that is first written. In transparent huge pages that is 512 times
 // fewer.
@@ -506,11 +601,26 @@ void allocate(mx::array& out) {
 
 }  // namespace
 
+int gate_cpu_threads() {
+  static const int n = [] {
+    int n = std::clamp(int(std::thread::hardware_concurrency()), 1, 8);
+    if (const char* set = std::getenv("MLX_TEACACHE_FAST_NUM_THREADS")) {
+      const char* end = set + std::strlen(set);
+      if (const auto read = std::from_chars(set, end, n); read.ec != std::errc() || read.ptr != end || n < 1) {
+        reject("[gate] MLX_TEACACHE_FAST_NUM_THREADS must be a whole number of at least 1, got ", set);
+      }
+    }
+    return n;
+  }();
+  return n;
+}
+
 void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   allocate_outputs(inputs, outputs, allocate);
   const auto& x = inputs[kX];
   Job job{};
-  job.n_rows = x.shape(0) * x.shape(1);
+  job.modulates = modulates_;
+  job.n_rows = gate_rows(x.shape());
   job.tokens = x.shape(1);
   job.channels = x.shape(2);
   job.eps = eps_;
@@ -535,6 +645,10 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
     job.reused[b] = outputs[kReused + b].data<char>();
   }
 
+  const int64_t useful_threads = std::max<int64_t>(1, int64_t(job.n_rows) * job.channels / kElementsPerThread);
+  const int n_slices = std::min<int64_t>({useful_threads, gate_cpu_threads(), std::max(1, job.n_rows)});
+  auto work = std::make_shared<Work>(job, n_slices);
+
   auto& encoder = mx::cpu::get_command_encoder(stream());
   for (auto& in : inputs) {
     encoder.set_input_array(in);
@@ -542,7 +656,7 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   for (auto& out : outputs) {
     encoder.set_output_array(out);
   }
-  encoder.dispatch([prepared = job, rules = rules_, weights = inputs[kWeights].data<float>(),
+  encoder.dispatch([prepared = job, work, rules = rules_, weights = inputs[kWeights].data<float>(),
                     state = inputs[kState].data<float>(), force = inputs[kForce].data<int32_t>(),
                     new_state = outputs[kNewState].data<float>()]() {
     Job job = prepared;
@@ -550,23 +664,19 @@ void Gate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
       // The canonical NaN, whatever the NaN: see BFloat16::rounded.
       job.weights[i] = std::isnan(weights[i]) ? std::numeric_limits<float>::quiet_NaN() : weights[i];
     }
-    std::vector<RowSums> sums(job.n_rows);
-    run(job, sums.data());
+    Pool::get().run(job, *work);
     double diff = 0, anchor = 0;
     bool finite = true;
-    for (auto& row : sums) {
+    for (auto& row : work->sums) {
       diff += row.diff;
       anchor += row.anchor;
       finite &= row.finite;
     }
     // Sums overflow to infinity as a float32 reduction's would.
     const float count = float(double(job.n_rows) * job.channels);
-    GateState s;
-    static_assert(sizeof s == 8 * sizeof(float));
-    std::memcpy(&s, state, sizeof s);
-    s = gate_decide(
-        s, float(diff) / count, float(anchor) / count, finite, *force, rules, std::numeric_limits<float>::quiet_NaN());
-    std::memcpy(new_state, &s, sizeof s);
+    gate_decide_state(
+        state, new_state, float(diff) / count, float(anchor) / count, finite, *force, rules,
+        std::numeric_limits<float>::quiet_NaN());
   });
 }
 

@@ -43,7 +43,7 @@ void commit_gpu_streams() {}
 
 // MLX keeps an operation's outputs until its kernels are done, and keeps nothing else that an eval_gpu makes.
 std::optional<mx::Shape> gate_scratch(const mx::Shape& x) {
-  return mx::Shape{int(kGatePartials * gate_grid(x[0] * x[1], x[2], gate_cuda_tuning()).groups)};
+  return mx::Shape{int(kGatePartials * gate_grid(gate_rows(x), x[2], gate_cuda_tuning()).groups)};
 }
 
 void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
@@ -57,7 +57,7 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   const auto& mod = inputs[kScale];
   const auto& state = inputs[kState];
   const auto& partials = outputs.back();
-  const auto grid = gate_grid(x.shape(0) * x.shape(1), x.shape(2), gate_cuda_tuning());
+  const auto grid = gate_grid(gate_rows(x.shape()), x.shape(2), gate_cuda_tuning());
   const auto params = gate_params(
       x.shape(0), x.shape(1), x.shape(2), mod.shape(0), mod.shape(1), eps_, /*in_place=*/false, rules_, grid);
 
@@ -91,6 +91,7 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
         {{"X", x.dtype()},
          {"M", mod.dtype()},
          {"R", residuals[0].dtype()},
+         {"MODULATES", modulates_},
          {"BRANCHES", n_branches_},
          {"TERMS", n_terms_},
          {"PACKS", grid.packs},

@@ -6,13 +6,16 @@
 #ifdef __METAL_VERSION__
 #include <metal_stdlib>
 #define GATE_FN inline
+#define GATE_DEVICE device
 #define GATE_FMA(a, b, c) metal::fma(a, b, c)
 #elif defined(__CUDACC__)
 #define GATE_FN __host__ __device__ inline
+#define GATE_DEVICE
 #define GATE_FMA(a, b, c) fmaf(a, b, c)
 #else
 #include <cmath>
 #define GATE_FN inline
+#define GATE_DEVICE
 #define GATE_FMA(a, b, c) std::fma(a, b, c)
 #endif
 
@@ -110,4 +113,26 @@ gate_decide(GateState s, float diff_mean, float anchor_mean, bool m_is_finite, i
   s.streak = 0.0f;
   s.has_residual = 1.0f;
   return s;
+}
+
+// gate_decide from array to array.
+GATE_FN void gate_decide_state(
+    GATE_DEVICE const float* from,
+    GATE_DEVICE float* to,
+    float diff_mean,
+    float anchor_mean,
+    bool m_is_finite,
+    int force,
+    GateRules rules,
+    float nan) {
+  GateState s = {from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7]};
+  s = gate_decide(s, diff_mean, anchor_mean, m_is_finite, force, rules, nan);
+  to[0] = s.skip;
+  to[1] = s.kind;
+  to[2] = s.rel_l1;
+  to[3] = s.predicted;
+  to[4] = s.accumulated;
+  to[5] = s.streak;
+  to[6] = s.has_anchor;
+  to[7] = s.has_residual;
 }

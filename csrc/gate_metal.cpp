@@ -18,6 +18,10 @@ const char* metal_type(mx::Dtype t) {
   return t == mx::float32 ? "float" : t == mx::float16 ? "half" : "bfloat";
 }
 
+std::string metal_bool(bool b) {
+  return b ? "true" : "false";
+}
+
 // Fences between threadgroups, which one dispatch needs, came with Metal 3.2 (macOS 15), for which MLX compiles where
 // it can; MLX's own fences between kernels ask for the same family of GPUs. MLX_TEACACHE_FAST_METAL_DISPATCHES=2 has
 // the older way measured and tested on newer systems.
@@ -74,7 +78,7 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
   auto residual = [&](int i) -> const mx::array& { return n_residuals > 0 ? inputs[kResiduals + i] : x; };
   auto& device = mx::metal::device(stream().device);
 
-  const unsigned int rows = x.shape(0) * x.shape(1);
+  const unsigned int rows = gate_rows(x.shape());
   const unsigned int channels = x.shape(2);
 
   // Whole 16-byte words, if every array begins at one and a row ends with one.
@@ -89,8 +93,8 @@ void Gate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
     std::string name = "gate";
     std::string arguments;
     for (auto& argument :
-         {types[0], types[1], types[2], std::to_string(n_branches_), std::to_string(n_terms_), std::to_string(packs),
-          std::string(aligned ? "true" : "false"), std::string(one ? "true" : "false")}) {
+         {types[0], types[1], types[2], metal_bool(modulates_), std::to_string(n_branches_), std::to_string(n_terms_),
+          std::to_string(packs), metal_bool(aligned), metal_bool(one)}) {
       name += "_" + argument;
       arguments += (arguments.empty() ? "" : ", ") + argument;
     }

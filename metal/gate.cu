@@ -152,9 +152,56 @@ struct Residuals {
   const R* of[kGateMaxResiduals];
 };
 
+struct Distance {
+  float diff, anchor;  // sums of |m - a| and |a|
+  float zeros;         // sum of 0 * m: NaN if any m is not finite
+};
+
+// First and second of a pair; the second only where the row goes on.
+template <typename O>
+__device__ inline void add_pair(Distance& sums, float2 m, float2 a, bool has_first, bool has_second) {
+  const float2 diff = rounded<O>(m.x - a.x, m.y - a.y);
+  if (has_first) {
+    sums.diff += fabsf(diff.x);
+    sums.anchor += fabsf(a.x);
+    sums.zeros = __fmaf_rn(m.x, 0.0f, sums.zeros);
+  }
+  if (has_second) {
+    sums.diff += fabsf(diff.y);
+    sums.anchor += fabsf(a.y);
+    sums.zeros = __fmaf_rn(m.y, 0.0f, sums.zeros);
+  }
+}
+
+// A row that is the modulated input.
+template <bool aligned, typename X>
+__device__ inline void add_row(
+    Distance& sums, const X* row, const X* before, unsigned int stride, unsigned int channels) {
+  for (unsigned int column = threadIdx.x * kGatePack; column < channels; column += stride) {
+    const Pack<X> m = load_pack<aligned>(row, column, channels);
+    const Pack<X> a = load_pack<aligned>(before, column, channels);
+#pragma unroll
+    for (int i = 0; i < kPairs; i++) {
+      const unsigned int at = column + 2 * i;
+      add_pair<X>(sums, to_floats(m.v[i]), to_floats(a.v[i]), aligned || at < channels, aligned || at + 1 < channels);
+    }
+  }
+}
+
 // X, M, R: dtypes of x, of shift and scale, of the residuals; O and Y: of the results.
 // packs: of a thread, held in registers; 0 reads each row in every pass.
-template <int branches, int terms, int packs, bool aligned, typename X, typename M, typename R, typename O, typename Y>
+// modulates: else x is the modulated input, M is X, and the distance is all that is computed.
+template <
+    bool modulates,
+    int branches,
+    int terms,
+    int packs,
+    bool aligned,
+    typename X,
+    typename M,
+    typename R,
+    typename O,
+    typename Y>
 __device__ void gate_rows(
     const GateParams& p,
     const X* x,
@@ -182,12 +229,14 @@ __device__ void gate_rows(
   Pack<X> xs[held];
   Pack<O> befores[held];  // the anchor
 
-  float diff_sum = 0.0f;
-  float anchor_sum = 0.0f;
-  float zeros = 0.0f;  // sum of 0 * m: NaN if any m is not finite
+  Distance sums = {0.0f, 0.0f, 0.0f};
   const unsigned int end = min(p.rows, (blockIdx.x + 1) * p.rows_per_group);
   for (unsigned int row = blockIdx.x * p.rows_per_group; row < end; row++) {
     const size_t begin = size_t(row) * channels;
+    if (!modulates) {
+      add_row<aligned>(sums, x + begin, reinterpret_cast<const X*>(anchor + begin), stride, channels);
+      continue;
+    }
 
     // All reads of the row at once, so that they are in flight together; the sum of x, and reuse, which needs no more.
     float sum = 0.0f;
@@ -283,28 +332,18 @@ __device__ void gate_rows(
         const float2 product = rounded<O>(__fmul_rn(factor.x, norm.x), __fmul_rn(factor.y, norm.y));
         out.v[i] = to_pair<O>(__fadd_rn(product.x, shift2.x), __fadd_rn(product.y, shift2.y));
 
-        const float2 m = to_floats(out.v[i]);
-        const float2 a = to_floats(befores[slot].v[i]);
-        const float2 diff = rounded<O>(m.x - a.x, m.y - a.y);
         const unsigned int at = column + 2 * i;
-        if (aligned || at < channels) {
-          diff_sum += fabsf(diff.x);
-          anchor_sum += fabsf(a.x);
-          zeros = __fmaf_rn(m.x, 0.0f, zeros);
-        }
-        if (aligned || at + 1 < channels) {
-          diff_sum += fabsf(diff.y);
-          anchor_sum += fabsf(a.y);
-          zeros = __fmaf_rn(m.y, 0.0f, zeros);
-        }
+        add_pair<O>(
+            sums, to_floats(out.v[i]), to_floats(befores[slot].v[i]), aligned || at < channels,
+            aligned || at + 1 < channels);
       }
       store_pack<aligned>(modulated + begin, column, channels, out);
     }
   }
 
-  const float block_diff = block_sum(diff_sum, scratch.of[kSumDiff]);
-  const float block_anchor = block_sum(anchor_sum, scratch.of[kSumAnchor]);
-  const float block_not_finite = block_sum(zeros == 0.0f ? 0.0f : 1.0f, scratch.of[kSumNotFinite]);
+  const float block_diff = block_sum(sums.diff, scratch.of[kSumDiff]);
+  const float block_anchor = block_sum(sums.anchor, scratch.of[kSumAnchor]);
+  const float block_not_finite = block_sum(sums.zeros == 0.0f ? 0.0f : 1.0f, scratch.of[kSumNotFinite]);
   if (threadIdx.x == 0) {
     partials[kGatePartials * blockIdx.x] = block_diff;
     partials[kGatePartials * blockIdx.x + 1] = block_anchor;
@@ -330,24 +369,9 @@ __device__ void gate_decide_sums(
   not_finite = block_sum(not_finite, scratch.of[kSumNotFinite]);
   if (threadIdx.x == 0) {
     const float count = float(p.rows) * float(p.channels);
-    GateState s;
-    s.skip = 0.0f;
-    s.kind = 0.0f;
-    s.rel_l1 = 0.0f;
-    s.predicted = 0.0f;
-    s.accumulated = state[4];
-    s.streak = state[5];
-    s.has_anchor = state[6];
-    s.has_residual = state[7];
-    s = gate_decide(s, diff / count, anchor / count, not_finite == 0.0f, force[0], p.rules, __int_as_float(0x7fc00000));
-    new_state[0] = s.skip;
-    new_state[1] = s.kind;
-    new_state[2] = s.rel_l1;
-    new_state[3] = s.predicted;
-    new_state[4] = s.accumulated;
-    new_state[5] = s.streak;
-    new_state[6] = s.has_anchor;
-    new_state[7] = s.has_residual;
+    gate_decide_state(
+        state, new_state, diff / count, anchor / count, not_finite == 0.0f, force[0], p.rules,
+        __int_as_float(0x7fc00000));
   }
 }
 

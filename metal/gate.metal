@@ -38,12 +38,14 @@ struct Pack {
 
 // What 16 bytes hold: 4 floats, or 8 elements of a 16-bit type.
 inline void from_word(uint4 word, thread float* v) {
+#pragma unroll
   for (int i = 0; i < 4; i++) {
     v[i] = as_type<float>(word[i]);
   }
 }
 template <typename T>
 inline void from_word(uint4 word, thread T* v) {
+#pragma unroll
   for (int i = 0; i < 4; i++) {
     const vec<T, 2> pair = as_type<vec<T, 2>>(word[i]);
     v[2 * i] = pair[0];
@@ -56,6 +58,7 @@ inline uint4 to_word(thread const float* v) {
 template <typename T>
 inline uint4 to_word(thread const T* v) {
   uint4 word;
+#pragma unroll
   for (int i = 0; i < 4; i++) {
     word[i] = as_type<uint>(vec<T, 2>(v[2 * i], v[2 * i + 1]));
   }
@@ -70,10 +73,12 @@ inline Pack<T> load_pack(device const T* row, uint column, uint channels) {
   Pack<T> p;
   if (aligned) {
     device const uint4* words = reinterpret_cast<device const uint4*>(row + column);
+#pragma unroll
     for (int w = 0; w < kGatePack / per_word; w++) {
       from_word(words[w], p.v + w * per_word);
     }
   } else {
+#pragma unroll
     for (int i = 0; i < kGatePack; i++) {
       p.v[i] = column + i < channels ? row[column + i] : T(0.0f);
     }
@@ -86,6 +91,7 @@ inline void store_pack(device T* row, uint column, uint channels, Pack<T> p) {
   constexpr int per_word = 16 / sizeof(T);
   if (aligned) {
     device uint4* words = reinterpret_cast<device uint4*>(row + column);
+#pragma unroll
     for (int w = 0; w < kGatePack / per_word; w++) {
       words[w] = to_word(p.v + w * per_word);
     }
@@ -144,33 +150,54 @@ inline void decide(
   not_finite = threadgroup_sum(not_finite, scratch.of[kSumNotFinite], at);
   if (at.lid == 0) {
     const float count = float(p.rows) * float(p.channels);
-    GateState s;
-    s.skip = 0.0f;
-    s.kind = 0.0f;
-    s.rel_l1 = 0.0f;
-    s.predicted = 0.0f;
-    s.accumulated = state[4];
-    s.streak = state[5];
-    s.has_anchor = state[6];
-    s.has_residual = state[7];
     const GateRules rules = p.rules;
-    s = gate_decide(s, diff / count, anchor / count, not_finite == 0.0f, force[0], rules, NAN);
-    new_state[0] = s.skip;
-    new_state[1] = s.kind;
-    new_state[2] = s.rel_l1;
-    new_state[3] = s.predicted;
-    new_state[4] = s.accumulated;
-    new_state[5] = s.streak;
-    new_state[6] = s.has_anchor;
-    new_state[7] = s.has_residual;
+    gate_decide_state(state, new_state, diff / count, anchor / count, not_finite == 0.0f, force[0], rules, NAN);
   }
 }
 
 // ---- The pass over the data
 
+struct Distance {
+  float diff, anchor, not_finite;  // sums: of |m - a|, of |a|, of the elements of m that are not finite
+};
+
+template <typename O>
+inline void add_element(thread Distance& sums, O m, O before) {
+  const float a = float(before);
+  sums.diff += abs(float(O(float(m) - a)));
+  sums.anchor += abs(a);
+  sums.not_finite += gate_is_finite(float(m)) ? 0.0f : 1.0f;
+}
+
+// A row that is the modulated input.
+template <bool aligned, typename X>
+inline void add_row(
+    thread Distance& sums, device const X* row, device const X* before, uint first, uint stride, uint channels) {
+  for (uint column = first; column < channels; column += stride) {
+    const Pack<X> m = load_pack<aligned>(row, column, channels);
+    const Pack<X> a = load_pack<aligned>(before, column, channels);
+#pragma unroll
+    for (int i = 0; i < kGatePack; i++) {
+      if (aligned || column + i < channels) {
+        add_element(sums, m.v[i], a.v[i]);
+      }
+    }
+  }
+}
+
 // X, M, R: dtypes of x, of shift and scale, of the residuals. packs: of a thread; 0 reads each row in every pass.
+// modulates: else x is the modulated input, M is X, and the distance is all that is computed.
 // one_dispatch: the threadgroup that finishes last decides. Else gate_decide_sums does, in a dispatch of its own.
-template <typename X, typename M, typename R, int branches, int terms, int packs, bool aligned, bool one_dispatch>
+template <
+    typename X,
+    typename M,
+    typename R,
+    bool modulates,
+    int branches,
+    int terms,
+    int packs,
+    bool aligned,
+    bool one_dispatch>
 [[kernel]] void gate(
     device const X* x [[buffer(kBufferX)]],
     device const M* shift [[buffer(kBufferShift)]],
@@ -214,14 +241,16 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
   // Metal takes the arguments never to overlap: where the anchor is overwritten, it is read by the pointer that writes.
   device const O* before = p.in_place != 0 ? static_cast<device const O*>(modulated) : anchor;
   float w[branches > 0 ? branches * terms : 1];
+#pragma unroll
   for (int i = 0; i < branches * terms; i++) {
     w[i] = weights[i];
   }
 
   const uint channels = p.channels;
   const uint stride = threads * kGatePack;  // from one pack of a thread to its next
-  // Rolled loops over packs would index registers by a variable, which Metal keeps in memory.
   const uint n_packs = packs > 0 ? uint(packs) : (channels + stride - 1) / stride;
+  // Rolled loops over what is held would index registers by a variable, which Metal keeps in memory. A row that is not
+  // held is a loop of unknown length, which stays rolled.
   constexpr int held = packs > 0 ? packs : 1;
   Pack<X> xs[held];
   Pack<O> befores[held];  // the anchor
@@ -229,41 +258,49 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
   Pack<M> shifts[held];
   size_t mod_at = ~size_t(0);  // where they were read
 
-  float diff_sum = 0.0f;
-  float anchor_sum = 0.0f;
-  float not_finite = 0.0f;
+  Distance sums = {0.0f, 0.0f, 0.0f};
   const uint end = min(p.rows, (group + 1) * p.rows_per_group);
   for (uint row = group * p.rows_per_group; row < end; row++) {
     const size_t begin = size_t(row) * channels;
     device const X* x_row = x + begin;
+    if (!modulates) {
+      add_row<aligned>(
+          sums, x_row, reinterpret_cast<device const X*>(before + begin), lid * kGatePack, stride, channels);
+      continue;
+    }
 
     // All reads of the row at once, so that they are in flight together; the sum of x, and reuse, which needs no more.
     float sum = 0.0f;
-#pragma unroll
+#pragma unroll(held)
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
       if (column >= channels) {
         continue;
       }
       const Pack<X> xp = load_pack<aligned>(x_row, column, channels);
-      xs[packs > 0 ? k : 0] = xp;
+      xs[held > 1 ? k : 0] = xp;
       if (packs > 0) {
-        befores[k] = load_pack<aligned>(before + begin, column, channels);
+        befores[held > 1 ? k : 0] = load_pack<aligned>(before + begin, column, channels);
       }
+#pragma unroll
       for (int i = 0; i < kGatePack; i++) {
         sum += float(xp.v[i]);
       }
       // x + sum_k weights[k] * residual_k: float32, rounded once.
+#pragma unroll
       for (int b = 0; b < branches; b++) {
         float change[kGatePack];
+#pragma unroll
         for (int t = 0; t < terms; t++) {
           const Pack<R> rp = load_pack<aligned>(residuals[b * terms + t] + begin, column, channels);
+#pragma unroll
           for (int i = 0; i < kGatePack; i++) {
             const float term = w[b * terms + t] * float(rp.v[i]);
             change[i] = t == 0 ? term : change[i] + term;
           }
         }
         Pack<Y> out;
+#pragma unroll
         for (int i = 0; i < kGatePack; i++) {
           out.v[i] = Y(float(xp.v[i]) + change[i]);
         }
@@ -274,7 +311,7 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
     // LayerNorm statistics in two passes: E[x^2] - mean^2 cancels for a large mean.
     const float mean = threadgroup_sum(sum, scratch.of[kSumMean], at) / float(channels);
     float squares = 0.0f;
-#pragma unroll
+#pragma unroll(held)
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
       if (column >= channels) {
@@ -283,7 +320,8 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
       if (packs == 0) {
         xs[0] = load_pack<aligned>(x_row, column, channels);
       }
-      const Pack<X> xp = xs[packs > 0 ? k : 0];
+      const Pack<X> xp = xs[held > 1 ? k : 0];
+#pragma unroll
       for (int i = 0; i < kGatePack; i++) {
         const float centered = float(xp.v[i]) - mean;
         squares += aligned || column + i < channels ? centered * centered : 0.0f;
@@ -294,13 +332,13 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
 
     // Modulation, rounded to the result's dtype after each operation as the unfused ops do, and both sums.
     const size_t mod = size_t((row / p.tokens) * p.mod_batch_rows + (row % p.tokens) * p.mod_token_rows) * channels;
-#pragma unroll
+#pragma unroll(held)
     for (uint k = 0; k < n_packs; k++) {
       const uint column = lid * kGatePack + k * stride;
       if (column >= channels) {
         continue;
       }
-      const uint slot = packs > 0 ? k : 0;
+      const uint slot = held > 1 ? k : 0;
       if (packs == 0) {
         xs[0] = load_pack<aligned>(x_row, column, channels);
         befores[0] = load_pack<aligned>(before + begin, column, channels);
@@ -308,21 +346,20 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
       if (packs == 0 || mod != mod_at) {
         shifts[slot] = load_pack<aligned>(shift + mod, column, channels);
         scales[slot] = load_pack<aligned>(scale + mod, column, channels);
+#pragma unroll
         for (int i = 0; i < kGatePack; i++) {
           scales[slot].v[i] = M(1.0f + float(scales[slot].v[i]));
         }
       }
       Pack<O> out;
+#pragma unroll
       for (int i = 0; i < kGatePack; i++) {
         const X norm = X((float(xs[slot].v[i]) - mean) * rstd);
         const O product = O(float(scales[slot].v[i]) * float(norm));
         const O m = O(float(product) + float(shifts[slot].v[i]));
         out.v[i] = m;
         if (aligned || column + i < channels) {
-          const float a = float(befores[slot].v[i]);
-          diff_sum += abs(float(O(float(m) - a)));
-          anchor_sum += abs(a);
-          not_finite += gate_is_finite(float(m)) ? 0.0f : 1.0f;
+          add_element(sums, m, befores[slot].v[i]);
         }
       }
       store_pack<aligned>(modulated + begin, column, channels, out);
@@ -330,9 +367,9 @@ template <typename X, typename M, typename R, int branches, int terms, int packs
     mod_at = mod;
   }
 
-  const float group_diff = threadgroup_sum(diff_sum, scratch.of[kSumDiff], at);
-  const float group_anchor = threadgroup_sum(anchor_sum, scratch.of[kSumAnchor], at);
-  const float group_not_finite = threadgroup_sum(not_finite, scratch.of[kSumNotFinite], at);
+  const float group_diff = threadgroup_sum(sums.diff, scratch.of[kSumDiff], at);
+  const float group_anchor = threadgroup_sum(sums.anchor, scratch.of[kSumAnchor], at);
+  const float group_not_finite = threadgroup_sum(sums.not_finite, scratch.of[kSumNotFinite], at);
   if (lid == 0) {
     device atomic_uint* partial = partials + kGatePartials * group;
     atomic_store_explicit(partial, as_type<uint>(group_diff), memory_order_relaxed);

@@ -1,5 +1,6 @@
 // What MLX makes the CUDA kernel of: its arguments' names and its body, one text for the host code and its tests.
-// MLX declares each argument by its array's dtype and X, M, R, BRANCHES, TERMS, PACKS and ALIGNED as constants.
+// MLX declares each argument by its array's dtype and X, M, R, MODULATES, BRANCHES, TERMS, PACKS and ALIGNED as
+// constants.
 //
 // It is launched twice, for the pass over the rows and for the decision: what the other launch needs is then without
 // elements or stands in unread. Two kernels would be compiled one after the other, and that is nearly all headers.
@@ -23,7 +24,7 @@ constexpr const char* kGateCudaBody =
     "    ::teacache::gate_decide_sums(given.params, sums, state, force, new_state);\n"
     "    return;\n"
     "  }\n"
-    "  ::teacache::gate_rows<BRANCHES, TERMS, PACKS, ALIGNED>(\n"
+    "  ::teacache::gate_rows<MODULATES, BRANCHES, TERMS, PACKS, ALIGNED>(\n"
     "      given.params, x, shift, scale, anchor, weights,\n"
     "      ::teacache::Residuals<R>{{residual0, residual1, residual2, residual3,\n"
     "                                residual4, residual5, residual6, residual7}},\n"

@@ -455,7 +455,15 @@ def gated(seed: int, n_steps: int, window: tuple[int, int], **rules: Any) -> tc.
         force = 1 if i < window[0] else 2 if i >= n_steps - window[1] else 0
         shift = mx.array(seen.astype(np.float32))
         anchor, _, state = ops.gate(
-            x, shift, scale, anchor, [[x]], mx.ones((1, 1)), state, mx.array(force, mx.int32), **rules
+            x,
+            shift,
+            scale,
+            anchor,
+            residuals=[[x]],
+            weights=mx.ones((1, 1)),
+            state=state,
+            force=mx.array(force, mx.int32),
+            **rules,
         )
         steps.append(step_record(i, state.tolist()))  # type: ignore[arg-type]
     return tc.GenerationStats(tuple(steps))

@@ -1,8 +1,12 @@
 """``ops.branch`` against Python's own ``if``: values, costs, errors, lifetimes."""
 
+import io
+import math
+import re
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +48,7 @@ def test_by_hand() -> None:
     assert ops.counters() == {"reads": 2, "computed": 1, "reused": 1}
 
 
-@pytest.mark.parametrize(("skip", "taken"), [(0.0, "computed"), (1.0, "reused")])
+@pytest.mark.parametrize(("skip", "taken"), [(0.0, "computed"), (math.nan, "computed"), (1.0, "reused")])
 def test_takes_a_gate_state(skip: float, taken: str) -> None:
     state = mx.array([skip, 2.0, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0])
     mx.eval(ops.branch(state, [mx.zeros(3)], ops.Body(lambda x: [x]), [mx.ones(3)]))
@@ -372,6 +376,39 @@ def test_traced_once_for_each_shape_and_dtype() -> None:
         x = mx.zeros(shape, dtype)
         mx.eval(ops.branch(FALSE, [x], body, [x]))
     assert calls == [(2,), (3,), (2,)]
+
+
+def test_short_lived_threads_leave_nothing_in_a_body_they_share() -> None:
+    """Each has a graph of its own, with the constants that it folded: 1 MB here."""
+    ones = mx.ones((512, 512))
+    mx.eval(ones)
+    body = ops.Body(lambda x: [x + (ones + 1)])
+
+    def use_in_a_thread() -> int:
+        def use() -> None:
+            mx.eval(ops.branch(FALSE, [ones], body, [ones]))
+
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+        return mx.get_active_memory()
+
+    first = use_in_a_thread()
+    assert max(use_in_a_thread() for _ in range(10)) < first + 3 * ones.nbytes
+
+
+def test_the_names_of_primitives_are_those_of_this_mlx(tmp_path: Path) -> None:
+    """csrc/graph_capture.cpp knows views, casts and lazy loads by name."""
+    source = (Path(__file__).parents[1] / "csrc" / "graph_capture.cpp").read_text()
+    (names,) = re.findall(r"names\{(.*?)\}", source, re.DOTALL)
+    known = {*re.findall(r'"(\w+)"', names), *re.findall(r'name\(\)\) == "(\w+)"', source)}
+    mx.save(str(tmp_path / "a.npy"), mx.ones((2, 3)))
+    a = mx.load(str(tmp_path / "a.npy"))
+    nodes = [a.astype(mx.float16), mx.broadcast_to(a, (2, 2, 3)), mx.expand_dims(a, 0), mx.flatten(a)]
+    nodes += [mx.reshape(a, (3, 2)), mx.squeeze(mx.expand_dims(a, 0), 0), mx.transpose(a), mx.unflatten(a, 0, (1, 2))]
+    text = io.StringIO()
+    mx.export_to_dot(text, *nodes)
+    assert known == {name for name in re.findall(r'label ?= ?"(\w+)"', text.getvalue()) if name[0].isupper()}
 
 
 def test_an_outer_function_need_not_keep_the_body() -> None:

@@ -31,6 +31,7 @@ from gate_cases import (
     assert_same_bits,
     assert_state_matches_numpy,
     digest,
+    given,
     hand_case,
     make_state,
     modulate,
@@ -273,6 +274,94 @@ def test_branches_do_not_mix() -> None:
         assert digest(alone.run()[1][0]) == digest(both[branch])
 
 
+# ---- x is the modulated input
+
+
+@GATES
+def test_given_the_modulated_input_by_hand(gate: Callable[..., Any]) -> None:
+    # |difference| = 0.25 and 0.25, mean|anchor| = 1.25: as the hand case, which modulates x to this one.
+    x = mx.array([[[-1.25, 1.75, -1.25, 1.75]]], mx.bfloat16)
+    case = replace(hand_case(), x=x, shift=None, scale=None, residuals=[], weights=mx.zeros((0, 0)))
+    modulated, reused, state = case.run(gate)
+    assert modulated.tolist() == x.tolist()
+    assert reused == []
+    assert state.tolist() == pytest.approx([1, SKIPPED, 0.2, 0.5, 0.75, 3, 1, 1], rel=1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_given_the_modulated_input_it_decides_alike(shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
+    """The same elements in the same order: the same state to the bit, and no second copy of the signal."""
+    case = random_case(shape, dtype)
+    signal = given(case)
+    modulated, _, state = signal.run()
+    assert digest(state) == digest(case.run()[2])
+    assert digest(modulated) == digest(signal.x)
+    expected = signal.run(reference.gate)[2]
+    assert state.tolist() == pytest.approx(expected.tolist(), rel=1e-5, nan_ok=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_given_an_element_that_is_not_finite_it_misses(value: float, dtype: mx.Dtype) -> None:
+    for column in (0, 31, 32, 254):
+        signal = given(random_case((2, 3, 255), dtype))
+        rows = np.array(signal.x.astype(mx.float32))
+        rows[1, 2, column] = value
+        assert replace(signal, x=mx.array(rows).astype(dtype)).run()[2].tolist()[1] == MISS
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["f32", "bf16"])
+def test_given_signals_step_by_step(dtype: mx.Dtype) -> None:
+    """The last step's signal is the anchor, eager, lazy and compiled, and stays as it is."""
+    case = given(random_case((1, 7, 255), dtype))
+    noise = (0.1 * mx.random.normal((4, *case.x.shape), key=mx.random.key(1))).astype(dtype)
+
+    def step(x: Any, anchor: Any, state: Any) -> Any:
+        x, _, state = ops.gate(**case.arrays | {"x": x, "anchor": anchor, "state": state}, **case.options)
+        return x, state
+
+    def chain(step: Callable[..., Any], evaluate: bool) -> list[Any]:
+        x, anchor, state = case.x, case.anchor, case.state
+        kept = []
+        for n in noise:
+            x = x + n
+            anchor, state = step(x, anchor, state)
+            kept += [anchor, state]
+            if evaluate:
+                mx.eval(kept)
+        mx.eval(kept)
+        return kept
+
+    lazy = chain(step, evaluate=False)
+    assert digest(*chain(step, evaluate=True)) == digest(*lazy)
+    assert digest(*chain(mx.compile(step), evaluate=False)) == digest(*lazy)
+    x = case.x
+    for n, anchor in zip(noise, lazy[::2], strict=True):
+        x = x + n
+        assert digest(anchor) == digest(x)
+
+
+def test_given_a_view_is_packed_once() -> None:
+    case = given(random_case((2, 5, 64)))
+    for view in (strided, batch_inside, offset, every_second):
+        assert_same_bits(replace(case, x=view(case.x), anchor=view(case.anchor)).run(), case.run())
+
+
+def test_a_signal_and_an_input_that_is_its_own_modulation_are_not_merged() -> None:
+    signal = given(random_case((1, 7, 64)))
+
+    def step(x: Any, anchor: Any) -> Any:
+        states = []
+        for modulation in (None, x):
+            changed = {"x": x, "shift": modulation, "scale": modulation, "anchor": anchor}
+            states.append(-ops.gate(**signal.arrays | changed, **signal.options)[2])
+        return states
+
+    got, other = mx.compile(step)(signal.x, signal.anchor)
+    assert digest(-got) == digest(signal.run()[2]) != digest(-other)
+
+
 # ---- Statistics and rounding
 
 
@@ -481,10 +570,8 @@ def test_lazy_chain_is_the_same_as_step_by_step(dtype: mx.Dtype) -> None:
         kept = []
         for step in range(6):
             x = x + 0.1 * noise[step]
-            force = mx.array(0, mx.int32)
-            anchor, (x,), state = ops.gate(
-                x, case.shift, case.scale, anchor, [[residual]], mx.ones((1, 1)), state, force, **case.options
-            )
+            changed = {"x": x, "anchor": anchor, "residuals": [[residual]], "weights": mx.ones((1, 1)), "state": state}
+            anchor, (x,), state = ops.gate(**case.arrays | changed, **case.options)
             residual = 0.5 * residual
             kept.append(state)
             if evaluate:
@@ -499,7 +586,7 @@ def test_outputs_may_be_asked_for_alone() -> None:
     case = random_case((1, 7, 64))
     modulated, reused, state = case.run()
     for index, expected in enumerate([modulated, reused[0], state]):
-        outputs = ops.gate(*case.arrays, **case.options)
+        outputs = ops.gate(**case.arrays, **case.options)
         alone = [outputs[0], outputs[1][0], outputs[2]][index]
         assert digest(alone) == digest(expected)
 
@@ -520,8 +607,8 @@ state = mx.array([0, 0, 0, 0, 0, 0, 1, 1], mx.float32)
 seen = set()
 for _ in range(20):
     modulated, (reused,), new_state = ops.gate(
-        x, shift, scale, anchor, [[residual]], mx.ones((1, 1)), state, mx.array(0, mx.int32),
-        coefficients=(0, 0, 0, 1, 0), threshold=0.5,
+        x, shift, scale, anchor, residuals=[[residual]], weights=mx.ones((1, 1)), state=state,
+        force=mx.array(0, mx.int32), coefficients=(0, 0, 0, 1, 0), threshold=0.5,
     )
     outputs = b"".join(bytes(a.view(mx.uint8)) for a in (modulated, reused, new_state))
     seen.add(hashlib.sha256(outputs).hexdigest())
@@ -541,14 +628,50 @@ def test_same_bits_every_run_and_for_any_number_of_threads() -> None:
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("threads", ["abc", "0", "-1", "2x", "", "99999999999"])
+def test_a_number_of_threads_that_is_none(threads: str) -> None:
+    program = "from mlx_teacache_fast import ops\nfrom test_gate import small_case\n"
+    program += "import mlx.core as mx\nmx.set_default_device(mx.cpu)\ncase = small_case()\n"
+    program += "for _ in range(2):\n try: ops.gate(**case.arrays, **case.options)\n except ValueError as e: print(e)"
+    environment = os.environ | {"MLX_TEACACHE_FAST_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    message = f"[gate] MLX_TEACACHE_FAST_NUM_THREADS must be a whole number of at least 1, got {threads}\n"
+    assert (done.stdout, done.stderr) == (2 * message, "")
+
+
+# The rows' sums and 1 + scale, 64 MB for each thread, do not fit beside the outputs.
+WITHOUT_MEMORY = """
+import resource, mlx.core as mx
+mx.set_default_device(mx.cpu)
+from mlx_teacache_fast import ops
+x, row = mx.zeros((1, 4, 1 << 24), mx.bfloat16), mx.zeros((1, 1 << 24), mx.bfloat16)
+rest = dict(residuals=[], weights=mx.zeros((0, 0)), state=mx.zeros(8), force=mx.array(0), coefficients=[0] * 5)
+mx.eval(x, row, rest["weights"], rest["state"], rest["force"])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 160_000_000, -1))
+try:
+    mx.eval(ops.gate(x, row, row, x, **rest, threshold=1.0)[2])
+except MemoryError:
+    print("no memory")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's address space")
+def test_no_memory_for_the_threads_is_an_error() -> None:
+    environment = os.environ | {"MLX_TEACACHE_FAST_NUM_THREADS": "4"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "no memory\n"), done.stderr
+
+
 AFTER_A_FAILURE = """
 import mlx.core as mx
 from mlx_teacache_fast import ops
 mx.set_default_device(mx.cpu)
 x = mx.linalg.inv(mx.zeros((1, 2, 2)), stream=mx.cpu)
 modulated, (reused,), state = ops.gate(
-    x, mx.zeros((1, 2)), mx.zeros((1, 2)), mx.zeros((1, 2, 2)), [[mx.zeros((1, 2, 2))]], mx.ones((1, 1)), mx.zeros(8),
-    mx.array(0, mx.int32), coefficients=(0, 0, 0, 1, 0), threshold=0.5,
+    x, mx.zeros((1, 2)), mx.zeros((1, 2)), mx.zeros((1, 2, 2)), residuals=[[mx.zeros((1, 2, 2))]],
+    weights=mx.ones((1, 1)), state=mx.zeros(8), force=mx.array(0, mx.int32), coefficients=(0, 0, 0, 1, 0),
+    threshold=0.5,
 )
 for output in (modulated, reused, state):
     try:
@@ -580,14 +703,15 @@ def compiled(case: Case, **kwargs: Any) -> Callable[..., Any]:
 
     def step(x: Any, shift: Any, scale: Any, anchor: Any, weights: Any, state: Any, force: Any, *flat: Any) -> Any:
         residuals = [list(flat[b * terms : (b + 1) * terms]) for b in range(branches)]
-        modulated, reused, state = ops.gate(x, shift, scale, anchor, residuals, weights, state, force, **case.options)
+        rest = {"residuals": residuals, "weights": weights, "state": state, "force": force}
+        modulated, reused, state = ops.gate(x, shift, scale, anchor, **rest, **case.options)
         return [modulated, *reused, state]
 
     return mx.compile(step, **kwargs)
 
 
 def call(step: Callable[..., Any], case: Case) -> tuple[mx.array, list[mx.array], mx.array]:
-    x, shift, scale, anchor, residuals, weights, state, force = case.arrays
+    x, shift, scale, anchor, residuals, weights, state, force = case.arrays.values()
     flat = [term for branch in residuals for term in branch]
     modulated, *reused, state = step(x, shift, scale, anchor, weights, state, force, *flat)
     mx.eval(modulated, reused, state)
@@ -619,8 +743,8 @@ def test_compiled_shapeless_with_rank_2_modulation() -> None:
 
 def test_reference_compiles() -> None:
     case = random_case((2, 5, 255))
-    step = mx.compile(lambda *arrays: reference.gate(*arrays, **case.options), shapeless=True)
-    eager, fused = case.run(reference.gate), step(*case.arrays)
+    step = mx.compile(lambda arrays: reference.gate(**arrays, **case.options), shapeless=True)
+    eager, fused = case.run(reference.gate), step(case.arrays)
     assert np.allclose(np.array(fused[0]), np.array(eager[0]), atol=1e-5)
     assert fused[2].tolist() == pytest.approx(eager[2].tolist(), rel=1e-5)
 
@@ -666,11 +790,12 @@ def test_gates_that_differ_are_not_merged(name: str) -> None:
     def step(x: Any, shift: Any, scale: Any, anchor: Any, residual: Any, weights: Any, state: Any, force: Any) -> Any:
         results = []
         for case in (first, second, first):
-            m, (r,), s = ops.gate(x, shift, scale, anchor, [[residual]], weights, state, force, **case.options)
+            rest = {"residuals": [[residual]], "weights": weights, "state": state, "force": force}
+            m, (r,), s = ops.gate(x, shift, scale, anchor, **rest, **case.options)
             results += [-m, -r, -s]  # Only nodes whose outputs are used inside are merged.
         return results
 
-    x, shift, scale, anchor, residuals, weights, state, force = first.arrays
+    x, shift, scale, anchor, residuals, weights, state, force = first.arrays.values()
     got = mx.compile(step)(x, shift, scale, anchor, residuals[0][0], weights, state, force)
     assert nodes_of_gates(got) == 2
     results = [-a for a in got]
@@ -686,6 +811,16 @@ def test_gates_that_differ_are_not_merged(name: str) -> None:
 # ---- What it refuses
 
 
+def test_all_after_the_anchor_is_by_name() -> None:
+    case = small_case()
+    for gate in (ops.gate, reference.gate):
+        with pytest.raises(TypeError):
+            gate(*case.arrays.values(), **case.options)
+        x, shift, scale, anchor, *_ = case.arrays.values()
+        rest = {name: value for name, value in case.arrays.items() if name not in ("x", "shift", "scale", "anchor")}
+        assert_same_bits(gate(x, shift, scale, anchor, **rest, **case.options), case.run(gate))
+
+
 def small_case(**changes: Any) -> Case:
     return replace(random_case((2, 5, 64), branches=2, terms=2), **changes)
 
@@ -695,6 +830,8 @@ def zeros(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 ONE = zeros(2, 5, 64)
+ONLY_DECIDES: dict[str, Any] = {"residuals": [], "weights": zeros(0, 0), "state": make_state(), "force": mx.array(0)}
+ONLY_DECIDES |= {"coefficients": LINEAR, "threshold": 1.0}
 ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"x": zeros(5, 64)}, "x must have shape (batch, tokens, channels), got (5,64)"),
     ({"x": zeros(2, 5, 64, dtype=mx.int32)}, "x must be float32, float16 or bfloat16, got int32"),
@@ -712,6 +849,12 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     (
         {"scale": zeros(2, 1, 64, dtype=mx.float16)},
         "shift and scale must have one shape and dtype, got float32 (2,1,64) and float16 (2,1,64)",
+    ),
+    ({"shift": None}, "shift and scale must be two arrays or both None, got None for shift"),
+    ({"scale": None}, "shift and scale must be two arrays or both None, got None for scale"),
+    (
+        {"shift": None, "scale": None},
+        "residuals must be empty where x is the modulated input (shift and scale None), got 2 branches",
     ),
     ({"anchor": zeros(1, 5, 64)}, "anchor must have x's shape (2,5,64), got (1,5,64)"),
     (
@@ -758,7 +901,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
 def test_value_errors(changes: dict[str, Any], message: str) -> None:
     case = small_case(**changes)
     with pytest.raises(ValueError, match=r"^\[gate\]") as raised:
-        ops.gate(*case.arrays, **case.options)  # At the call: nothing is evaluated.
+        ops.gate(**case.arrays, **case.options)  # At the call: nothing is evaluated.
     assert str(raised.value) == f"[gate] {message}"
 
 
@@ -775,8 +918,21 @@ def test_value_errors(changes: dict[str, Any], message: str) -> None:
 def test_force_must_be_an_int32_scalar(force: mx.array, got: str) -> None:
     case = small_case()
     with pytest.raises(ValueError, match=r"^\[gate\]") as raised:
-        ops.gate(*case.arrays[:7], force, **case.options)
+        ops.gate(**case.arrays | {"force": force}, **case.options)
     assert str(raised.value) == f"[gate] force must be an int32 scalar, got {got}"
+
+
+def test_more_rows_than_an_int_counts() -> None:
+    def gate(*shape: int) -> mx.array:
+        x, row = mx.zeros(shape), mx.zeros((1, 1, shape[-1]))
+        return ops.gate(x, row, row, x, **ONLY_DECIDES)[2]
+
+    for shape in ((65536, 32768, 0), (65536, 65536, 0)):
+        with pytest.raises(ValueError) as raised:
+            gate(*shape)
+        got = str(shape).replace(" ", "")
+        assert str(raised.value) == f"[gate] x must have fewer than 2^31 rows (batch * tokens), got {got}"
+    assert gate(65536, 32767, 0).tolist()[:2] == [0, MISS]
 
 
 @pytest.mark.parametrize("missing", ["coefficients", "threshold"])
@@ -784,14 +940,14 @@ def test_rules_have_no_defaults(missing: str) -> None:
     case = small_case()
     options = {name: value for name, value in case.options.items() if name != missing}
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        ops.gate(*case.arrays, **options)
+        ops.gate(**case.arrays, **options)
 
 
 def test_is_not_differentiable() -> None:
     case = small_case()
 
     def total(x: mx.array) -> mx.array:
-        return ops.gate(x, *case.arrays[1:], **case.options)[0].sum()
+        return ops.gate(**case.arrays | {"x": x}, **case.options)[0].sum()
 
     message = r"^\[gate\] is not differentiable: gate and skip steps at inference only$"
     with pytest.raises(RuntimeError, match=message):
@@ -804,7 +960,7 @@ def test_has_no_vmap() -> None:
     case = small_case()
 
     def modulated(x: mx.array) -> mx.array:
-        return ops.gate(x, *case.arrays[1:], **case.options)[0]
+        return ops.gate(**case.arrays | {"x": x}, **case.options)[0]
 
     with pytest.raises(RuntimeError, match=r"^\[gate\] has no vmap: one decision holds for the whole batch"):
         mx.vmap(modulated)(mx.stack([case.x, case.x]))
@@ -816,7 +972,7 @@ def test_a_gpu_stream_without_a_gpu_is_one_error() -> None:
     assert not ops.gpu_supported()
     for gpu in (mx.gpu, mx.Device(mx.gpu)):
         with pytest.raises(RuntimeError) as error:
-            ops.gate(*case.arrays, **case.options, stream=gpu)
+            ops.gate(**case.arrays, **case.options, stream=gpu)
         assert str(error.value) == (
             "[gate] MLX has no GPU here: run on the CPU, with mx.set_default_device(mx.cpu) or stream=mx.cpu "
             '(an NVIDIA GPU needs its driver and pip install "mlx[cuda13]==0.32.2")'
@@ -825,6 +981,6 @@ def test_a_gpu_stream_without_a_gpu_is_one_error() -> None:
 
 def test_stream_of_its_own() -> None:
     case = small_case()
-    modulated, reused, state = ops.gate(*case.arrays, **case.options, stream=mx.new_stream(mx.cpu))
+    modulated, reused, state = ops.gate(**case.arrays, **case.options, stream=mx.new_stream(mx.cpu))
     mx.eval(modulated, reused, state)
     assert_same_bits((modulated, reused, state), case.run())

@@ -21,6 +21,7 @@ from gate_cases import (
     assert_same_bits,
     assert_state_matches_numpy,
     digest,
+    given,
     make_state,
     modulate_float64,
     random_case,
@@ -44,7 +45,7 @@ def dispatches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def on(device: mx.Device, case: Case) -> tuple[mx.array, list[mx.array], mx.array]:
-    return case.run(lambda *args, **options: ops.gate(*args, **options, stream=device))
+    return case.run(lambda **given: ops.gate(**given, stream=device))
 
 
 def assert_gpu_is_cpu(case: Case) -> None:
@@ -87,6 +88,18 @@ def test_branches_and_terms(dtype: mx.Dtype, branches: int, terms: int) -> None:
 @DTYPES
 def test_without_a_branch(dtype: mx.Dtype) -> None:
     assert_gpu_is_cpu(random_case((2, 3, 264), dtype, branches=0, terms=0))
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 130, 256), (1, 3, 40_000)], ids=lambda s: str(s))
+@pytest.mark.usefixtures("dispatches")
+def test_given_the_modulated_input(shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
+    """As on the CPU, and the state to the bit as where the GPU modulates: the same elements in the same order."""
+    case = random_case(shape, dtype)
+    modulated, _, state = on(GPU, case)
+    signal = replace(given(case), x=modulated)
+    assert digest(on(GPU, signal)[2]) == digest(state)
+    assert_gpu_is_cpu(signal)
 
 
 @pytest.mark.parametrize("residual", [mx.float32, mx.float16, mx.bfloat16], ids=str)
@@ -171,7 +184,7 @@ def test_many_gates_in_flight() -> None:
     cases = [replace(random_case((1, 40 + i, 256), mx.bfloat16, seed=i), state=make_state()) for i in range(64)]
     expected = [digest(on(GPU, case)[2]) for case in cases]
     for _ in range(50):
-        states = [ops.gate(*case.arrays, **case.options)[2] for case in cases]
+        states = [ops.gate(**case.arrays, **case.options)[2] for case in cases]
         mx.eval(states)
         assert [digest(state) for state in states] == expected
 
@@ -181,9 +194,9 @@ def test_what_a_gate_takes_besides_its_inputs() -> None:
     case = random_case((1, 1024, 3072), mx.bfloat16)
     mx.eval(case.arrays)  # what is lazy when it is captured is computed at every call
     step = mx.compile(
-        lambda x, anchor, state: ops.gate(
-            x, case.shift, case.scale, anchor, case.residuals, case.weights, state, mx.array(0), **case.options
-        )[::2]
+        lambda x, anchor, state: ops.gate(**case.arrays | {"x": x, "anchor": anchor, "state": state}, **case.options)[
+            ::2
+        ]
     )
     anchor, state = case.anchor + 0, case.state
     for _ in range(3):
@@ -229,6 +242,24 @@ def test_streams_of_inputs_body_and_consumers(skipped: bool, compiled: bool, eva
             for i in range(3):
                 for j in range(3):
                     assert mx.array_equal(got[3 * i + j], want[(i + j) % 3]).item(), (decider, at, i, j)
+
+
+@pytest.mark.parametrize("evaluate", [mx.eval, mx.async_eval])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_reader_many_command_buffers_after_the_wait(skipped: bool, evaluate: Callable[..., None]) -> None:
+    """``on_skip`` is the CPU's. A Relay encodes no kernel: its wait stands in one command buffer, and MLX commits after
+    about 50 operations, so that what reads its other output, 120 later, stands in another."""
+    x = mx.array(np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32))
+    body = ops.Body(lambda a, b: [slow(a, GPU), slow(b, GPU)])
+    want = slow(x + 1.0, CPU)
+    mx.eval(want)
+    for _ in range(5):
+        early, late = ops.branch(mx.array(skipped), [slow(x + i, CPU) for i in range(2)], body, [x, x + 1.0])
+        for _ in range(120):
+            early = mx.sin(early)
+        got = late + 0.0 * early
+        evaluate(got)
+        assert mx.array_equal(got, want).item()
 
 
 def test_two_gpu_streams_and_a_decision_on_one() -> None:

@@ -1,28 +1,34 @@
-"""The exact versions: written in pyproject.toml, checked by CMake before a build and by ``__init__`` at import."""
+"""The table of MLX's releases: what pyproject.toml pins, CMake checks before a build and ``__init__`` at import."""
 
+import ast
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from mlx_teacache_fast import _build
+from mlx_teacache_fast import _ext
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "cmake" / "versions.cmake"
+CHECK = ROOT / "cmake" / "versions.cmake"
+TABLE = ROOT / "python" / "mlx_teacache_fast" / "mlx_releases.json"
+PACKAGE = files("mlx_teacache_fast")
 
 
-def table() -> dict[str, str]:
-    return dict(re.findall(r'^ +"([\d.]+)=([\d.]+)"$', TABLE.read_text(), re.MULTILINE))
+def table() -> dict[str, dict[str, str]]:
+    releases: dict[str, dict[str, str]] = json.loads(TABLE.read_text())["releases"]
+    return releases
 
 
 def configure(mlx: str, nanobind: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "check.cmake"
-    script.write_text(f'set(Python_EXECUTABLE python)\ninclude("{TABLE}")\ncheck_versions("{mlx}" "{nanobind}")\n')
+    script.write_text(f'set(Python_EXECUTABLE python)\ninclude("{CHECK}")\ncheck_versions("{mlx}" "{nanobind}")\n')
     return subprocess.run(["cmake", "-P", str(script)], capture_output=True, text=True)
 
 
@@ -31,8 +37,8 @@ needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is
 
 @needs_cmake
 def test_cmake_takes_what_is_in_the_table(tmp_path: Path) -> None:
-    for mlx, nanobind in table().items():
-        assert configure(mlx, nanobind, tmp_path).returncode == 0
+    for mlx, row in table().items():
+        assert configure(mlx, row["nanobind"], tmp_path).returncode == 0
 
 
 @needs_cmake
@@ -45,7 +51,7 @@ def test_cmake_takes_what_is_in_the_table(tmp_path: Path) -> None:
             [
                 "nanobind does not match MLX.",
                 "found: nanobind 2.14.0, mlx 0.32.2",
-                "needed: nanobind 2.15.0 (the one that mlx 0.32.2 was built with)",
+                "needed: nanobind 2.15.0 (whose registry is that of mlx 0.32.2)",
                 "fix: python -m pip install nanobind==2.15.0",
             ],
         ),
@@ -53,9 +59,9 @@ def test_cmake_takes_what_is_in_the_table(tmp_path: Path) -> None:
             "0.33.0",
             "3.1.0",
             [
-                "This MLX is not in cmake/versions.cmake.",
                 "found: mlx 0.33.0, nanobind 3.1.0",
-                "needed: mlx 0.32.2 with nanobind 2.15.0; mlx 0.32.4 with nanobind 3.1.0",
+                "needed: mlx 0.32.1 with nanobind 2.13.0; mlx 0.32.2 with nanobind 2.15.0; mlx 0.32.3 with nanobind "
+                "3.1.0; mlx 0.32.4 with nanobind 3.1.0",
                 "fix: python -m pip install mlx==0.32.2 nanobind==2.15.0",
             ],
         ),
@@ -64,17 +70,55 @@ def test_cmake_takes_what_is_in_the_table(tmp_path: Path) -> None:
 def test_cmake_stops_at_another_version(mlx: str, nanobind: str, lines: list[str], tmp_path: Path) -> None:
     done = configure(mlx, nanobind, tmp_path)
     assert done.returncode != 0
-    said = [" ".join(line.split()) for line in done.stderr.splitlines()]
+    said = " ".join(done.stderr.split())
     assert all(line in said for line in lines), done.stderr
 
 
 def test_the_pins_agree() -> None:
-    """pyproject.toml has mlx more than once (build, run time, Linux): all say what the table and the build say."""
+    """pyproject.toml has mlx more than once (build, run time, Linux): all say what the table says."""
     text = (ROOT / "pyproject.toml").read_text()
-    tomllib.loads(text)
-    assert set(re.findall(r'"mlx(?:\[\w+\])?==([\d.]+)', text)) == {_build.MLX_VERSION}
-    assert re.findall(r'"nanobind==([\d.]+)', text) == [_build.NANOBIND_VERSION]
-    assert next(iter(table().items())) == (_build.MLX_VERSION, _build.NANOBIND_VERSION)
+    source_build = json.loads(TABLE.read_text())["source_build"]
+    assert set(re.findall(r'"mlx(?:\[\w+\])?==([\d.]+)', text)) == {source_build}
+    assert re.findall(r'"nanobind==([\d.]+)', text) == [table()[source_build]["nanobind"]]
+    project = tomllib.loads(text)["project"]
+    extra = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extra["cpu"], extra["cuda"][0].split(" ;")[0]]
+    first, *_, last = table()
+    major, minor, patch = last.split(".")
+    wanted = f">={first},<{major}.{minor}.{int(patch) + 1}"
+    assert asked == [f"mlx{wanted}", f"mlx[cpu]{wanted}", f"mlx[cuda13]{wanted}"]
+
+
+def built_for() -> list[str]:
+    return [mlx for mlx in table() if PACKAGE.joinpath(f"mlx_{mlx}").is_dir()]
+
+
+def test_there_is_an_extension_for_each_release_or_for_one() -> None:
+    assert built_for() == list(table()) or len(built_for()) == 1
+    for mlx in built_for():
+        assert len([f for f in PACKAGE.joinpath(f"mlx_{mlx}").iterdir() if f.name.startswith("_ext.")]) == 1
+
+
+def test_the_stub_is_the_extensions() -> None:
+    def plain(signature: str) -> str:
+        return ast.unparse(ast.parse(f"{signature}: ..."))
+
+    def expected(owner: object, node: ast.FunctionDef) -> str:
+        function = getattr(owner, node.name)
+        function = function.fget if isinstance(function, property) else function
+        (overload,) = function.__nb_signature__
+        return plain(overload[0])
+
+    stub = ast.parse((ROOT / "python" / "mlx_teacache_fast" / "_ext.pyi").read_text())
+    owners: list[tuple[object, ast.Module | ast.ClassDef]] = [(_ext, stub)]
+    owners += [(getattr(_ext, n.name), n) for n in stub.body if isinstance(n, ast.ClassDef)]
+    for owner, tree in owners:
+        functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
+        for node in functions.values():
+            node.decorator_list = []
+            assert ast.unparse(node) == expected(owner, node)
+        public = {name for name in vars(owner) if not name.startswith("_") or name in ("__init__", "__call__")}
+        assert public - {"CapturedGraph"} == set(functions)
 
 
 def test_another_mlx_is_refused_at_import() -> None:
@@ -86,8 +130,8 @@ def test_another_mlx_is_refused_at_import() -> None:
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last == (
-        "ImportError: mlx_teacache_fast was built for mlx 0.32.2, but mlx 0.33.0 is installed. "
-        "Fix: pip install mlx==0.32.2"
+        f"ImportError: mlx_teacache_fast was built for mlx {', '.join(built_for())}, but mlx 0.33.0 is installed. "
+        f"Fix: pip install mlx=={built_for()[-1]}"
     )
 
 
@@ -104,7 +148,7 @@ NO_FILE = "cannot open shared object file: No such file or directory"
         ),
         (
             f"libmlx.so: {NO_FILE}",
-            'Fix: pip install "mlx[cuda13]==0.32.2" for an NVIDIA GPU, or "mlx[cpu]==0.32.2"',
+            f'Fix: pip install "mlx[cuda13]=={version("mlx")}" for an NVIDIA GPU, or "mlx[cpu]=={version("mlx")}"',
         ),
         (f"libc.so.7: {NO_FILE}", f"ImportError: libc.so.7: {NO_FILE}"),
     ],
@@ -124,6 +168,7 @@ def test_mlx_cannot_be_imported(message: str, said: str, tmp_path: Path) -> None
     [
         "py.typed",
         "_ext.pyi",
+        "mlx_releases.json",
         "demo/tiny_klein.safetensors",
         "demo/LICENSE-noto-emoji-Apache-2.0.txt",
         "demo/LICENSE-emoji-data-MIT.txt",
@@ -131,4 +176,4 @@ def test_mlx_cannot_be_imported(message: str, said: str, tmp_path: Path) -> None
     ],
 )
 def test_the_installed_package_has(name: str) -> None:
-    assert files("mlx_teacache_fast").joinpath(name).is_file()
+    assert PACKAGE.joinpath(name).is_file()

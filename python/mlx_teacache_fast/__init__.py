@@ -9,10 +9,10 @@
 small trained model to try both on.
 """
 
+import json as _json
 from importlib.metadata import version as _version
+from pathlib import Path as _Path
 from typing import TYPE_CHECKING
-
-from ._build import MLX_VERSION as _BUILT_FOR
 
 try:
     import mlx.core as _mx
@@ -21,22 +21,28 @@ except ImportError as _error:
         raise ImportError(
             f"MLX's CUDA build cannot be used here: {_error}. "
             "Fix: an NVIDIA GPU and its driver, 580 or newer; or, to run on the CPU: "
-            f"pip uninstall mlx-cuda-13 && pip install --force-reinstall --no-deps mlx-cpu=={_BUILT_FOR}"
+            f"pip uninstall mlx-cuda-13 && pip install --force-reinstall --no-deps mlx-cpu=={_version('mlx')}"
         ) from _error
     if "libmlx.so: cannot open" in str(_error):
         raise ImportError(
             "MLX is installed without its library for this machine (libmlx.so). "
-            f'Fix: pip install "mlx[cuda13]=={_BUILT_FOR}" for an NVIDIA GPU, or "mlx[cpu]=={_BUILT_FOR}"'
+            f'Fix: pip install "mlx[cuda13]=={_version("mlx")}" for an NVIDIA GPU, or "mlx[cpu]=={_version("mlx")}"'
         ) from _error
     raise
 
-# MLX's C++ ABI changes in patch releases: with another MLX the extension loads and then fails or crashes.
+# MLX's C++ ABI changes in patch releases: with another MLX an extension loads and then fails or crashes. So there is
+# one for each, in a folder of its own, and `_ext` is found in that of the installed MLX.
 _installed: str = _mx.__version__  # type: ignore[attr-defined]
-if _installed != _BUILT_FOR:
+_here = _Path(__file__).parent
+_built = [
+    r for r in _json.loads((_here / "mlx_releases.json").read_text())["releases"] if (_here / f"mlx_{r}").is_dir()
+]
+if _installed not in _built:
     raise ImportError(
-        f"mlx_teacache_fast was built for mlx {_BUILT_FOR}, but mlx {_installed} is installed. "
-        f"Fix: pip install mlx=={_BUILT_FOR}"
+        f"mlx_teacache_fast was built for mlx {', '.join(_built)}, but mlx {_installed} is installed. "
+        f"Fix: pip install mlx=={_built[-1]}"
     )
+__path__.append(str(_here / f"mlx_{_installed}"))
 
 from . import ops
 from .errors import (

@@ -3,6 +3,7 @@
 Both are lazy, need nothing but MLX, and have counterparts in plain MLX in ``reference`` that say what they compute.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -17,11 +18,11 @@ __all__ = ["Body", "branch", "counters", "decide", "gate", "gpu_supported", "ref
 class Body:
     """A function of arrays as one graph, which ``branch`` evaluates or leaves out; calling it evaluates it always.
 
-    ``fn`` is called on placeholders, once for each combination of input shapes and dtypes, while the branch is built,
-    and never during an evaluation. Arrays that it closes over (weights) are evaluated then and become constants, and so
-    does everything else that does not depend on its inputs, random numbers included. An array of an enclosing
-    ``mx.compile`` must be passed as an input instead. When it is gone, so are the arrays: MLX keeps some of those in
-    functions that ``mx.compile`` made, in graphs with ``mx.split``, for ever.
+    ``fn`` is called on placeholders, once in a thread for each combination of input shapes and dtypes, while the branch
+    is built, and never during an evaluation. Arrays that it closes over (weights) are evaluated then and become
+    constants, and so does everything else that does not depend on its inputs, random numbers included. An array of an
+    enclosing ``mx.compile`` must be passed as an input instead. When it is gone, so are the arrays: MLX keeps some of
+    those in functions that ``mx.compile`` made, in graphs with ``mx.split``, for ever.
 
     Args:
         fn (callable): Takes arrays, returns a list of one or more arrays.
@@ -32,7 +33,7 @@ class Body:
     def __init__(self, fn: Callable[..., Sequence[mx.array]], *, fold: bool = True) -> None:
         self._fn = fn
         self._fold = fold
-        self._graphs: dict[object, CapturedGraph] = {}
+        self._of_thread = threading.local()  # every thread has streams of its own, and takes its graphs with it
 
     def __call__(self, inputs: Sequence[mx.array]) -> list[mx.array]:
         """What ``fn(*inputs)`` returns, computed by the traced graph. Lazy; errors are those of ``trace``."""
@@ -47,10 +48,10 @@ class Body:
         device = mx.default_device()
         specs = tuple((tuple(a.shape), a.dtype) for a in inputs)
         key = (specs, str(mx.default_stream(device)))  # the traced ops stay on the stream that was current
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._graphs[key] = CapturedGraph(self._fn, inputs, self._fold)
-        return graph
+        graphs: dict[object, CapturedGraph] = vars(self._of_thread).setdefault("graphs", {})
+        if key not in graphs:
+            graphs[key] = CapturedGraph(self._fn, inputs, self._fold)
+        return graphs[key]
 
 
 def branch(skip: mx.array, on_skip: Sequence[mx.array], body: Body, inputs: Sequence[mx.array]) -> list[mx.array]:

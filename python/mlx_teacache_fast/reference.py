@@ -16,14 +16,14 @@ MIN_ANCHOR_MEAN = 1e-12
 
 def gate(
     x: mx.array,
-    shift: mx.array,
-    scale: mx.array,
+    shift: mx.array | None,
+    scale: mx.array | None,
     anchor: mx.array,
+    *,
     residuals: Sequence[Sequence[mx.array]],
     weights: mx.array,
     state: mx.array,
     force: mx.array,
-    *,
     coefficients: Sequence[float],
     threshold: float,
     calibrated_range: tuple[float, float] | None = None,
@@ -44,7 +44,7 @@ def gate(
     """
     context: AbstractContextManager[Any] = nullcontext() if stream is None else mx.stream(stream)
     with context:
-        modulated = _modulate(x, shift, scale, eps)
+        modulated = x if shift is None or scale is None else _modulate(x, shift, scale, eps)
         reused = [_reuse(x, terms, weights[branch]) for branch, terms in enumerate(residuals)]
         if threshold <= 0:
             return modulated, reused, mx.concatenate([mx.array([0.0, 0.0, mx.nan, mx.nan]), state[4:]])

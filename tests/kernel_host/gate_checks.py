@@ -15,6 +15,7 @@ from gate_cases import (
     assert_reused_close,
     assert_state_matches_numpy,
     digest,
+    given,
     modulate_float64,
     random_case,
     row_case,
@@ -63,6 +64,7 @@ CASES: dict[str, tuple[Build, dict[str, Any]]] = {}
 for _name, _t in DTYPES.items():
     for _shape in [*SHAPES, *LONG_ROWS, *MANY_ROWS]:
         CASES[f"{_name} {_shape}"] = (lambda s=_shape, t=_t: random_case(s, t), {})
+        CASES[f"{_name} {_shape}, given modulated"] = (lambda s=_shape, t=_t: given(random_case(s, t)), {})
     for _d in (255, 256):
         CASES[f"{_name} modulation of each token, {_d}"] = (
             lambda d=_d, t=_t: of_each_token(random_case((2, 5, d), t)),
@@ -73,6 +75,10 @@ for _name, _t in DTYPES.items():
     CASES[f"{_name} too few threads to hold a row"] = (lambda t=_t: random_case((1, 3, 3072), t), {"max_threads": 64})
     CASES[f"{_name} x begins anywhere"] = (lambda t=_t: random_case((1, 4, 64), t), {"offset": 4})
     CASES[f"{_name} x begins at a word"] = (lambda t=_t: random_case((1, 4, 64), t), {"offset": 16})
+    CASES[f"{_name} given modulated, x begins anywhere"] = (
+        lambda t=_t: given(random_case((1, 4, 64), t)),
+        {"offset": 4},
+    )
     CASES[f"{_name} an anchor that is not donated"] = (lambda t=_t: random_case((1, 4, 64), t), {"donate": False})
 CASES["nothing reused"] = lambda: random_case((2, 3, 72), mx.bfloat16, branches=0, terms=0), {}
 CASES["nothing reused, a row too long to be held"] = (
@@ -134,6 +140,8 @@ def check_not_finite(kernel: Kernel, value: float, dtype: mx.Dtype) -> None:
             assert result.state[1].item() == MISS
             wrong = np.argwhere(~np.isfinite(to_numpy(result.modulated).reshape(10, 256)))
             assert wrong.tolist() == [[row, column]]
+            signal = replace(given(case), x=result.modulated)
+            assert kernel.run(signal).state[1].item() == MISS
 
 
 def check_exact_statistics(kernel: Kernel, dtype: mx.Dtype) -> None:
@@ -147,6 +155,15 @@ def check_exact_statistics(kernel: Kernel, dtype: mx.Dtype) -> None:
 def check_a_large_mean(kernel: Kernel, dtype: mx.Dtype) -> None:
     case = random_case((1, 7, 64), dtype, mean=60.0, deviation=0.5)
     assert_modulated_close(kernel.run(case).modulated, modulate_float64(case), case)
+
+
+def check_given_decides_alike(kernel: Kernel, dtype: mx.Dtype) -> None:
+    """The same elements in the same order: the same state to the bit."""
+    for shape in ((2, 5, 255), (1, 130, 72), (1, 2, 12288)):
+        case = random_case(shape, dtype)
+        result = kernel.run(case)
+        signal = replace(given(case), x=result.modulated)
+        assert digest(kernel.run(signal).state) == digest(result.state)
 
 
 # ---- Faults put into a text

@@ -22,6 +22,7 @@ class Variant(NamedTuple):
     x: mx.Dtype
     modulation: mx.Dtype
     residual: mx.Dtype
+    modulates: bool
     branches: int
     terms: int
     packs: int
@@ -36,8 +37,9 @@ def variant_of(case: Case, packs: int, offset: int = 0) -> Variant:
     """The variant that csrc/gate_cuda.cpp takes."""
     return Variant(
         case.x.dtype,
-        case.shift.dtype,
+        case.modulation[0].dtype,
         case.residual_dtype,
+        case.shift is not None,
         len(case.residuals),
         len(case.residuals[0]) if case.residuals else 0,
         packs,
@@ -67,9 +69,10 @@ def kernel_of(header: Header, variant: Variant) -> str:
         assert f"{name}_ndim" not in body
     parameters += [f"    {CUDA_TYPES[dtypes[name]]}* {name}" for name in outputs]
     constants = "".join(f"  using {n} = {CUDA_TYPES[t]};\n" for n, t in zip("XMR", variant[:3], strict=True))
-    for name, number in zip(("BRANCHES", "TERMS", "PACKS"), variant[3:6], strict=True):
+    for name, number in zip(("BRANCHES", "TERMS", "PACKS"), variant[4:7], strict=True):
         constants += f"  constexpr int {name} = {number};\n"
-    constants += f"  constexpr bool ALIGNED = {str(variant.aligned).lower()};\n"
+    for name, flag in (("MODULATES", variant.modulates), ("ALIGNED", variant.aligned)):
+        constants += f"  constexpr bool {name} = {str(flag).lower()};\n"
     signature = ",\n".join(parameters)
     return (
         "namespace mlx::core::cu {\n\nnamespace cg = cooperative_groups;\n\n"
@@ -110,8 +113,10 @@ class CudaGate:
         mod_type, reused_type = result_types(case)
         x, x_offset = at_offset(to_raw(case.x), offset)
         n = len(case.residuals)
+        modulates = case.shift is not None
+        shift, scale = case.modulation
         results = {
-            "modulated": np.zeros(case.x.size, raw_type(mod_type)),
+            "modulated": np.zeros(case.x.size if modulates else 0, raw_type(mod_type)),
             "reused0": np.zeros(case.x.size if n > 0 else 0, raw_type(reused_type)),
             "reused1": np.zeros(case.x.size if n > 1 else 0, raw_type(reused_type)),
             "partials": np.zeros(header.partials * grid.groups, np.float32),
@@ -121,8 +126,8 @@ class CudaGate:
         state = to_raw(case.state)
         arrays = {
             "x": In(x, x_offset, case.x.nbytes),
-            "shift": In(to_raw(case.shift)),
-            "scale": In(to_raw(case.scale)),
+            "shift": In(to_raw(shift)),
+            "scale": In(to_raw(scale)),
             "anchor": In(to_raw(case.anchor)),
             "weights": In(to_raw(case.weights) if n else state),
             "state": In(state),
@@ -145,7 +150,7 @@ class CudaGate:
             bound = dict(enumerate(given[name] for name in self.places))
             runs.append(self.library.run(variant.name, bound, groups, threads, **options))
         return Result(
-            from_raw(results["modulated"], mod_type, case.x.shape),
+            from_raw(results["modulated"], mod_type, case.x.shape) if modulates else case.x,
             [from_raw(results[f"reused{b}"], reused_type, case.x.shape) for b in range(n)],
             mx.array(results["new_state"]),
             results["partials"],

@@ -37,6 +37,7 @@ class Variant(NamedTuple):
     x: str
     modulation: str
     residual: str
+    modulates: bool
     branches: int
     terms: int
     packs: int
@@ -109,7 +110,8 @@ class Header:
         return body, inputs.split(), outputs.split()
 
     def params(self, case: Case, grid: Grid, in_place: bool) -> np.ndarray:
-        shift = case.shift if case.shift.ndim == 3 else case.shift[:, None]
+        shift, _ = case.modulation
+        shift = shift if shift.ndim == 3 else shift[:, None]
         low, high = case.calibrated_range or (0.0, 0.0)
         numbers = [*case.coefficients, low, high, case.threshold, case.eps]
         out = np.zeros(256, np.uint8)
@@ -194,6 +196,9 @@ class GateKernel:
         variant = variant_of(case, grid.packs, one_dispatch=one_dispatch, offset=offset)
         mod_type, reused_type = result_types(case)
         size = case.x.size
+        modulates = case.shift is not None
+        donate &= modulates
+        shift, scale = case.modulation
         x, x_offset = at_offset(to_raw(case.x), offset)
         anchor = to_raw(case.anchor)
         modulated = anchor if donate else np.zeros(size, raw_type(mod_type))
@@ -207,14 +212,14 @@ class GateKernel:
         b = header.buffer
         bound: dict[int, Any] = {
             b("x"): In(x, x_offset, case.x.nbytes),
-            b("shift"): In(to_raw(case.shift)),
-            b("scale"): In(to_raw(case.scale)),
+            b("shift"): In(to_raw(shift)),
+            b("scale"): In(to_raw(scale)),
             # Metal may reorder accesses by different arguments, so a donated anchor must be read as `modulated`.
             b("anchor"): In(np.frombuffer(b"\xff" * anchor.nbytes, anchor.dtype) if donate else anchor),
             b("weights"): In(to_raw(case.weights)),
             b("state"): In(to_raw(case.state)),
             b("force"): In(np.full(1, case.force, np.int32)),
-            b("modulated"): InOut(modulated) if donate else Out(modulated),
+            b("modulated"): InOut(modulated) if donate else Out(modulated if modulates else nothing),
             b("new_state"): Out(new_state),
             b("reused0"): Out(reused[0] if reused else nothing),
             b("reused1"): Out(reused[-1] if reused else nothing),
@@ -231,7 +236,7 @@ class GateKernel:
             second[b("partials")] = In(partials)
             runs.append(self.library.run("gate_decide_sums", second, 1, 256, **options))
         return Result(
-            from_raw(modulated, mod_type, case.x.shape),
+            from_raw(modulated, mod_type, case.x.shape) if modulates else case.x,
             [from_raw(r, reused_type, case.x.shape) for r in reused],
             mx.array(new_state),
             partials.view(np.float32),
@@ -241,15 +246,16 @@ class GateKernel:
 
 
 def result_types(case: Case) -> tuple[mx.Dtype, mx.Dtype]:
-    return mx.result_type(case.x, case.shift), mx.result_type(case.x, mx.zeros(0, case.residual_dtype))
+    return mx.result_type(case.x, case.modulation[0]), mx.result_type(case.x, mx.zeros(0, case.residual_dtype))
 
 
 def variant_of(case: Case, packs: int, *, one_dispatch: bool = True, offset: int = 0) -> Variant:
     """The variant that csrc/gate_metal.cpp takes."""
     return Variant(
         METAL_TYPES[case.x.dtype],
-        METAL_TYPES[case.shift.dtype],
+        METAL_TYPES[case.modulation[0].dtype],
         METAL_TYPES[case.residual_dtype],
+        case.shift is not None,
         len(case.residuals),
         len(case.residuals[0]) if case.residuals else 0,
         packs,

@@ -378,6 +378,19 @@ def why_no_lint() -> str | None:
     return None if shutil.which("clang++") else "address spaces are not checked here: no clang++"
 
 
+def warnings(
+    text: str, folder: Path | str, *, path: Path | str = "kernel.metal", metal_version: int = 320
+) -> list[str]:
+    """Clang's of an optimised build, with -Wall: of unrolling that fails too, as Metal's compiler says them."""
+    source = Path(folder) / "warnings.cpp"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text(_as_cpp(text, str(path)))
+    flags = ["-std=c++20", "-O2", "-Wall", "-Wno-unknown-pragmas", "-fno-exceptions", "-c", "-o", os.devnull]
+    flags += [f"-D__METAL_VERSION__={metal_version}", *_include_flags([])]
+    done = subprocess.run(["clang++", *flags, str(source)], capture_output=True, text=True, check=False)
+    return [line for line in done.stderr.splitlines() if re.search("(warning|error): ", line)]
+
+
 _ADDRESS_SPACE = re.compile(r"(?:error|note): .*(?:address[_ ]space|'[^']*\b(?:device|threadgroup|constant)\b[^']*')")
 
 

@@ -15,6 +15,7 @@ from gate_cases import (
     ROWS,
     Case,
     digest,
+    given,
     random_case,
     row_case,
     to_numpy,
@@ -30,6 +31,7 @@ from kernel_host.gate_checks import (
     check_a_large_mean,
     check_a_rule,
     check_exact_statistics,
+    check_given_decides_alike,
     check_not_finite,
     nth,
     swap,
@@ -117,6 +119,12 @@ def test_a_large_mean(checked: CudaGate, dtype: mx.Dtype) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_given_the_modulated_input_it_decides_alike(checked: CudaGate, dtype: mx.Dtype) -> None:
+    check_given_decides_alike(checked, dtype)
+
+
+@needs_compiler
 def test_grid(header: Header) -> None:
     """Every element belongs to one thread, in blocks that can be launched whatever their registers."""
     rng = np.random.default_rng(0)
@@ -192,7 +200,7 @@ MUTANTS: dict[str, Mutate] = {
     ),
     "packs past a row's end": swap(END_OF_ROW, "", 3),
     "padding counts in the variance": swap("aligned || at + 1 < channels ?", "true ?"),
-    "padding counts in the distance": swap("if (aligned || at + 1 < channels) {", "if (true) {"),
+    "padding counts in the distance": swap("if (has_second) {", "if (true) {"),
     "16-byte loads of rows that are not": swap("  if (aligned) {", "  if (true) {", 2),
     "rows past the last": swap(
         "min(p.rows, (blockIdx.x + 1) * p.rows_per_group)", "(blockIdx.x + 1) * p.rows_per_group"
@@ -213,9 +221,12 @@ MUTANTS: dict[str, Mutate] = {
             "scratch.of[kSumVariance]) / float(channels)", "scratch.of[kSumVariance]) / float(channels) - mean * mean"
         ),
     ),
-    "infinities are numbers": swap("zeros = __fmaf_rn(m.y, 0.0f, zeros)", "zeros += 0.0f"),
+    "infinities are numbers": swap("__fmaf_rn(m.y, 0.0f, sums.zeros)", "sums.zeros"),
+    "a signal's anchor from the first row": swap("reinterpret_cast<const X*>(anchor + begin)", "anchor"),
+    "a signal's packs overlap": swap("column += stride", "column += stride / 2"),
+    "a signal is modulated": swap("if (!modulates)", "if (false)"),
     "the last block's sums forgotten": swap("g < p.groups;", "g + 1 < p.groups;"),
-    "the anchor's flag lost": swap("s.has_anchor = state[6];", "s.has_anchor = 0.0f;"),
+    "the anchor's flag lost": swap("from[6], from[7]}", "0.0f, from[7]}"),
 }
 
 
@@ -228,6 +239,7 @@ def suspects() -> list[tuple[Case, dict[str, Any]]]:
     first = random_case((3, 3, 264), mx.bfloat16, branches=2, terms=3)
     return [
         (first, {}),
+        (given(replace(random_case((1, 300, 4104), mx.float16), anchor=random_case((1, 300, 4104), mx.float16).x)), {}),
         (random_case((2, 5, 255), mx.float16, branches=2, terms=3), {}),
         (random_case((1, 1031, 72), mx.bfloat16), {}),
         (random_case((1, 7, 64), mx.float32, mean=60.0, deviation=0.5, branches=1, terms=2), {}),
@@ -244,7 +256,7 @@ def found(kernel: CudaGate, case: Case, options: dict[str, Any]) -> bool:
         try:
             result = kernel.run(case, seed=seed, preempt=8, **options)
             bits.add(digest(result.modulated, *result.reused, result.state))
-            if np.isfinite(to_numpy(case.shift)).all():
+            if np.isfinite(to_numpy(case.modulation[0])).all():
                 assert_right(result, case)
             else:
                 assert result.state[1].item() == MISS
@@ -279,11 +291,12 @@ def test_a_fault_is_named(folder: Path) -> None:
 ARCHITECTURES = ["sm_80", "sm_90", "sm_90a", "sm_120", "sm_120a"]
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
 COMPILED = {
-    "FLUX": Variant(BF16, BF16, BF16, 1, 1, 2, True),
-    "FLUX, guidance": Variant(BF16, BF16, BF16, 2, 1, 2, True),
-    "most registers": Variant(F32, F32, F32, 2, 4, 4, True),
-    "mixed, unaligned, long rows": Variant(F16, F32, BF16, 1, 2, 0, False),
-    "nothing reused": Variant(F16, F16, F16, 0, 0, 1, True),
+    "FLUX": Variant(BF16, BF16, BF16, True, 1, 1, 2, True),
+    "FLUX, guidance": Variant(BF16, BF16, BF16, True, 2, 1, 2, True),
+    "most registers": Variant(F32, F32, F32, True, 2, 4, 4, True),
+    "mixed, unaligned, long rows": Variant(F16, F32, BF16, True, 1, 2, 0, False),
+    "nothing reused": Variant(F16, F16, F16, True, 0, 0, 1, True),
+    "given modulated": Variant(BF16, BF16, BF16, False, 0, 0, 2, True),
 }
 
 
@@ -318,7 +331,8 @@ def test_nothing_is_contracted(header: Header, name: str) -> None:
     variant = COMPILED[name]
     ptx = compile_with_nvrtc(source_of(header, variant), "compute_80")[0].decode()
     body = ptx[ptx.index(f"{variant.name}") :]
-    assert len(re.findall(r"\bfma\.", body)) == 2 * 8 * max(1, variant.packs) + 4
+    of_rows = 2 * 8 * max(1, variant.packs) if variant.modulates else 8
+    assert len(re.findall(r"\bfma\.", body)) == of_rows + 4
     assert not re.findall(
         r"\b(?:mad\.rn\.f|fma\.rn\.(?:b?f16|ftz)|div\.(?:full|approx)|sqrt\.approx|[a-z.]*\.ftz)", body
     )
@@ -335,4 +349,4 @@ def test_nothing_is_contracted(header: Header, name: str) -> None:
 def test_every_combination_compiles(
     header: Header, x: mx.Dtype, modulation: mx.Dtype, residual: mx.Dtype, packs: int, aligned: bool
 ) -> None:
-    compile_with_nvrtc(source_of(header, Variant(x, modulation, residual, 2, 2, packs, aligned)), "sm_90")
+    compile_with_nvrtc(source_of(header, Variant(x, modulation, residual, True, 2, 2, packs, aligned)), "sm_90")

@@ -24,14 +24,17 @@ from kernel_host.gate_checks import (
     check_a_large_mean,
     check_a_rule,
     check_exact_statistics,
+    check_given_decides_alike,
     check_not_finite,
 )
 from kernel_host.gate_kernel import INCLUDES, GateKernel, Header, Variant, kernel_text, variant_of
-from kernel_host.host import lint, why_no_lint
+from kernel_host.host import lint, warnings, why_no_lint
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
 
-TWO_DISPATCHES = [n for n in CASES if n.split(" ", 1)[1] in map(str, [*SHAPES, *MANY_ROWS])]
+TWO_DISPATCHES = [
+    n for n in CASES if n.split(" ", 1)[1].removesuffix(", given modulated") in map(str, [*SHAPES, *MANY_ROWS])
+]
 
 
 @pytest.fixture(scope="session")
@@ -135,6 +138,11 @@ def test_grid(header: Header) -> None:
                 assert channels > max_threads * 4 * 8
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_given_the_modulated_input_it_decides_alike(checked: GateKernel, dtype: mx.Dtype) -> None:
+    check_given_decides_alike(checked, dtype)
+
+
 # ---- Synchronisation
 
 
@@ -159,9 +167,28 @@ def test_no_alarm_in_300_runs(checked: GateKernel, record_property: Callable[[st
 
 @pytest.mark.skipif(why_no_lint() is not None, reason=why_no_lint() or "")
 def test_address_spaces(tmp_path: Path) -> None:
-    lines = 'instantiate_kernel("a", gate, bfloat, float, half, 2, 3, 1, true, true)\n'
-    lines += 'instantiate_kernel("b", gate, half, half, half, 1, 1, 0, false, true)\n'
+    lines = 'instantiate_kernel("a", gate, bfloat, float, half, true, 2, 3, 1, true, true)\n'
+    lines += 'instantiate_kernel("b", gate, half, half, half, true, 1, 1, 0, false, true)\n'
+    lines += 'instantiate_kernel("c", gate, half, half, half, false, 0, 0, 1, false, true)\n'
     assert lint(kernel_text() + "\n" + lines, tmp_path, include_dirs=INCLUDES) == []
+
+
+@pytest.mark.skipif(why_no_lint() is not None, reason=why_no_lint() or "")
+def test_no_warning(tmp_path: Path) -> None:
+    """CI compiles for macOS with -Wall -Werror, where a loop that cannot be unrolled is an error."""
+    variants = [("bfloat", "true", 1, 1, packs, aligned) for packs in (0, 1, 4) for aligned in ("true", "false")]
+    variants += [
+        ("float", "true", 2, 4, 2, "true"),
+        ("half", "true", 0, 0, 1, "true"),
+        ("half", "false", 0, 0, 1, "true"),
+    ]
+    lines = ""
+    for i, (t, modulates, *rest) in enumerate(variants):
+        arguments = ", ".join(map(str, [t, t, t, modulates, *rest, "true"]))
+        lines += f'instantiate_kernel("variant_{i}", gate, {arguments})\n'
+    assert warnings(f"{kernel_text()}\n{lines}", tmp_path, path="gate.metal") == []
+    rolled = kernel_text().replace("#pragma unroll(held)", "#pragma unroll")
+    assert any("loop not unrolled" in line for line in warnings(f"{rolled}\n{lines}", tmp_path))
 
 
 # ---- Real size

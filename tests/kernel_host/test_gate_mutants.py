@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from gate_cases import LEADING, Case, digest, random_case
+from gate_cases import LEADING, Case, digest, given, random_case
 
 from kernel_host import KernelError, why_unavailable
 from kernel_host.gate_checks import Mutate, assert_right, both, nth, swap
@@ -72,7 +72,11 @@ MUTANTS: dict[str, Mutate] = {
     "stores past a row's end": swap("i < kGatePack && column + i < channels; i++", "i < kGatePack; i++"),
     "packs past a row's end": swap(END_OF_ROW, "", 3),
     "padding counts in the variance": swap("aligned || column + i < channels ? centered", "true ? centered"),
-    "padding counts in the distance": swap("if (aligned || column + i < channels) {", "if (true) {"),
+    "padding counts in the distance": nth("if (aligned || column + i < channels) {", "if (true) {", 2),
+    "padding counts in a signal's distance": nth("if (aligned || column + i < channels) {", "if (true) {", 1),
+    "a signal's anchor from the first row": swap("reinterpret_cast<device const X*>(before + begin)", "before"),
+    "a signal's packs overlap": swap("column += stride", "column += stride / 2"),
+    "a signal is modulated": swap("if (!modulates)", "if (false)"),
     "packs overlap": swap(
         "const uint column = lid * kGatePack + k * stride;", "const uint column = lid * 4 + k * stride;", 3
     ),
@@ -103,7 +107,7 @@ MUTANTS: dict[str, Mutate] = {
     ),
     "a long row's anchor not read": swap("befores[0] = load_pack<aligned>(before + begin, column, channels);", ""),
     "a long row's modulation kept from its first pack": swap("packs == 0 || mod != mod_at", "mod != mod_at"),
-    "a thread's second pack takes the first's place": swap("xs[packs > 0 ? k : 0] = xp;", "xs[0] = xp;"),
+    "a thread's second pack takes the first's place": swap("xs[held > 1 ? k : 0] = xp;", "xs[0] = xp;"),
     # Arithmetic
     "variance by one less": swap(
         "squares, scratch.of[kSumVariance], at) / float(channels)",
@@ -125,18 +129,15 @@ MUTANTS: dict[str, Mutate] = {
     ),
     "reuse rounded twice": swap("Y(float(xp.v[i]) + change[i])", "Y(float(xp.v[i]) + float(Y(change[i])))"),
     "anchor read after it is overwritten": swap(
-        "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
+        "      Pack<O> out;\n#pragma unroll\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
         "      store_pack<aligned>(modulated + begin, column, channels, Pack<O>{});\n"
         "      befores[slot] = load_pack<aligned>(before + begin, column, channels);\n"
-        "      Pack<O> out;\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
+        "      Pack<O> out;\n#pragma unroll\n      for (int i = 0; i < kGatePack; i++) {\n        const X norm",
     ),
     "elements that are not finite do not count": swap("gate_is_finite(float(m)) ? 0.0f : 1.0f", "0.0f"),
     "distances exchanged": swap("diff / count, anchor / count", "anchor / count, diff / count"),
     "polynomial from the other end": swap("rules.coefficients[i]);", "rules.coefficients[5 - i]);"),
-    "accumulated and streak exchanged": both(
-        swap("s.accumulated = state[4];", "s.accumulated = state[5];"),
-        swap("s.streak = state[5];", "s.streak = state[4];"),
-    ),
+    "accumulated and streak exchanged": swap("from[4], from[5], from[6]", "from[5], from[4], from[6]"),
 }
 
 
@@ -161,6 +162,8 @@ def cases() -> list[tuple[Case, dict[str, Any]]]:
         (random_case((1, 3, 264), f32, branches=2, terms=2, deviation=1e-3), {}),  # epsilon counts
         (far, {}),
         (replace(far, anchor=-2.7 * far.anchor[::-1]), {}),  # differences are no bfloat16 numbers
+        (given(far), {}),
+        (given(long), {"max_threads": 96}),  # two packs in each thread
         (long, {"max_threads": 96}),  # two packs in each thread
         (long, {"max_threads": 32}),  # too long to be held
         (random_case((1, 131, 264), f32, branches=2, terms=2), {"one_dispatch": False}),

@@ -5,7 +5,7 @@
 """Compiles and links the extension for macOS on another system: `make check-mac`.
 
 CMakeLists.txt is configured for macOS and compiles as it does there, against the macOS packages of MLX and nanobind of
-each row in cmake/versions.cmake, with clang and Apple's public headers as zig carries them. Then everything is linked
+each release in mlx_releases.json, with clang and Apple's public headers as zig carries them. Then everything is linked
 and nothing may stay undefined. A library offers for that:
 
     libmlx       what it exports: its headers also declare what is hidden
@@ -194,7 +194,8 @@ def stub(name: str, install_name: str, offered: Iterable[str]) -> Path:
 
 
 def main() -> None:
-    rows = re.findall(r'^ +"([\d.]+)=([\d.]+)"$', (ROOT / "cmake" / "versions.cmake").read_text(), re.MULTILINE)
+    table = json.loads((ROOT / "python" / "mlx_teacache_fast" / "mlx_releases.json").read_text())
+    rows = [(mlx, row["nanobind"]) for mlx, row in table["releases"].items()]
     folders = [packages(mlx, nanobind) for mlx, nanobind in rows]
     headers = python_headers()
     offered: dict[str, set[str]] = {}

@@ -120,7 +120,8 @@ def _decide(step: StepRecord, state: mx.array, rule: Gate, capped: bool) -> mx.a
     force = mx.array(int(step.kind == "forced" or capped), dtype=mx.int32)
     given: dict[str, Any] = {"coefficients": rule.coefficients, "threshold": rule.rel_l1_thresh}
     given |= {"calibrated_range": rule.calibrated_range, "max_consecutive_skips": rule.max_consecutive_skips}
-    *_, state = ops.gate(*signal, [[x]], mx.array([[1.0]]), state, force, **given, stream=mx.Device(mx.cpu))
+    given |= {"residuals": [[x]], "weights": mx.array([[1.0]]), "state": state, "force": force}
+    *_, state = ops.gate(*signal, **given, stream=mx.Device(mx.cpu))
     return state
 
 
