@@ -253,14 +253,14 @@ class Engine:
     ) -> tuple[mx.array, list[mx.array], mx.array]:
         rule = cast(Gate, self.generation.policy.rule)
         x, shift, scale, eps, _ = signal
-        if shift is None or scale is None:
-            x = x.reshape(-1, *x.shape[-2:])
-            residuals, shift, scale = (), x, mx.full(x.shape, -1, x.dtype)
+        if shift is None:  # then the gate only decides
+            x, residuals = x.reshape(-1, *x.shape[-2:]), ()
+        dtype = x.dtype if shift is None else mx.result_type(x, shift)
         return ops.gate(
             x,
             shift,
             scale,
-            anchor[0] if anchor else mx.zeros(x.shape, mx.result_type(x, shift)),
+            anchor[0] if anchor else mx.zeros(x.shape, dtype),
             residuals=list(residuals),
             weights=mx.broadcast_to(weights, (len(residuals), self._n_kept)) if residuals else mx.zeros((0, 0)),
             state=state,
