@@ -21,6 +21,7 @@ QUESTIONS = {
     "bench_generation": "What do skipped steps give for a whole picture, and what would fewer steps have given?",
     "bench_forecast": "What does the guard of forecasts do, and where do the computed steps of a budget belong?",
     "bench_step": "What does one step cost?",
+    "bench_families": "What does a step cost in mflux's other pipelines?",
     "bench_gate": "What does the gate cost, beside other gates and the fewest bytes?",
     "bench_branch": "What does the conditional cost, beside other ways to leave work out?",
     "bench_memory": "How much memory does gating take?",
