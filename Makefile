@@ -68,10 +68,10 @@ wheel: $(UV) headers
 	if [ "$$(uname)" = Linux ]; then \
 	  PATH="$(CURDIR)/build/wheel/venv/bin:$$PATH" auditwheel repair --exclude libmlx.so -w build/wheel/dist build/wheel/built/*.whl; \
 	else cp -r build/wheel/built build/wheel/dist; fi
-	UV=$(UV) build/wheel/venv/bin/python tests/mlx_releases.py build/wheel/dist
+	UV=$(abspath $(UV)) build/wheel/venv/bin/python tests/mlx_releases.py build/wheel/dist
 
 test-mlx: $(UV)
-	UV=$(UV) build/wheel/venv/bin/python tests/mlx_releases.py build/wheel/dist $(MLX)
+	UV=$(abspath $(UV)) build/wheel/venv/bin/python tests/mlx_releases.py build/wheel/dist $(MLX)
 
 test-peer: $(UV) headers
 	$(call SYNC,--extra demo --group test)
@@ -84,14 +84,15 @@ check-cuda: $(UV) headers
 check-mac: $(UV) headers
 	$(UV) run --quiet --script --python $(PYTHON) --no-python-downloads tests/mac_link/check.py
 
-# MLX's own arrays hold no report of their leaks, and CPython's none at all.
+# No leaks, which are CPython's. Not the test in which an allocation fails, where ASan ends the process, and not the one
+# that counts resident memory, since ASan keeps what is freed.
 check-sanitizers: $(UV) headers
 	$(call SYNC,--extra demo --group test)
-	$(UV) pip install --quiet --no-deps --target build/sanitizers --reinstall \
+	$(UV) pip install --quiet --no-deps --reinstall --target build/sanitizers \
 	  -C cmake.define.SANITIZE=address,undefined -C build-dir=build/sanitizers-build -C install.strip=false .
-	PYTHONPATH=build/sanitizers:tests ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(RUN) env PYTHONPATH=build/sanitizers:tests ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  $(RUN) python -m pytest -q tests/test_gate.py tests/test_branch.py
+	  python -m pytest -q tests/test_gate.py tests/test_branch.py -k "not no_memory and not thousand_traces"
 
 bench: $(UV) headers
 	$(call SYNC,--extra demo --group test)

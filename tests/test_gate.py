@@ -975,7 +975,7 @@ def test_a_gpu_stream_without_a_gpu_is_one_error() -> None:
             ops.gate(**case.arrays, **case.options, stream=gpu)
         assert str(error.value) == (
             "[gate] MLX has no GPU here: run on the CPU, with mx.set_default_device(mx.cpu) or stream=mx.cpu "
-            '(an NVIDIA GPU needs its driver and pip install "mlx[cuda13]==0.32.2")'
+            f'(an NVIDIA GPU needs its driver and pip install "mlx[cuda13]=={mx.__version__}")'
         )
 
 

@@ -5,8 +5,9 @@
 """Compiles and links the extension for macOS on another system: `make check-mac`.
 
 CMakeLists.txt is configured for macOS and compiles as it does there, against the macOS packages of MLX and nanobind of
-each release in mlx_releases.json, with clang and Apple's public headers as zig carries them. Then everything is linked
-and nothing may stay undefined. A library offers for that:
+each release in mlx_releases.json, with clang and Apple's public headers as zig carries them. Where CMake would install
+it and where it looks for MLX is read. Then everything is linked and nothing may stay undefined. A library offers for
+that:
 
     libmlx       what it exports: its headers also declare what is hidden
     libc++       what MLX's own binaries import, as this much is there on the oldest macOS that they are built for
@@ -132,6 +133,11 @@ def compile_objects(folder: Path, headers: Path) -> list[Path]:
     }
     define = [f"-D{key}={value}" for key, value in options.items()]
     quiet(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *define], **env)
+    installs = (build / "cmake_install.cmake").read_text()
+    place = folder.parent.name.replace("-", "_", 1)
+    for wanted in (f'/mlx_teacache_fast/{place}"', '-add_rpath "@loader_path/../../mlx/lib"'):
+        if wanted not in installs:
+            sys.exit(f"what CMake installs must have {wanted}, got\n{installs}")
     compiled = json.loads((build / "compile_commands.json").read_text())
     objects = [Path(build, c["output"]) for c in compiled]
     # The objects alone: Apple's linker options are not for zig.
