@@ -76,7 +76,7 @@ def write_files(files: Mapping[Path, bytes], *, force: bool, how: str = "--force
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())  # some file systems report a full disk only here
-        with _uninterrupted():
+        with uninterrupted():
             for path in files:
                 check_writable(path, force=force, how=how)  # another program may have made it meanwhile
             _move(moves)
@@ -119,7 +119,7 @@ def _restore(old: Path, target: Path) -> None:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Ctrl-C counts at the end of the block."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
