@@ -19,8 +19,10 @@ from .errors import OutputError, TeaCacheValueError, shown
 
 def as_path(name: str, value: object) -> Path:
     """A path that was given as the argument ``name``. Raises TeaCacheValueError if it is none."""
-    if isinstance(value, str | os.PathLike) and isinstance(text := os.fspath(value), str) and "\0" not in text:
-        return Path(text)
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    with suppress(ValueError):  # a text that is no name in this system's encoding
+        if isinstance(text, str) and b"\0" not in os.fsencode(text):
+            return Path(text)
     raise TeaCacheValueError(f"{name} must be a path, got {shown(value)}")
 
 

@@ -1,7 +1,7 @@
 """mflux's names of models, and what they are gated as. Nothing is loaded or downloaded."""
 
 import difflib
-from pathlib import Path
+import os
 from typing import Any
 
 from mflux.cli.defaults.defaults import model_choices, model_inference_steps
@@ -20,6 +20,8 @@ def find(name: str, base_model: str | None = None) -> tuple[ModelConfig, Match]:
     """
     if base_model is None:
         check_spelling(name)
+    elif not _is_known(base_model):  # mflux does not look at it where it knows the name
+        raise _unknown(base_model)
     try:
         config = ModelConfig.from_name(name, base_model)
     except InvalidBaseModel:
@@ -64,17 +66,23 @@ def check_spelling(name: str) -> None:
 
     mflux would take it for a checkpoint made from the model whose name it contains, a distilled one maybe.
     """
-    hub_names = {config.model_name.lower() for config in AVAILABLE_MODELS.values()}
-    if name in model_choices() or name.lower() in hub_names or Path(name).expanduser().exists():
+    if _is_known(name) or os.path.exists(os.path.expanduser(name)):
         return
-    if "/" not in name or difflib.get_close_matches(name.lower(), hub_names, cutoff=0.97):
+    if "/" not in name or difflib.get_close_matches(name.lower(), map(str.lower, _hub_names()), cutoff=0.97):
         raise _unknown(name, _OTHER)
 
 
+def _hub_names() -> list[str]:
+    return sorted({config.model_name for config in AVAILABLE_MODELS.values()})
+
+
+def _is_known(name: str) -> bool:
+    return name in model_choices() or name.lower() in map(str.lower, _hub_names())
+
+
 def _unknown(name: str, more: str = "") -> TeaCacheValueError:
-    hub_names = sorted({config.model_name for config in AVAILABLE_MODELS.values()})
     known = {choice.lower(): choice for choice in model_choices()}
-    known |= {form.lower(): hub_name for hub_name in hub_names for form in (hub_name, hub_name.rpartition("/")[2])}
+    known |= {form.lower(): hub_name for hub_name in _hub_names() for form in (hub_name, hub_name.rpartition("/")[2])}
     near = dict.fromkeys(known[form] for form in difflib.get_close_matches(name.lower(), known, cutoff=0.7))
     hint = f"did you mean {' or '.join(near)}?" if near else f"those that can be gated are {', '.join(gated_names())}"
     return TeaCacheValueError(f"mflux knows no model {shown(name)}; {hint}{more}")
