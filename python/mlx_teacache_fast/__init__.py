@@ -9,10 +9,12 @@
 small trained model to try both on.
 """
 
+from . import _command  # noqa: F401  # before all that takes time
+
+# isort: split
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
-from . import _command  # before all that takes time  # noqa: F401  # isort: split
 from ._build import MLX_VERSION as _BUILT_FOR
 
 try:

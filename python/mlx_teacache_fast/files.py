@@ -83,7 +83,8 @@ def write_files(files: Mapping[Path, bytes], *, force: bool, how: str = "--force
                 check_writable(path, force=force, how=how)  # another program may have made it meanwhile
             _move(moves)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; nothing was left half-written") from error
+        where = error.filename2 or path
+        raise OutputError(f"cannot write {where}: {error.strerror}; nothing was left half-written") from error
     finally:
         for part, _ in moves:
             part.unlink(missing_ok=True)
@@ -188,6 +189,8 @@ def to_json(path: object, kind: str, data: dict[str, Any], *, force: bool) -> No
     """Write ``data`` for ``from_json``; errors as for ``write_files``."""
     record = {"format": f"mlx-teacache-fast {kind}", "version": VERSION} | data
     target = as_path("path", path)
+    if not isinstance(force, bool):
+        raise TeaCacheValueError(f"force must be True or False, got {shown(force)}")
     try:
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     except (RecursionError, TypeError, ValueError) as error:

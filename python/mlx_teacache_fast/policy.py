@@ -432,6 +432,8 @@ class Policy(_Checked):
             TeaCacheValueError: The file exists and ``force`` is not set.
             OutputError: It cannot be written.
         """
+        if not isinstance(about, dict | None):
+            raise TeaCacheValueError(f"about must be a dict or None, got {shown(about)}")
         to_json(path, "policy", {"policy": self.flat, "about": about or {}}, force=force)
 
     @classmethod

@@ -80,7 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="write every step of the finished pictures to FILE, as JSON for mlx_teacache_fast.Trace.from_json")
     # fmt: on
     parser.add_argument("--force", action="store_true", help="overwrite FILE where it exists")
-    parser.add_argument("--verbose", action="store_true", help="show the whole of an error of mflux's behind ours")
+    parser.add_argument("--verbose", action="store_true", help="of missing weights, show all that mflux says too")
     format_help = parser.format_help
 
     def with_epilog() -> str:  # made only when help is asked for
@@ -166,9 +166,11 @@ def _report(handles: Sequence[Handle], trace: Path | None, *, force: bool) -> No
     finished = [handle for handle in handles if handle.stats.generations > 0]
     suffixes = ["" if i == 0 else f"-{i + 1}" for i in range(len(finished))]  # mflux's commands make one pipeline
     paths = [] if trace is None else [trace.with_stem(trace.stem + suffix) for suffix in suffixes]
-    for path, handle in zip(paths, finished, strict=False):  # first: stdout may be closed
-        handle.trace.to_json(path, force=force)
-    for handle in finished:
-        print(f"\n{handle.summary()}")
+    try:
+        for path, handle in zip(paths, finished, strict=False):  # first: stdout may be closed
+            handle.trace.to_json(path, force=force)
+    finally:
+        for handle in finished:
+            print(f"\n{handle.summary()}")
     for path in paths:
         print(f"wrote {path}")
