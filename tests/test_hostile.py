@@ -434,8 +434,9 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     exifs = [tiff(place) for place in places]
     exifs.append(tiff(*((tag, 7, 20_000, 8) for tag in range(1, 4000))))  # each of them is all of the file
     exifs.append(tiff((0x8769, 4, 1, 8)))  # a directory in itself
+    exifs.append(tiff(*((tag, 7, 700_000, 8) for tag in range(1, 65_000))))
     for exif in exifs:
-        for kind in ("PNG", "JPEG", "WEBP"):
+        for kind in ("PNG", "WEBP", *(["JPEG"] if len(exif) < 65_000 else [])):  # what a segment holds
             file = io.BytesIO()
             Image.new("RGB", (8, 8)).save(file, kind, exif=b"Exif\0\0" + exif)
             yield f"bomb.{kind.lower()}", file.getvalue()

@@ -1,6 +1,6 @@
 """Reading how a picture was gated, and the policy of a picture or a file."""
 
-import io
+import struct
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -51,29 +51,32 @@ def _comment(path: Path) -> Any:
     check_readable(path, LARGEST_PICTURE)
     try:
         from PIL import Image
-        from PIL.TiffImagePlugin import ImageFileDirectory_v2
     except ImportError as error:
         raise IncompatibleModelError(
             f'a picture is read with Pillow, which mflux needs too: pip install "mlx-teacache-fast[mflux]" ({error})'
         ) from error
-    value: Any = None
     with path.open("rb") as stream, warnings.catch_warnings(action="ignore"):
         try:
             exif = Image.open(stream, formats=("PNG", "JPEG", "WEBP")).info.get("exif", b"").removeprefix(b"Exif\0\0")
         except Exception as error:
             raise TeaCacheValueError(f"{path} is no PNG, JPEG or WebP picture, or a damaged one") from error
-        with suppress(Exception):  # of other programs' metadata: struct.error, SyntaxError, TypeError, ...
-            value = ImageFileDirectory_v2(exif[:8]).next
-            for tag in (_EXIF, _COMMENT):  # no other entry is decoded, whatever number of values it claims
-                file = io.BytesIO(exif)
-                file.seek(value)
-                directory = ImageFileDirectory_v2(exif[:8])
-                directory.load(file)
-                value = directory.get(tag)
-    text = value.removeprefix(b"ASCII\0\0\0") if isinstance(value, bytes) else b""
+    text = b""
+    with suppress(KeyError, struct.error):  # damaged, or without the tag
+        text = _user_comment(exif).removeprefix(b"ASCII\0\0\0")
     if not text.startswith(b"{"):
         return None  # another program's
     try:
         return parse(text)
     except ValueError as error:
         raise TeaCacheValueError(f"{path} has metadata that cannot be understood: {error}") from error
+
+
+def _user_comment(exif: bytes) -> bytes:
+    """Of TIFF's directories, in which an entry may claim any number of values: no other is looked at."""
+    order = {b"II": "<", b"MM": ">"}[exif[:2]]
+    size, at = 0, struct.unpack_from(f"{order}I", exif, 4)[0]
+    for tag in (_EXIF, _COMMENT):
+        (count,) = struct.unpack_from(f"{order}H", exif, at)
+        entries = [struct.unpack_from(f"{order}HHII", exif, at + 2 + 12 * i) for i in range(count)]
+        size, at = {found: where for found, _, *where in entries}[tag]
+    return exif[at : at + size]
