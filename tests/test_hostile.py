@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import inspect
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import pickle
 import random
+import re
 import signal
 import stat
 import struct
@@ -32,12 +34,17 @@ import pytest
 pytest.importorskip("mflux", reason="the pictures and commands are mflux's")
 
 import piexif
+from mflux.cli.parser.parsers import CommandLineParser
+from mflux.models.flux.flux_initializer import FluxInitializer
+from mflux.models.flux2.flux2_initializer import Flux2Initializer
 from PIL import Image
 from test_cli import COMMAND, LISTEN, QUICK, run
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast import files
 from mlx_teacache_fast.files import LARGEST_JSON
+from mlx_teacache_fast.mflux.commands import _TAKEN
+from mlx_teacache_fast.mflux.families import COMMANDS
 
 RUN = dict(prompt="red apple", seed=3, num_inference_steps=14, height=64, width=64, guidance=1.0)
 
@@ -657,15 +664,37 @@ def test_wrong_types_in_mflux_s_metadata(tmp_path: Path, name: str) -> None:
     assert (result.code, result.out, result.err) == (2, "", f"mlx-teacache-fast run: error: {message}\n")
 
 
+@times(60, 1000)
+def test_mutated_metadata_is_repeated_or_refused(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Until weights would be loaded."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise SystemExit(77)
+
+    monkeypatch.setattr(Flux2Initializer, "init", load)
+    monkeypatch.setattr(FluxInitializer, "init", load)
+    rng = random.Random(6)
+    record = json.loads((made / "a.metadata.json").read_text())
+    codes = set()
+    for _ in range(count):
+        names = rng.sample(sorted(_TAKEN), rng.choice((0, 1, 2)))
+        said = record | {name: rng.choice([*EXTREMES, 1, 4, 64, "dev", ["x"], [0.5]]) for name in names}
+        command = rng.choice(("mflux-generate", "mflux-generate-flux2"))
+        own = {**record["mlx_teacache_fast"], "pipeline": COMMANDS[command].pipeline.__name__}
+        said["mlx_teacache_fast"] = reshaped(own, rng) if rng.random() < 0.2 else own
+        path = tmp_path / "a.metadata.json"
+        path.write_text(json.dumps(said))
+        result = run("run", "--like", path, "--", command)
+        assert result.code in (2, 77), (said, result.err)
+        assert "Traceback" not in result.err, said
+        codes.add(result.code)
+    assert codes == {2, 77}
+
+
 def test_all_of_mflux_s_metadata_is_checked(tmp_path: Path) -> None:
     """What its parser takes from a file, as its source says, but for what it checks itself."""
-    import inspect
-    import re
-
-    from mflux.cli.parser.parsers import CommandLineParser
-
-    from mlx_teacache_fast.mflux.commands import _TAKEN
-
     source = inspect.getsource(CommandLineParser.parse_args)
     taken = set(re.findall(r"""_metadata\.get\(["'](\w+)["']""", source))
     assert {"seed", "prompt", "steps"} <= taken
@@ -778,13 +807,14 @@ def test_an_ascii_terminal(tmp_path: Path) -> None:
     assert result.stderr == "mlx-teacache-fast info: error: [Errno 2] No such file or directory: '???.png'\n"
 
 
-@pytest.mark.parametrize("value", ["abc", "0", "-1", "", "1.5", "9" * 5000, " 4"])
+@pytest.mark.parametrize("value", ["abc", "0", "", "1000", " 4"])
 def test_a_number_of_threads_that_is_none(value: str) -> None:
-    if value in ("abc", ""):
-        result = in_shell("", *COMMAND, "--version", MLX_TEACACHE_FAST_NUM_THREADS=value)
-        rule = "MLX_TEACACHE_FAST_NUM_THREADS must be a whole number from 1 to 999"
-        assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr == f"mlx-teacache-fast: error: {rule}, got {value!r}\n"
+    told = f"MLX_TEACACHE_FAST_NUM_THREADS must be a whole number from 1 to 999, got {value!r}\n"
+    result = in_shell("", *COMMAND, "--version", MLX_TEACACHE_FAST_NUM_THREADS=value)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"mlx-teacache-fast: error: {told}")
+    if value == "abc":
+        result = in_shell("", sys.executable, "-c", "import mlx_teacache_fast", MLX_TEACACHE_FAST_NUM_THREADS=value)
+        assert result.stderr.endswith(f"\nmlx_teacache_fast.errors.TeaCacheValueError: {told}")
 
 
 def test_exit_codes(made: Path, tmp_path: Path) -> None:
@@ -896,17 +926,17 @@ def is_picture(data: bytes) -> bool:
     return Image.open(io.BytesIO(data)).load() is not None
 
 
-@times(3, 50)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 17))])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_signal_at_any_moment(tmp_path: Path, number: int, count: int) -> None:
-    rng = random.Random(5 + number)
-    for i in range(count):
+def test_a_signal_at_any_moment(tmp_path: Path, number: int, seed: int) -> None:
+    rng = random.Random(seed)
+    for i in range(3):
         folder = tmp_path / str(i)
         folder.mkdir()
         names = (*PAIR, "t.json")
         for name in names:
             (folder / name).write_bytes(b"old")
-        if i % 3 == 0:
+        if i == 0:
             generate = [
                 "mflux-generate-flux2",
                 "--model",
