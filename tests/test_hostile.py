@@ -512,6 +512,7 @@ def calls(flux: Any, trace: tc.Trace) -> dict[str, tuple[Callable[..., Any], int
     """Of the package's functions: how many arguments by position, and the others' names."""
     apply = lambda *args, **given: tc.apply(*args, **given).restore()  # noqa: E731
     write = ("force", "about")
+    window = ("skip_first_n_steps", "skip_last_n_steps", "nominal_num_inference_steps")
     replay = ("rel_l1_thresh", "coefficients", "calibrated_range", "max_consecutive_skips")
     return {
         "apply": (lambda *args, **given: apply(flux, *args, **given), 1, ()),
@@ -531,7 +532,9 @@ def calls(flux: Any, trace: tc.Trace) -> dict[str, tuple[Callable[..., Any], int
         "read_metadata": (tc.read_metadata, 1, ()),
         "replay": (lambda **given: tc.replay(trace, **{"rel_l1_thresh": 0.3} | given), 0, replay),
         "replay of": (lambda value: tc.replay(value, rel_l1_thresh=0.3), 1, ()),
-        "check_step_window": (tc.check_step_window, 1, ("skip_first_n_steps", "skip_last_n_steps")),
+        "check_step_window": (tc.check_step_window, 1, window),
+        "Policy.of a kind": (lambda value: tc.Policy.of(value), 1, ()),
+        "demo.pipeline": (tc.demo.pipeline, 1, ()),
         "match_variant": (tc.match_variant, 2, ()),
     }
 
@@ -562,6 +565,31 @@ def test_hostile_arguments(flux: Any, made: Path, tmp_path: Path, monkeypatch: p
             path.unlink()
     assert set(refused) | {"match_variant"} == set(functions)
     assert max(refused.values()) < 6000  # 5000 are of a path
+
+
+def test_numbers_out_of_range_in_files(made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+
+    def edited(name: str, edit: Callable[[dict[str, Any]], None]) -> Path:
+        data = json.loads((made / name).read_text())
+        edit(data)
+        path.write_text(json.dumps(data))
+        return path
+
+    numbers = "calibrated_range must be two finite numbers, the lower first, or None, got [0, " + LONG + "]"
+    edited("policy.json", lambda data: data["policy"].update(calibrated_range=[0, 10**400]))
+    assert refusal(tc.Policy.from_json, path) == f"{path} is not a policy: {numbers}"
+    for value in (10**400, 10**39, "1", True, [1]):
+        edited("trace.json", lambda data, v=value: data["generations"][0]["steps"][2].update(rel_l1=v))  # type: ignore[misc]
+        got = LONG if value == 10**400 else repr(value)
+        rule = f"rel_l1 must be a number of float32's range or null, got {got}"
+        assert refusal(tc.Trace.from_json, path) == f"{path} is not a trace: {rule}"
+    edited("trace.json", lambda data: data["generations"][0]["steps"][2].update(rel_l1=2**70))
+    assert tc.replay(tc.Trace.from_json(path), rel_l1_thresh=0.2).generations[0].num_steps == 14
+    edited("trace.json", lambda data: data["policy"].update(coefficients=None, calibrated_range=None))
+    assert refusal(tc.replay, tc.Trace.from_json(path), rel_l1_thresh=0.2) == (
+        "the trace's policy has no coefficients: give them"
+    )
 
 
 @pytest.mark.parametrize(

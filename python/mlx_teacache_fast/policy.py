@@ -384,6 +384,8 @@ class Policy(_Checked):
         Raises:
             TeaCacheValueError: One has the wrong type or value, is unknown, or cannot count beside another.
         """
+        if not any(default is rule for rule in RULES):
+            raise TeaCacheValueError(f"default must be a kind of rule, such as Tolerance, got {shown(default)}")
         known = {f.name: f for f in settings(*RULES, cls)}
         if unknown := sorted(given.keys() - known.keys()):
             raise TeaCacheValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
@@ -474,7 +476,8 @@ def check_step_window(
     first = step_count("skip_first_n_steps", skip_first_n_steps)
     last = step_count("skip_last_n_steps", skip_last_n_steps)
     if first + last >= active:
-        of = "" if nominal_num_inference_steps is None else f" of num_inference_steps={nominal_num_inference_steps}"
+        nominal = nominal_num_inference_steps
+        of = "" if nominal is None else f" of num_inference_steps={shown(nominal)}"
         raise InvalidStepWindowError(
             f"skip_first_n_steps={first} and skip_last_n_steps={last} leave no step to gate: the schedule has {active} "
             f"active{of}; use {first + last + 2} or more active steps"

@@ -8,12 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import ops
-from .._command import PROG
 from ..errors import TeaCacheValueError
 from ..files import prepare_folder, write_files
 from ..models import REGIMES, TINY_KLEIN
 from ..policy import DEFAULT_MODE, MODES
-from .shared import COUNT, GUIDANCE, SEED, number, quiet_logging, warnings_in_one_line
+from .shared import COUNT, GUIDANCE, PROG, SEED, number, quiet_logging, warnings_in_one_line
 
 DEFAULT_PROMPTS = ("red apple", "panda face")
 OUTPUT_NAMES = ("images.png", "plot.png")

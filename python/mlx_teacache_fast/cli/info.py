@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from .._command import PROG
 from ..errors import TeaCacheValueError, one_line
 from ..models import TINY_KLEIN, VARIANTS, Published, Variant
 from ..pictures import read_metadata
@@ -13,7 +12,7 @@ from ..plans import published_plans
 from ..policy import Policy
 from ..record.stats import bound
 from ..support import supported
-from .shared import COUNT, DEMO, quiet_logging, require_mflux
+from .shared import COUNT, DEMO, PROG, quiet_logging, require_mflux
 
 HELP = "say how a model is gated, and whether that helps"
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from .._command import FAILED, PROG
+from .._command import FAILED
 from ..errors import TeaCacheError, TeaCacheValueError, one_line
 from ..files import check_writable
 from ..handle import Handle, gate, policy_of
 from ..pictures import read_metadata
 from ..policy import RULES, Policy, settings
 from ..record.metadata import KEY
-from .shared import FILE, add_setting, quiet_logging, require_mflux, warnings_in_one_line
+from .shared import FILE, PROG, add_setting, quiet_logging, require_mflux, warnings_in_one_line
 
 HELP = "run one of mflux's commands with gating on"
 
