@@ -14,6 +14,7 @@ from importlib.metadata import EntryPoint, distribution
 from pathlib import Path, PurePath
 from typing import Any
 
+from mflux.cli.defaults.defaults import QUANTIZE_CHOICES
 from mflux.cli.parser.parsers import CommandLineParser
 from mflux.models.common.config.config import Config
 from mflux.utils.exceptions import ModelConfigError
@@ -53,7 +54,7 @@ _TAKEN: dict[str, _Check] = {
     "redux_image_paths": ("a list of texts", lambda v: isinstance(v, str) or _TEXTS[1](v)),  # a text in older pictures
     "seed": _whole(0, 2**64 - 1),
     "steps": _whole(1, MAX_STEPS),
-    "quantize": _whole(2, 8),
+    "quantize": (f"one of {sorted(QUANTIZE_CHOICES)}", lambda v: type(v) is int and v in QUANTIZE_CHOICES),
 }
 
 

@@ -81,8 +81,10 @@ def _is_known(name: str) -> bool:
 
 
 def _unknown(name: str, more: str = "") -> TeaCacheValueError:
-    known = {choice.lower(): choice for choice in model_choices()}
-    known |= {form.lower(): hub_name for hub_name in _hub_names() for form in (hub_name, hub_name.rpartition("/")[2])}
-    near = dict.fromkeys(known[form] for form in difflib.get_close_matches(name.lower(), known, cutoff=0.7))
+    near = difflib.get_close_matches(name, [*model_choices(), *_hub_names()], cutoff=0.7)
+    if not near:  # in other letters, or without its owner
+        forms = {choice.lower(): choice for choice in model_choices()}
+        forms |= {hub_name.rpartition("/")[2].lower(): hub_name for hub_name in _hub_names()}
+        near = [forms[form] for form in difflib.get_close_matches(name.lower(), forms, cutoff=0.7)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"those that can be gated are {', '.join(gated_names())}"
     return TeaCacheValueError(f"mflux knows no model {shown(name)}; {hint}{more}")
