@@ -383,17 +383,17 @@ def edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     [
         (lambda d: d.pop("format"), 'is not a trace: it has no "format": "mlx-teacache-fast trace"'),
         (lambda d: d.update(version=2), "is a trace of version 2, and this package reads 1"),
-        (lambda d: d.pop("variant_id"), "is not a trace: missing or unknown: variant_id"),
-        (lambda d: d.update(colour=1), "is not a trace: missing or unknown: colour"),
-        (lambda d: d.update(generations=[{}]), "is not a trace: 'steps'"),
-        (lambda d: d.update(generations=[3]), "is not a trace: 'int' object is not subscriptable"),
+        (lambda d: d.pop("variant_id"), "is not a trace: missing or unknown: 'variant_id'"),
+        (lambda d: d.update(colour=1), "is not a trace: missing or unknown: 'colour'"),
+        (lambda d: d.update(generations=[{}]), "is not a trace: missing or unknown: 'steps', 'seconds'"),
+        (lambda d: d.update(generations=[3]), "is not a trace: an object with steps, seconds is wanted, got 3"),
         (
             lambda d: d["policy"].update(rel_l1_thresh=2),
             "is not a trace: rel_l1_thresh must be a number from 0.0 to 1.0, got 2",
         ),
         (
             lambda d: d["generations"][0]["steps"][1].update(rel_l1="far"),
-            "is not a trace: rel_l1 must be a finite number or null, got 'far'",
+            "is not a trace: rel_l1 must be a number of float32's range or null, got 'far'",
         ),
         (
             lambda d: d["generations"][0]["steps"][1].update(rel_l1=float("nan")),
@@ -401,8 +401,8 @@ def edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
         ),
         (
             lambda d: d["generations"][0]["steps"][0].update(kind="jumped"),
-            "is not a trace: step 0 is {'index': 0, 'kind': 'jumped', 'rel_l1': None, 'predicted': None, "
-            "'accumulated': 0.0, 'seconds': None}",
+            "is not a trace: step 0 is {'accumulated': 0.0, 'index': 0, 'kind': 'jumped', 'predicted': None, "
+            "'rel_l1': None, 'seconds': None}",
         ),
     ],
     ids=["format", "version", "missing", "unknown", "no-steps", "no-dict", "value", "text", "nan", "kind"],
@@ -417,11 +417,18 @@ def test_files_that_are_no_trace(tmp_path: Path, edit: Callable[[dict[str, Any]]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "Expecting value: line 1 column 1 (char 0)"),
-        (b"not json", "Expecting value: line 1 column 1 (char 0)"),
+        (b" ", f"it must have 1 to {2**26} bytes of text, got 1"),
+        (b"not json", "it is no JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b'{"format": "mlx', "it is cut off: Unterminated string starting at: line 1 column 12 (char 11)"),
+        (b'{"format":', "it is cut off: Expecting value: line 1 column 11 (char 10)"),
+        (b"[" * 100_000, "it is nested too deeply"),
         (b"[]", 'it has no "format": "mlx-teacache-fast trace"'),
-        (b"\xff\xfe", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (b"\xef\xbb\xbf{}", "it begins with a byte-order mark, and must be UTF-8 without one"),
+        ("{}".encode("utf-16"), "it is in UTF-16 or UTF-32, and must be in UTF-8"),
+        ("{}".encode("utf-16-le"), "it is in UTF-16 or UTF-32, and must be in UTF-8"),
+        (b"\xff{}", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
     ],
+    ids=["empty", "text", "cut", "cut-value", "deep", "list", "mark", "utf-16", "utf-16-le", "latin"],
 )
 def test_files_that_are_no_json(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "t.json"

@@ -182,8 +182,9 @@ def test_unknown_words(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "argument --steps: must be a whole number of at least 1, got 0"),
-        (["--steps", "2.5"], "argument --steps: must be a whole number of at least 1, got 2.5"),
+        (["--steps", "0"], "argument --steps: must be a whole number from 1 to 10000, got 0"),
+        (["--steps", "9" * 5000], f"argument --steps: must be a whole number from 1 to 10000, got {'9' * 200}"),
+        (["--steps", "2.5"], "argument --steps: must be a whole number from 1 to 10000, got 2.5"),
         (["--seed", "-1"], "argument --seed: must be a whole number from 0 to 2**64 - 1, got -1"),
         (["--seed", str(2**64)], f"argument --seed: must be a whole number from 0 to 2**64 - 1, got {2**64}"),
         (["--guidance", "0.9"], "argument --guidance: must be a finite number of at least 1, got 0.9"),

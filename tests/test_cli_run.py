@@ -336,7 +336,7 @@ def test_the_trace_is_written_before_anything_is_printed(tmp_path, weights, monk
     command = [*GENERATE, *SMALL, "--steps", "5", "--output", str(tmp_path / "x.png")]
     code = cli.main(["run", "--trace", str(tmp_path / "t.json"), "--", *command])
     monkeypatch.undo()
-    assert code == 1
+    assert code == 141
     assert len(Trace.from_json(tmp_path / "t.json").generations) == 1
 
 
@@ -597,15 +597,49 @@ def test_no_step_to_gate(tmp_path, weights):
 
 
 def test_mflux_s_own_error_is_shown_as_mflux_s(monkeypatch):
-    def missing(**_):
-        raise FileNotFoundError("no weights there")
+    def fail(**_):
+        raise RuntimeError("what mflux says")
 
-    monkeypatch.setattr(Flux2Initializer, "init", missing)
+    monkeypatch.setattr(Flux2Initializer, "init", fail)
     result = run("run", "--", *GENERATE)
     assert result.code == 1
     assert result.out == ""
     assert result.err.startswith("Traceback (most recent call last):\n")
-    assert result.err.endswith("\nFileNotFoundError: no weights there\n")
+    assert result.err.endswith("\nRuntimeError: what mflux says\n")
+
+
+class HubError(Exception):
+    """As of a package that downloads."""
+
+    __module__ = "huggingface_hub.errors"
+
+
+@pytest.mark.parametrize("kind", [FileNotFoundError, HubError])
+@pytest.mark.parametrize("inside", [False, True])
+def test_missing_weights(monkeypatch, kind, inside):
+    def missing(**_):
+        try:
+            raise kind("no such\nfile")
+        except kind:
+            if inside:
+                raise ValueError("no such\nfile") from None  # which keeps it as its context
+            raise
+
+    monkeypatch.setattr(Flux2Initializer, "init", missing)
+    name = "black-forest-labs/FLUX.2-klein-base-4B"
+    result = run("run", "--", *GENERATE)
+    lines = [
+        f"mlx-teacache-fast run: error: the weights of {name} are not there: no such file",
+        f"mlx-teacache-fast run: error: mflux downloads {name} at the first use; if its owner asks for consent, give "
+        'it on the model\'s page, and log in with "hf auth login". --verbose says more',
+    ]
+    assert (result.code, result.out, result.err.splitlines()) == (1, "", lines)
+    told = run("run", "--verbose", "--", *GENERATE)
+    assert told.code == 1
+    assert told.err.startswith("Traceback (most recent call last):\n")
+    assert told.err.splitlines()[-2:] == lines
+    named = ["mflux-generate-flux2", "--model", "me/flux2-klein-4b-mine", "--prompt", "x"]
+    assert "the weights of me/flux2-klein-4b-mine are not there" in run("run", "--", *named).err
 
 
 @pytest.mark.parametrize(("status", "code"), [(None, 0), (0, 0), (7, 7)])
@@ -784,7 +818,7 @@ def test_info_says_which_model_a_name_is_taken_for():
         (["me/x", "--base-model", "krea-def"], "mflux knows no model 'krea-def'; did you mean krea-dev"),
         (["seedvr2-3b"], "seedvr2-3b is none of the models that can be gated: dev, schnell, "),
         (["--steps", "5"], "--steps and --base-model are about one model: name it"),
-        (["dev", "--steps", "0"], "argument --steps: must be a whole number of at least 1, got 0"),
+        (["dev", "--steps", "0"], "argument --steps: must be a whole number from 1 to 10000, got 0"),
     ],
 )
 def test_info_of_what_is_not_known(arguments, message):

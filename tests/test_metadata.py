@@ -94,12 +94,9 @@ def test_without(flux: Any, tmp_path: Path) -> None:
     gated(flux, save_metadata=False).save(tmp_path / "silent.png")
     flux.generate_image(**RUN).save(tmp_path / "plain.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
-    (tmp_path / "text.png").write_text("not a picture")
     Image.new("RGB", (8, 8)).save(tmp_path / "odd.png", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x09")  # cut off
-    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "other.json").write_text("[]")
-    (tmp_path / "text.json").write_text("not JSON")
-    for name in ("silent.png", "plain.png", "other.png", "text.png", "odd.png", "other.json", "text.json", "deep.json"):
+    for name in ("silent.png", "plain.png", "other.png", "odd.png", "other.json"):
         with pytest.raises(tc.TeaCacheValueError) as caught:
             tc.read_metadata(tmp_path / name)
         assert str(caught.value) == (
@@ -163,27 +160,23 @@ def test_no_step_at_all(flux: Any, photo: Path, tmp_path: Path) -> None:
 
 
 NAMES = ", ".join(inspect.signature(tc.apply).parameters).removeprefix("flux, policy, ")
-NO_MAPPING = "mlx_teacache_fast.policy.Policy.of() argument after ** must be a mapping, not list"
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (dict(policy=dict(horizon=2)), tc.TeaCacheValueError(f"no such setting: horizon; there are {NAMES}")),
-        (dict(policy=["x"]), TypeError(NO_MAPPING)),
-        (
-            dict(policy=dict(rel_l1_thresh=3)),
-            tc.TeaCacheValueError("rel_l1_thresh must be a number from 0.0 to 1.0, got 3"),
-        ),
-        (
-            dict(steps="12"),
-            tc.TeaCacheValueError("steps must be a 1 or 0 for each active step, such as \"1101\", got '12'"),
-        ),
-        (dict(versions="1.0"), AttributeError("'str' object has no attribute 'items'")),
-        (dict(variant_id=...), KeyError("variant_id")),
+        (dict(policy=dict(horizon=2)), f"no such setting: horizon; there are {NAMES}"),
+        (dict(policy=["x"]), "policy must be an object, got ['x']"),
+        (dict(policy=dict(rel_l1_thresh=3)), "rel_l1_thresh must be a number from 0.0 to 1.0, got 3"),
+        (dict(steps="12"), "steps must be a 1 or 0 for each active step, such as \"1101\", got '12'"),
+        (dict(steps=[1, 0]), "steps must be a text, got [1, 0]"),
+        (dict(versions="1.0"), "versions must be an object, got '1.0'"),
+        (dict(scheduler=3), "scheduler must be a text or null, got 3"),
+        (dict(variant_id=...), "missing or unknown: 'variant_id'"),
+        (dict(colour="red"), "missing or unknown: 'colour'"),
     ],
 )
-def test_what_cannot_be_understood(tmp_path: Path, change: dict[str, Any], problem: Exception) -> None:
+def test_what_cannot_be_understood(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
     path = tmp_path / "a.json"
     record = dict(policy={"rel_l1_thresh": 0.2}, steps="101", versions={"mlx": "0"}, variant_id="flux1-dev")
     record |= dict(pipeline="Flux1", scheduler="linear")
@@ -191,4 +184,4 @@ def test_what_cannot_be_understood(tmp_path: Path, change: dict[str, Any], probl
     path.write_text(json.dumps({"mlx_teacache_fast": said}))
     with pytest.raises(tc.TeaCacheValueError) as caught:
         tc.read_metadata(path)
-    assert str(caught.value) == f"{path} has 'mlx_teacache_fast' metadata that cannot be understood: {problem!r}"
+    assert str(caught.value) == f"{path} has 'mlx_teacache_fast' metadata that cannot be understood: {problem}"

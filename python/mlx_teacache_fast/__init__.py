@@ -9,6 +9,9 @@
 small trained model to try both on.
 """
 
+from . import _command  # noqa: F401  # before all that takes time
+
+# isort: split
 import json as _json
 from importlib.metadata import version as _version
 from pathlib import Path as _Path

@@ -4,6 +4,7 @@ All can be pickled and copied.
 """
 
 import inspect
+import reprlib
 import warnings
 from typing import Any
 
@@ -44,6 +45,24 @@ class InternalStateError(TeaCacheError):
 
 class OutputError(TeaCacheError):
     """A file or folder cannot be written; the message names it and the reason."""
+
+
+def one_line(message: object) -> str:
+    """Its text with single blanks, and what a terminal would obey instead of showing, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+
+
+_repr = reprlib.Repr()
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 20
+_repr.maxstring = _repr.maxother = 200
+
+
+def shown(value: object) -> str:
+    """A value that was given, for an error's message: in one line, cut, and whatever it is."""
+    try:
+        return one_line(_repr.repr(value))
+    except Exception:  # of a number with too many digits, or of a class of somebody else's
+        return f"an object of {type(value).__name__}"
 
 
 class TeaCacheWarning(UserWarning):

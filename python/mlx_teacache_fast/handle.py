@@ -4,8 +4,9 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from .errors import (
     AlreadyPatchedError,
@@ -15,6 +16,7 @@ from .errors import (
     TeaCacheError,
     TeaCacheValueError,
     UncalibratedWarning,
+    shown,
     warn_caller,
 )
 from .models import VARIANTS, Provenance, Variant
@@ -93,6 +95,12 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.restore()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """A copy could undo the original, or look live when that is restored."""
+        raise TeaCacheError(
+            "a handle belongs to its pipeline and cannot be copied or pickled: its policy, stats and trace can"
+        )
 
     def __repr__(self) -> str:
         live = "restored" if self._hook is None else "live"
@@ -206,12 +214,12 @@ def policy_of(policy: Policy | str | Path | None, given: dict[str, Any]) -> Poli
         return Policy.of(**given)
     if given:
         raise TeaCacheValueError(f"a policy has all settings: leave out either it or {', '.join(given)}")
-    if policy in tuple(MODES):
+    if isinstance(policy, str) and policy in MODES:
         raise TeaCacheValueError(f"a policy is a Policy or a path, and {policy!r} a mode: mode={policy!r}")
-    if isinstance(policy, str | Path):
+    if isinstance(policy, str | PathLike):
         return read_policy(policy)
     if not isinstance(policy, Policy):
-        raise TeaCacheValueError(f"policy must be a Policy, or the path of one or of a picture, got {policy!r}")
+        raise TeaCacheValueError(f"policy must be a Policy, or the path of one or of a picture, got {shown(policy)}")
     return policy
 
 

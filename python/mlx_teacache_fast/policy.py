@@ -8,15 +8,17 @@ import operator
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from .errors import InvalidStepWindowError, TeaCacheValueError
-from .files import from_json, to_json
+from .errors import InvalidStepWindowError, TeaCacheValueError, shown
+from .files import from_json, members, to_json
 from .models import DEFAULT_THRESHOLD, Coefficients, Variant
 
 FLOAT32_MAX = 3.4028234663852886e38
 _INT32_MAX = 2**31 - 1
+MAX_STEPS = 10_000  # of a generation; an endless iterator is no plan
 
 Mode = Literal["quality", "balanced", "fast"]
 DEFAULT_MODE: Mode = "balanced"
@@ -37,17 +39,17 @@ Check = Callable[[str, Any], Any]  # of a setting's name and value
 def step_count(name: str, value: object) -> int:
     try:
         count = -1 if isinstance(value, bool) else operator.index(cast(Any, value))
-    except TypeError:
+    except (TypeError, ValueError):
         count = -1
     if count < 0:
-        raise TeaCacheValueError(f"{name} must be a whole number of steps, 0 or more, got {value!r}")
+        raise TeaCacheValueError(f"{name} must be a whole number of steps, 0 or more, got {shown(value)}")
     return min(count, _INT32_MAX)  # the gate's integer; no schedule is as long
 
 
 def _number(rule: str, accepts: Callable[[float], bool]) -> Check:
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not accepts(cast(float, value)):
-            raise TeaCacheValueError(f"{name} must be {rule}, got {value!r}")
+            raise TeaCacheValueError(f"{name} must be {rule}, got {shown(value)}")
         return float(value)
 
     return check
@@ -59,7 +61,7 @@ _part = _number("a number from 0.0 to 1.0", lambda part: 0 <= part <= 1)
 def _one_of(rule: str, choices: tuple[Any, ...]) -> Check:
     def check(name: str, value: Any) -> Any:
         if type(value) is not type(choices[0]) or value not in choices:
-            raise TeaCacheValueError(f"{name} must be {rule}, got {value!r}")
+            raise TeaCacheValueError(f"{name} must be {rule}, got {shown(value)}")
         return value
 
     return check
@@ -68,12 +70,12 @@ def _one_of(rule: str, choices: tuple[Any, ...]) -> Check:
 def _floats(count: int, rule: str) -> Check:
     def check(name: str, value: Any) -> tuple[float, ...]:
         try:
-            found = () if isinstance(value, str) else tuple(float(number) for number in value)
-        except (OverflowError, TypeError, ValueError):
+            found = () if isinstance(value, str) else tuple(float(number) for number in islice(value, count + 1))
+        except (IndexError, OverflowError, TypeError, ValueError):  # IndexError: MLX's, of an array without a shape
             found = ()
         are_finite = all(abs(number) <= FLOAT32_MAX for number in found)  # false for NaN
         if len(found) != count or not are_finite or (count == 2 and found[0] > found[1]):
-            raise TeaCacheValueError(f"{name} must be {rule}, got {value!r}")
+            raise TeaCacheValueError(f"{name} must be {rule}, got {shown(value)}")
         return found
 
     return check
@@ -81,14 +83,15 @@ def _floats(count: int, rule: str) -> Check:
 
 def _plan(name: str, value: Any) -> str:
     try:
-        entries = [{"0": 0, "1": 1}.get(e, 2) if isinstance(value, str) else operator.index(e) for e in value]
-    except TypeError:
+        given = islice(value, MAX_STEPS + 1)
+        entries = [{"0": 0, "1": 1}.get(e, 2) if isinstance(value, str) else operator.index(e) for e in given]
+    except (IndexError, TypeError, ValueError):
         entries = []
-    if not entries or set(entries) - {0, 1}:
-        raise TeaCacheValueError(f'{name} must be a 1 or 0 for each active step, such as "1101", got {value!r}')
+    if not entries or set(entries) - {0, 1} or len(entries) > MAX_STEPS:
+        raise TeaCacheValueError(f'{name} must be a 1 or 0 for each active step, such as "1101", got {shown(value)}')
     if not entries[0]:
         raise TeaCacheValueError(
-            f"{name} must begin with a computed step (1), got {value!r}: there is nothing to reuse"
+            f"{name} must begin with a computed step (1), got {shown(value)}: there is nothing to reuse"
         )
     return as_text(entries)
 
@@ -375,7 +378,7 @@ class Policy(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.rule, RULES):
-            raise TeaCacheValueError(f"rule must be a Tolerance, a Gate, a Budget or Steps, got {self.rule!r}")
+            raise TeaCacheValueError(f"rule must be a Tolerance, a Gate, a Budget or Steps, got {shown(self.rule)}")
         if self.corrector and self.cache == "residual":
             raise TeaCacheValueError('corrector changes the noise prediction, and cache="residual" keeps none')
 
@@ -390,6 +393,8 @@ class Policy(_Checked):
         Raises:
             TeaCacheValueError: One has the wrong type or value, is unknown, or cannot count beside another.
         """
+        if not any(default is rule for rule in RULES):
+            raise TeaCacheValueError(f"default must be a kind of rule, such as Tolerance, got {shown(default)}")
         known = {f.name: f for f in settings(*RULES, cls)}
         if unknown := sorted(given.keys() - known.keys()):
             raise TeaCacheValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
@@ -441,7 +446,9 @@ class Policy(_Checked):
             TeaCacheValueError: The file exists and ``force`` is not set.
             OutputError: It cannot be written.
         """
-        to_json(Path(path), "policy", {"policy": self.flat, "about": about or {}}, force=force)
+        if not isinstance(about, dict | None):
+            raise TeaCacheValueError(f"about must be a dict or None, got {shown(about)}")
+        to_json(path, "policy", {"policy": self.flat, "about": about or {}}, force=force)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
@@ -451,11 +458,9 @@ class Policy(_Checked):
             TeaCacheValueError: It is not such a file, or one of another version.
             OSError: It cannot be read.
         """
-        record: Any = from_json(Path(path), "policy").get("policy")
+        data = from_json(path, "policy")
         try:
-            if not isinstance(record, dict):
-                raise TeaCacheValueError('its "policy" is no object of settings')
-            return cls.of(**record)
+            return cls.of(**members({"about": {}} | data, policy=dict, about=dict)["policy"])
         except ValueError as error:
             raise TeaCacheValueError(f"{path} is not a policy: {error}") from error
 
@@ -483,7 +488,8 @@ def check_step_window(
     first = step_count("skip_first_n_steps", skip_first_n_steps)
     last = step_count("skip_last_n_steps", skip_last_n_steps)
     if first + last >= active:
-        of = "" if nominal_num_inference_steps is None else f" of num_inference_steps={nominal_num_inference_steps}"
+        nominal = nominal_num_inference_steps
+        of = "" if nominal is None else f" of num_inference_steps={shown(nominal)}"
         raise InvalidStepWindowError(
             f"skip_first_n_steps={first} and skip_last_n_steps={last} leave no step to gate: the schedule has {active} "
             f"active{of}; use {first + last + 2} or more active steps"

@@ -7,11 +7,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 
-from ..errors import IncompatibleModelError, TeaCacheError, TeaCacheValueError
+from .._command import BAD_INPUT, CLOSED_PIPE, FAILED, INTERRUPTED, PROG, finish, imported, interrupted_at_once
+from ..errors import IncompatibleModelError, TeaCacheError, TeaCacheValueError, one_line
 from . import calibrate, demo, info, run, search
-from .shared import BAD_INPUT, FAILED, INTERRUPTED, PROG, Parser, one_line
+from .shared import Parser
 
 DESCRIPTION = """\
 TeaCache step skipping on MLX: mflux's commands with fewer computed denoising steps. The demo shows
@@ -38,40 +40,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; None takes the process's.
     Returns:
-        int: Exit code: 0 done, 1 failed, 2 bad input, 130 interrupted; of ``run``, what mflux's command returns.
-            Messages go to stderr, one line each, but for mflux's own.
+        int: Exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads the output any more (as of
+            other programs in a pipe); of ``run``, what mflux's command returns. Messages go to stderr, one line each,
+            but for mflux's own.
     Raises:
         SystemExit: For ``--help`` and ``--version`` (0), for what the parser refuses (2), and when mflux's command
             raises it.
     """
-    parser = _parser()
-    own, mflux_command = run.split(sys.argv[1:] if argv is None else argv)
-    arguments = parser.parse_args(own)
-    arguments.mflux = mflux_command
-    if arguments.command is None:
-        parser.print_help()
-        return 0
+    imported()
+    command, code = PROG, 0
+    messages: list[str] = []
+    ending: SystemExit | None = None
     try:
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
-        return code
-    except (TeaCacheValueError, IncompatibleModelError) as error:
-        code, message = BAD_INPUT, one_line(error)
+        with interrupted_at_once(False):
+            parser = _parser()
+            own, mflux_command = run.split(sys.argv[1:] if argv is None else argv)
+            arguments = parser.parse_args(own)
+            arguments.mflux = mflux_command
+            if arguments.command is None:
+                parser.print_help()
+            else:
+                command = f"{PROG} {arguments.command}"
+                code = arguments.run(arguments)
+    except SystemExit as stop:
+        ending = stop
     except (TeaCacheError, ImportError) as error:
-        code, message = FAILED, one_line(error)
+        code = BAD_INPUT if isinstance(error, TeaCacheValueError | IncompatibleModelError) else FAILED
+        messages = [str(error), *getattr(error, "__notes__", ())]
     except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted"
-    except OSError as error:  # stdout is a closed pipe or on a full disk, or the trace's file is
-        code, message = FAILED, one_line(error)
+        code, messages = INTERRUPTED, ["interrupted"]
+    except BrokenPipeError:  # who reads our output has seen enough
+        code = CLOSED_PIPE
+    except OSError as error:  # stdout is on a full disk, or the trace's file is
+        code, messages = FAILED, [str(error)]
+    try:
+        print(end="", flush=True)
+    except OSError as error:
         _give_up_stdout()
-    print(f"{PROG} {arguments.command}: error: {message}", file=sys.stderr)
+        if code == 0:
+            code, messages = (CLOSED_PIPE, []) if isinstance(error, BrokenPipeError) else (FAILED, [str(error)])
+    for message in messages:
+        with suppress(OSError):
+            print(f"{command}: error: {one_line(message)}", file=sys.stderr)
+    finish()
+    if ending is not None and code == 0:
+        raise ending
     return code
 
 
 def _give_up_stdout() -> None:
     """What stdout cannot take is dropped: Python would try again at exit, and complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    with open(os.devnull, "w") as nowhere, suppress(OSError):  # where it is no file of the system's
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

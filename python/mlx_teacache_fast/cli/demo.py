@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .. import ops
 from ..errors import TeaCacheValueError
-from ..files import prepare_folder, write_file
+from ..files import prepare_folder, write_files
 from ..models import REGIMES, TINY_KLEIN
 from ..policy import DEFAULT_MODE, MODES
 from .shared import COUNT, GUIDANCE, PROG, SEED, number, quiet_logging, warnings_in_one_line
@@ -121,16 +121,17 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Settings(**{setting.name: getattr(arguments, setting.name) for setting in fields(Settings)})
     with warnings_in_one_line(), _on(arguments.device):
         comparisons = compare(flux, arguments.prompts, settings, progress=True)
-    # Both are drawn before either is written.
     files = {images: report.images_png(comparisons, settings), plot: report.plot_png(comparisons, settings)}
-    print("\nTinyKlein, a tiny demonstration model: these numbers are not those of FLUX.")
-    print(f"{report.settings_line(settings, comparisons[0].rule)}; an untimed warm-up of each kind went before\n")
-    print(report.table(comparisons))
-    print(f"\nspeedup: plain / gated seconds; bound: the most that the skipped steps can give ({PROG} demo --help)")
-    if any(c.speedup > 1.05 * c.generation.bound for c in comparisons):
-        print("A speedup above its bound is timing noise: something else used the processor.")
-    for path, data in files.items():
-        write_file(path, data, force=arguments.force)
+    try:
+        write_files(files, force=arguments.force)  # first: stdout may be closed
+    finally:
+        print("\nTinyKlein, a tiny demonstration model: these numbers are not those of FLUX.")
+        print(f"{report.settings_line(settings, comparisons[0].rule)}; an untimed warm-up of each kind went before\n")
+        print(report.table(comparisons))
+        print(f"\nspeedup: plain / gated seconds; bound: the most that the skipped steps can give ({PROG} demo --help)")
+        if any(c.speedup > 1.05 * c.generation.bound for c in comparisons):
+            print("A speedup above its bound is timing noise: something else used the processor.")
+    for path in files:
         print(f"wrote {path}")
     return 0
 

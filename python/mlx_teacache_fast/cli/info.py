@@ -2,16 +2,17 @@
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from ..errors import TeaCacheValueError
-from ..models import VARIANTS, Published, Variant
+from ..errors import TeaCacheValueError, one_line
+from ..models import TINY_KLEIN, VARIANTS, Published, Variant
 from ..pictures import read_metadata
 from ..plans import published_plans
 from ..policy import Policy
 from ..record.stats import bound
 from ..support import supported
-from .shared import COUNT, quiet_logging, require_mflux
+from .shared import COUNT, DEMO, PROG, quiet_logging, require_mflux
 
 HELP = "say how a model is gated, and whether that helps"
 
@@ -48,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="?",
         help="a name that mflux's --model takes, such as dev or flux2-klein-base-4b, or a hub name; nothing is "
-        "downloaded. Or a gated picture's file: says how it was made")
+        f"downloaded. Or {DEMO}, the one in here. Or a gated picture's file: says how it was made")
     parser.add_argument(
         "--base-model", metavar="NAME", help="the model that a checkpoint of another name was made from, as for mflux")
     parser.add_argument("--steps", **COUNT, help="denoising steps per picture (default: mflux's for the model)")
@@ -58,18 +59,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.model is None and (arguments.base_model is not None or arguments.steps is not None):
         raise TeaCacheValueError("--steps and --base-model are about one model: name it")
-    with quiet_logging():
-        require_mflux()
-        from ..mflux import names
     if arguments.model is not None and (picture := Path(arguments.model)).suffix.lower() in PICTURES:
         if arguments.steps is not None or arguments.base_model is not None:
             raise TeaCacheValueError("--steps and --base-model are about a model, not a picture")
         print(read_metadata(picture))
-    elif arguments.model is None:
+        return 0
+    with quiet_logging():
+        require_mflux()
+        from ..mflux import names
+    if arguments.model is None:
         print(f"mflux's pipelines, and the models that each can be gated with:\n\n{supported()}\n\n{_overview()}")
     else:
-        config, (_, variant, calibrated) = names.find(arguments.model, arguments.base_model)
-        default = names.default_steps(arguments.model, arguments.base_model)
+        if arguments.model == DEMO:
+            if arguments.base_model is not None:
+                raise TeaCacheValueError("the demonstration model takes no --base-model")
+            config: Any = SimpleNamespace(model_name=DEMO, base_model=None, aliases=[TINY_KLEIN.variant_id])
+            variant, calibrated, default = TINY_KLEIN, True, names.default_steps("flux2-klein-base-4b")
+        else:
+            config, (_, variant, calibrated) = names.find(arguments.model, arguments.base_model)
+            default = names.default_steps(arguments.model, arguments.base_model)
         print(_about(config, variant, calibrated, arguments.steps, default))
     return 0
 
@@ -86,7 +94,7 @@ def _overview() -> str:
 
 
 def _about(config: Any, variant: Variant, calibrated: bool, steps: int | None, default: int) -> str:
-    rows = [("model", config.model_name)]
+    rows = [("model", one_line(config.model_name))]
     if config.base_model is not None:
         rows.append(("taken for", f"a checkpoint made from {config.base_model}"))
     rows += [
@@ -134,6 +142,8 @@ def _helps(variant: Variant, calibrated: bool, steps: int) -> tuple[str, str]:
         return "no", "it is distilled to a few steps that differ too much for any to be skipped"
     if not calibrated:
         return "perhaps", "nothing is published for this model"
+    if variant is TINY_KLEIN:
+        return "yes", f"{PROG} demo measures it"
     here = [p for p in variant.published if p.rel_l1_thresh == variant.rel_l1_thresh]
     if any(p.steps == steps for p in here):
         return "yes", "skips are published for it"

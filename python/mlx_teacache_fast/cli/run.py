@@ -8,13 +8,14 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from ..errors import TeaCacheError, TeaCacheValueError
+from .._command import FAILED
+from ..errors import TeaCacheError, TeaCacheValueError, one_line
 from ..files import check_writable
 from ..handle import Handle, gate, policy_of
 from ..pictures import read_metadata
 from ..policy import RULES, Policy, settings
 from ..record.metadata import KEY
-from .shared import FAILED, FILE, PROG, add_setting, quiet_logging, require_mflux, warnings_in_one_line
+from .shared import FILE, PROG, add_setting, quiet_logging, require_mflux, warnings_in_one_line
 
 HELP = "run one of mflux's commands with gating on"
 
@@ -79,6 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="write every step of the finished pictures to FILE, as JSON for mlx_teacache_fast.Trace.from_json")
     # fmt: on
     parser.add_argument("--force", action="store_true", help="overwrite FILE where it exists")
+    parser.add_argument("--verbose", action="store_true", help="of missing weights, show all that mflux says too")
     format_help = parser.format_help
 
     def with_epilog() -> str:  # made only when help is asked for
@@ -126,8 +128,10 @@ def run(arguments: argparse.Namespace) -> int:
             again = f"--steps {like.steps} --forecast {policy.forecast} --cache {policy.cache}"
             again += "" if policy.corrector is None else f" --corrector {policy.corrector:g}"
             print(
-                f"{PROG}: warning: version {made_with} of this package made the picture, and {here} may decide "
-                f"otherwise: {again} repeats its steps",
+                one_line(
+                    f"{PROG}: warning: version {made_with} of this package made the picture, and {here} may decide "
+                    f"otherwise: {again} repeats its steps"
+                ),
                 file=sys.stderr,
             )
     policy = replace(policy, **beside)
@@ -141,8 +145,12 @@ def run(arguments: argparse.Namespace) -> int:
                 lambda flux: handles.append(gate(flux, policy)), policy, only=None if like is None else like.pipeline
             ),
         ):
-            return int(command() or 0)  # None, as all of them return, is 0; --help and argparse raise SystemExit
-    except TeaCacheError:
+            return int(commands.call(command) or 0)  # None, as all of them return, is 0; --help and argparse raise SystemExit
+    except TeaCacheError as error:
+        if arguments.verbose and error.__cause__ is not None:
+            sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
+        raise
+    except BrokenPipeError:
         raise
     except Exception as error:  # mflux's own errors look as they do without this package
         sys.excepthook(type(error), error, error.__traceback__)
@@ -158,9 +166,11 @@ def _report(handles: Sequence[Handle], trace: Path | None, *, force: bool) -> No
     finished = [handle for handle in handles if handle.stats.generations > 0]
     suffixes = ["" if i == 0 else f"-{i + 1}" for i in range(len(finished))]  # mflux's commands make one pipeline
     paths = [] if trace is None else [trace.with_stem(trace.stem + suffix) for suffix in suffixes]
-    for path, handle in zip(paths, finished, strict=False):  # first: stdout may be closed
-        handle.trace.to_json(path, force=force)
-    for handle in finished:
-        print(f"\n{handle.summary()}")
+    try:
+        for path, handle in zip(paths, finished, strict=False):  # first: stdout may be closed
+            handle.trace.to_json(path, force=force)
+    finally:
+        for handle in finished:
+            print(f"\n{handle.summary()}")
     for path in paths:
         print(f"wrote {path}")

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import support
-from ..errors import IncompatibleModelError, TeaCacheError, TeaCacheValueError, TeaCacheWarning
-
-PROG = "mlx-teacache-fast"
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+from .._command import BAD_INPUT, interrupted_at_once
+from .._command import PROG as PROG
+from ..errors import IncompatibleModelError, TeaCacheError, TeaCacheValueError, TeaCacheWarning, one_line
+from ..policy import MAX_STEPS
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(BAD_INPUT, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def number(kind: type[int] | type[float], rule: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -30,14 +30,16 @@ def number(kind: type[int] | type[float], rule: str, accepts: Callable[[Any], bo
         except ValueError:
             value = math.nan
         if not accepts(value):  # every comparison with NaN is false
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text[:200]}")
         return value
 
     return convert
 
 
 # Kinds of options, as argparse's keywords.
-COUNT: dict[str, Any] = dict(metavar="N", type=number(int, "a whole number of at least 1", lambda n: n >= 1))
+COUNT: dict[str, Any] = dict(
+    metavar="N", type=number(int, f"a whole number from 1 to {MAX_STEPS}", lambda n: 1 <= n <= MAX_STEPS)
+)
 FILE: dict[str, Any] = dict(metavar="FILE", type=Path)
 GUIDANCE: dict[str, Any] = dict(
     metavar="G", type=number(float, "a finite number of at least 1", lambda g: 1 <= g < math.inf)
@@ -73,11 +75,12 @@ def add_setting(parser: argparse.ArgumentParser, setting: Field[Any]) -> None:
 
 @contextmanager
 def quiet_logging() -> Iterator[None]:
-    """No log messages below errors: transformers, which mflux imports, misses PyTorch. Nothing here does."""
+    """For imports of mflux: transformers, which it imports, misses PyTorch in its log. Nothing here does."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with interrupted_at_once(True):
+            yield
     finally:
         logging.disable(before)
 
@@ -109,10 +112,6 @@ def warnings_in_one_line() -> Iterator[None]:
         warnings.simplefilter("always", TeaCacheWarning)
         warnings.showwarning = show
         yield
-
-
-def one_line(message: object) -> str:
-    return " ".join(str(message).split())
 
 
 # ---- What ``search`` and ``calibrate`` share: the model, the prompts, and ``generate_image``'s options

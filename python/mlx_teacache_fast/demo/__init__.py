@@ -16,6 +16,7 @@
 
 import mlx.core as mx
 
+from ..errors import TeaCacheValueError, shown
 from ..models import REGIMES
 from ._extra import demo_extra
 
@@ -34,5 +35,10 @@ def pipeline(dtype: mx.Dtype = mx.float32) -> TinyKlein:
     Returns:
         TinyKlein: Call ``generate_image`` with height and width ``demo.SIZE`` (128 pixels). ``captions`` and ``words``
         say which prompts it knows.
+    Raises:
+        TeaCacheValueError: ``dtype`` is another.
     """
+    types = (mx.float32, mx.float16, mx.bfloat16)
+    if not isinstance(dtype, mx.Dtype) or dtype not in types:
+        raise TeaCacheValueError(f"dtype must be one of {', '.join(map(str, types))}, got {shown(dtype)}")
     return TinyKlein.load(dtype=dtype)

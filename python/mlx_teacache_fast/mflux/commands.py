@@ -15,16 +15,48 @@ from importlib.metadata import EntryPoint, distribution, entry_points
 from pathlib import Path, PurePath
 from typing import Any, cast
 
+from mflux.cli.defaults.defaults import QUANTIZE_CHOICES
 from mflux.cli.parser.parsers import CommandLineParser
 from mflux.models.common.config.config import Config
+from mflux.utils.exceptions import ModelConfigError
+from mflux.utils.image_util import ImageUtil
 
-from ..errors import TeaCacheValueError, TeaCacheWarning
-from ..policy import Policy
+from ..errors import TeaCacheError, TeaCacheValueError, TeaCacheWarning, one_line, shown
+from ..files import uninterrupted
+from ..policy import FLOAT32_MAX, MAX_STEPS, Policy
 from ..record.metadata import Metadata
+from . import names
 from .families import COMMANDS, REFUSED, all_families, match
 
 # What --config-from-metadata takes paths from; options of these names replace them.
 _PATHS = ("image_path", "image_paths", "redux_image_paths")
+
+# The rule and the check of a value of the metadata; mflux's parser takes any.
+_Check = tuple[str, Callable[[Any], bool]]
+_TEXT: _Check = ("a text", lambda v: isinstance(v, str))
+_TEXTS: _Check = ("a list of texts", lambda v: isinstance(v, list) and all(isinstance(e, str) for e in v))
+_NUMBER: _Check = ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= FLOAT32_MAX)
+_NUMBERS: _Check = ("a list of finite numbers", lambda v: isinstance(v, list) and all(_NUMBER[1](e) for e in v))
+_FLAG: _Check = ("true or false", lambda v: isinstance(v, bool))
+
+
+def _whole(least: int, most: int) -> _Check:
+    return f"a whole number from {least} to {most}", lambda v: type(v) is int and least <= v <= most
+
+
+_TAKEN: dict[str, _Check] = {
+    **dict.fromkeys(("model", "model_path", "base_model", "prompt", "negative_prompt"), _TEXT),
+    **dict.fromkeys(("image_path", "mask_path", "masked_image_path", "controlnet_image_path"), _TEXT),
+    **dict.fromkeys(("image_paths", "lora_paths"), _TEXTS),
+    **dict.fromkeys(("lora_scales", "redux_image_strengths"), _NUMBERS),
+    **dict.fromkeys(("guidance", "image_strength", "controlnet_strength", "pid_degrade_sigma"), _NUMBER),
+    **dict.fromkeys(("float32", "pid_decode", "use_kv_cache"), _FLAG),
+    **dict.fromkeys(("width", "height"), _whole(16, 16384)),
+    "redux_image_paths": ("a list of texts", lambda v: isinstance(v, str) or _TEXTS[1](v)),  # a text in older pictures
+    "seed": _whole(0, 2**64 - 1),
+    "steps": _whole(1, MAX_STEPS),
+    "quantize": (f"one of {sorted(QUANTIZE_CHOICES)}", lambda v: type(v) is int and v in QUANTIZE_CHOICES),
+}
 
 
 def find(name: str) -> Callable[[], Any]:
@@ -51,6 +83,14 @@ def find(name: str) -> Callable[[], Any]:
         raise TeaCacheValueError(f"{name} cannot be gated: {why or f'those that can be are {all_gated}'}")
     command: Callable[[], Any] = script.load()
     return command
+
+
+def call(command: Callable[[], Any]) -> Any:
+    """What it returns; TeaCacheValueError where mflux refuses a model."""
+    try:
+        return command()
+    except ModelConfigError as error:
+        raise TeaCacheValueError(f"mflux refuses the model: {error}") from error
 
 
 def scripts() -> dict[str, EntryPoint]:
@@ -86,6 +126,9 @@ def with_options_of(like: Metadata | None, folder: Path) -> Iterator[None]:
         yield
         return
     settings = dict(like.mflux)
+    for key, (rule, accepts) in _TAKEN.items():
+        if (value := settings.get(key)) is not None and not accepts(value):
+            raise TeaCacheValueError(f"{key} in the picture's metadata must be {rule}, got {shown(value)}")
     for key in _PATHS:
         option = f"--{key.replace('_', '-')}"
         if settings.get(key) and not any(argument.startswith(option) for argument in given):
@@ -116,9 +159,13 @@ def gating(gate: Callable[[Any], object], policy: Policy, only: str | None = Non
     ``__init__`` of the classes is wrapped for that time: the one place where classes are changed, not instances, and
     only in a process that is there for one command. (Another name in the command's module would miss pipelines that
     are made elsewhere, and nobody would notice.) The parser's ``parse_args`` is wrapped too: steps that the policy
-    cannot gate are refused before weights are loaded.
+    cannot gate are refused before weights are loaded. And Ctrl-C waits while mflux writes a picture, which it does in
+    place.
     """
     with ExitStack() as undo:
+        save = vars(ImageUtil)["save_image"]
+        undo.callback(setattr, ImageUtil, "save_image", save)
+        ImageUtil.save_image = staticmethod(uninterrupted()(save.__func__))
         undo.callback(setattr, CommandLineParser, "parse_args", CommandLineParser.parse_args)
         CommandLineParser.parse_args = _checked(CommandLineParser.parse_args, policy)
         for pipeline in {kind: None for family in all_families() for kind in family.pipelines}:
@@ -132,6 +179,8 @@ def _checked(parse_args: Any, policy: Policy) -> Callable[..., Any]:
     @functools.wraps(parse_args)
     def checked(*args: Any, **kwargs: Any) -> Any:
         namespace = parse_args(*args, **kwargs)
+        if (model := getattr(namespace, "model", None)) is not None and getattr(namespace, "base_model", None) is None:
+            names.check_spelling(model)
         if (steps := namespace.steps) is not None:
             left_out = 0
             command = COMMANDS.get(sys.argv[0])
@@ -158,7 +207,28 @@ def _gated_from_the_start(pipeline: Any, gate: Callable[[Any], object], only: st
         config = given.arguments.get("model_config")
         if config is not None:  # without one, mflux's class chooses a model that it was made for
             match(config, pipeline)  # raises before weights are loaded
-        original(self, *args, **kwargs)
+        try:
+            original(self, *args, **kwargs)
+        except Exception as error:
+            if not _is_of_files(error):
+                raise
+            name = given.arguments.get("model_path") or getattr(config, "model_name", pipeline.__name__)
+            missing = TeaCacheError(f"the weights of {name} are not there: {one_line(error)}")
+            missing.add_note(
+                f"mflux downloads {name} at the first use; if its owner asks for consent, give it on the model's page, "
+                'and log in with "hf auth login". --verbose says more'
+            )
+            raise missing from error
         gate(self)
 
     return init
+
+
+def _is_of_files(error: BaseException | None) -> bool:
+    """Whether something is not there, or could not be downloaded."""
+    while error is not None:
+        package = type(error).__module__.partition(".")[0]
+        if isinstance(error, FileNotFoundError) or package in ("huggingface_hub", "httpx", "requests"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,13 +1,14 @@
 """mflux's names of models, and what they are gated as. Nothing is loaded or downloaded."""
 
 import difflib
+import os
 from typing import Any
 
 from mflux.cli.defaults.defaults import model_choices, model_inference_steps
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig
 from mflux.utils.exceptions import InvalidBaseModel, ModelConfigError
 
-from ..errors import TeaCacheValueError
+from ..errors import TeaCacheValueError, shown
 from .families import FAMILIES, Match, match
 
 
@@ -17,13 +18,16 @@ def find(name: str, base_model: str | None = None) -> tuple[ModelConfig, Match]:
     Raises:
         TeaCacheValueError: mflux does not know it, or it is none that can be gated.
     """
+    if base_model is None:
+        check_spelling(name)
+    elif not _is_known(base_model):  # mflux does not look at it where it knows the name
+        raise _unknown(base_model)
     try:
         config = ModelConfig.from_name(name, base_model)
     except InvalidBaseModel:
-        raise TeaCacheValueError(_unknown(str(base_model))) from None
+        raise _unknown(str(base_model)) from None
     except ModelConfigError:
-        message = f"{_unknown(name)}; for a checkpoint of another name, --base-model says what it was made from"
-        raise TeaCacheValueError(message) from None
+        raise _unknown(name, _OTHER) from None
     family = next((family for family in FAMILIES if set(config.aliases) & set(family.models)), None)
     if family is None:
         raise TeaCacheValueError(f"{name} is none of the models that can be gated: {', '.join(gated_names())}")
@@ -54,8 +58,33 @@ def gated_names() -> list[str]:
     return [alias for family in FAMILIES for alias in family.models]
 
 
-def _unknown(name: str) -> str:
-    hub_names = {config.model_name for config in AVAILABLE_MODELS.values()}
-    near = difflib.get_close_matches(name, [*model_choices(), *sorted(hub_names)], cutoff=0.7)
+_OTHER = "; for a checkpoint of another name, --base-model says what it was made from"
+
+
+def check_spelling(name: str) -> None:
+    """Raises TeaCacheValueError for a slip: no model of mflux, no folder, and no hub name, or almost that of a model.
+
+    mflux would take it for a checkpoint made from the model whose name it contains, a distilled one maybe.
+    """
+    if _is_known(name) or os.path.exists(os.path.expanduser(name)):
+        return
+    if "/" not in name or difflib.get_close_matches(name.lower(), map(str.lower, _hub_names()), cutoff=0.97):
+        raise _unknown(name, _OTHER)
+
+
+def _hub_names() -> list[str]:
+    return sorted({config.model_name for config in AVAILABLE_MODELS.values()})
+
+
+def _is_known(name: str) -> bool:
+    return name in model_choices() or name.lower() in map(str.lower, _hub_names())
+
+
+def _unknown(name: str, more: str = "") -> TeaCacheValueError:
+    near = difflib.get_close_matches(name, [*model_choices(), *_hub_names()], cutoff=0.7)
+    if not near:  # in other letters, or without its owner
+        forms = {choice.lower(): choice for choice in model_choices()}
+        forms |= {hub_name.rpartition("/")[2].lower(): hub_name for hub_name in _hub_names()}
+        near = [forms[form] for form in difflib.get_close_matches(name.lower(), forms, cutoff=0.7)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"those that can be gated are {', '.join(gated_names())}"
-    return f"mflux knows no model {name!r}; {hint}"
+    return TeaCacheValueError(f"mflux knows no model {shown(name)}; {hint}{more}")

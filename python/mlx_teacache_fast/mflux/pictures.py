@@ -3,14 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mflux.utils.exceptions import StopImageGenerationException
-from mflux.utils.metadata_reader import MetadataReader
 from tqdm import tqdm
 
 from ..errors import TeaCacheValueError
@@ -103,13 +101,3 @@ def progress_bar(flux: Any, total: int, *, disable: bool = False) -> Iterator[An
         finally:
             flux.callbacks.before_loop.remove(counter)
             flux.callbacks.in_loop.remove(counter)
-
-
-def exif(path: Path) -> Any:
-    """What mflux wrote into a picture, a dict; None where nothing can be read. OSError where the file cannot."""
-    with path.open("rb"):  # mflux says of a missing file only that it has no metadata
-        pass
-    try:
-        return MetadataReader.read_exif_metadata(path)
-    except Exception:  # of other programs' metadata: struct.error, RecursionError, ...
-        return None

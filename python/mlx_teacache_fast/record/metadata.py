@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from types import NoneType
 from typing import Any, Self
 
 import mlx.core as mx
 
-from ..errors import TeaCacheValueError
+from ..errors import TeaCacheValueError, one_line
+from ..files import members
 from ..policy import Policy, Steps, as_text
 from .stats import GenerationStats
 
@@ -42,9 +44,9 @@ class Metadata:
         rows |= {n: str(v) for n, v in self.policy.flat.items() if n not in ("steps", "mode", "save_metadata")}
         rows["versions"] = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         said_above = {"steps", "mflux_version"}
-        rows |= {n: str(v) for n, v in self.mflux.items() if v is not None and n not in said_above}
+        rows |= {one_line(n): str(v) for n, v in self.mflux.items() if v is not None and n not in said_above}
         width = max(map(len, rows)) + 2
-        return "\n".join(f"{name.ljust(width)}{' '.join(value.split())}" for name, value in rows.items())
+        return "\n".join(f"{name.ljust(width)}{one_line(value)}" for name, value in rows.items())
 
     @classmethod
     def of(cls, data: Any, where: str) -> Self:
@@ -57,17 +59,19 @@ class Metadata:
         if said is None:
             raise TeaCacheValueError(f"{where} does not say that it was made with gating: it has no {KEY!r} metadata")
         try:
-            versions = {str(name): str(version) for name, version in said["versions"].items()}
+            texts = dict.fromkeys(("steps", "variant_id", "pipeline"), str)
+            members(said, policy=dict, versions=dict, scheduler=(str, NoneType), **texts)
             return cls(
                 policy=Policy.of(**said["policy"]),
                 steps=Steps(steps=said["steps"]).steps if said["steps"] else "",
-                variant_id=str(said["variant_id"]),
-                pipeline=str(said["pipeline"]),
-                versions=versions | {"mflux": str(data.get("mflux_version"))},
+                variant_id=said["variant_id"],
+                pipeline=said["pipeline"],
+                versions={name: str(v) for name, v in said["versions"].items()}
+                | {"mflux": str(data.get("mflux_version"))},
                 mflux={"scheduler": said["scheduler"]} | {name: v for name, v in data.items() if name != KEY},
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise TeaCacheValueError(f"{where} has {KEY!r} metadata that cannot be understood: {error!r}") from error
+        except ValueError as error:
+            raise TeaCacheValueError(f"{where} has {KEY!r} metadata that cannot be understood: {error}") from error
 
 
 def record(policy: Policy, generation: GenerationStats, **more: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["computed", "forced", "skipped", "numerical-miss"]
 
@@ -80,7 +80,7 @@ class GenerationStats:
 
 
 class Stats:
-    """Totals over the generations that finished under one handle. Fixed by ``restore``.
+    """Totals over the generations that finished under one handle. Fixed by ``restore``, and so is a copy.
 
     Attributes:
         finished: These generations in order. They are kept: about 10 KB for 50 steps.
@@ -129,6 +129,9 @@ class Stats:
     def freeze(self) -> None:
         """From now on nothing counts."""
         self._frozen = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_finished": list(self._finished), "_frozen": True}
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{self.count(kind)} {kind}" for kind in KINDS)

@@ -10,9 +10,9 @@ from typing import Any, Self, cast
 import mlx.core as mx
 
 from .. import ops
-from ..errors import TeaCacheValueError
-from ..files import from_json, to_json
-from ..policy import Gate, Policy
+from ..errors import TeaCacheValueError, shown
+from ..files import from_json, members, to_json
+from ..policy import FLOAT32_MAX, Gate, Policy
 from .stats import KINDS, GenerationStats, StepRecord, step_record
 
 
@@ -32,7 +32,7 @@ class Trace:
             OutputError: It cannot be written.
         """
         record = {"variant_id": self.variant_id, "policy": self.policy.flat}
-        to_json(Path(path), "trace", record | {"generations": list(map(asdict, self.generations))}, force=force)
+        to_json(path, "trace", record | {"generations": list(map(asdict, self.generations))}, force=force)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
@@ -42,13 +42,12 @@ class Trace:
             TeaCacheValueError: It is not such a file, or one of another version.
             OSError: It cannot be read.
         """
-        data = from_json(Path(path), "trace")
+        data = from_json(path, "trace")
         try:
-            if unknown := data.keys() ^ {"variant_id", "policy", "generations"}:
-                raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
+            members(data, variant_id=str, policy=dict, generations=list)
             generations = tuple(map(_generation, data["generations"]))
-            return cls(str(data["variant_id"]), Policy.of(**data["policy"]), generations)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return cls(data["variant_id"], Policy.of(**data["policy"]), generations)
+        except ValueError as error:
             raise TeaCacheValueError(f"{path} is not a trace: {error}") from error
 
 
@@ -82,14 +81,19 @@ def replay(
         TeaCacheValueError: An argument has the wrong type or value; the trace is not the gate's, or was made with a
             threshold of 0 and the new one is above it, so that it has no distances.
     """
+    if not isinstance(trace, Trace):
+        raise TeaCacheValueError(f"trace must be a Trace, got {shown(trace)}")
+    threshold = Gate(rel_l1_thresh=rel_l1_thresh).rel_l1_thresh
     rule = trace.policy.rule
-    if not isinstance(rule, Gate) or (rule.rel_l1_thresh == 0 and rel_l1_thresh != 0):
+    if not isinstance(rule, Gate) or threshold is None or (rule.rel_l1_thresh == 0 and threshold != 0):
         raise TeaCacheValueError(f"replay is of a trace of the gate with a threshold, and this is of {trace.policy}")
     new: dict[str, Any] = {"coefficients": coefficients, "max_consecutive_skips": max_consecutive_skips}
     new = {name: value for name, value in new.items() if value is not None} | {"rel_l1_thresh": rel_l1_thresh}
     if coefficients is not None or calibrated_range is not ...:
         new["calibrated_range"] = None if calibrated_range is ... else calibrated_range
     rule = replace(rule, **new)
+    if rule.coefficients is None:
+        raise TeaCacheValueError("the trace's policy has no coefficients: give them")
     generations = tuple(_replayed(g, rule) for g in trace.generations)
     return replace(trace, policy=replace(trace.policy, rule=rule), generations=generations)
 
@@ -128,21 +132,24 @@ def _decide(step: StepRecord, state: mx.array, rule: Gate, capped: bool) -> mx.a
 # ---- Reading a file
 
 
-def _generation(data: dict[str, Any]) -> GenerationStats:
+def _generation(data: Any) -> GenerationStats:
+    members(data, steps=list, seconds=object)
     steps = tuple(_step(i, step) for i, step in enumerate(data["steps"]))
     return GenerationStats(steps, _number("seconds", data["seconds"]))
 
 
-def _step(index: int, data: dict[str, Any]) -> StepRecord:
-    step = StepRecord(**data)
+def _step(index: int, data: Any) -> StepRecord:
+    numbers = ("rel_l1", "predicted", "accumulated", "seconds")
+    members(data, index=int, kind=str, **dict.fromkeys(numbers, object))
+    step = StepRecord(**data | {name: _number(name, data[name]) for name in numbers})
     if step.index != index or step.kind not in KINDS or step.accumulated is None:
-        raise ValueError(f"step {index} is {data}")
-    for name in ("rel_l1", "predicted", "accumulated", "seconds"):
-        _number(name, data[name])
+        raise ValueError(f"step {index} is {shown(data)}")
     return step
 
 
 def _number(name: str, value: Any) -> float | None:
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf):
-        return value
-    raise ValueError(f"{name} must be a finite number or null, got {value!r}")
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX:
+        return float(value)
+    raise ValueError(f"{name} must be a number of float32's range or null, got {shown(value)}")
