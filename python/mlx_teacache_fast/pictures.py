@@ -30,7 +30,7 @@ def read_metadata(path: str | Path) -> Metadata:
 
 
 def read_policy(path: str | Path) -> Policy:
-    """Of a file that ``Policy.to_json``, ``search`` or ``calibrate`` wrote, or of a gated picture; errors as there."""
+    """Of a file that ``Policy.to_json`` or ``tune`` wrote, or of a gated picture; errors as there."""
     path = Path(path)
     is_picture = path.suffix != ".json" or path.name.endswith(".metadata.json")
     data = _json(path)

@@ -69,7 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     parser.add_argument(
         "--policy", **FILE,
-        help=f"all of the above from a file of {PROG} search or calibrate, or as a gated picture was made")
+        help=f"all of the above from a file of {PROG} tune, or as a gated picture was made")
     parser.add_argument(
         "--like", metavar="PICTURE", type=Path,
         help="--policy PICTURE, and with commands that have mflux's --config-from-metadata also prompt, model, seed, "
