@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import flux1_pipelines
 import mlx.core as mx
 import numpy as np
 import pytest
+from every_pipeline import CASES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.schedulers.linear_scheduler import LinearScheduler
-from mflux.models.flux.variants.txt2img.flux import Flux1
 from PIL import Image
 from test_cli import run
 from test_forecast import noises
@@ -126,6 +125,15 @@ def test_what_is_proposed_cannot_be_improved_by_one_step(seed: int, rho: float) 
     assert all(recorded.estimate(near, rho) <= recorded.estimate(plan, rho) for near, _ in recorded.near((plan, rho)))
     values_of = [recorded.estimate(*proposal) for proposal in recorded.near((plan, rho))]
     assert values_of == sorted(values_of, reverse=True)
+
+
+def test_a_schedule_that_stands_still() -> None:
+    sigmas = [1.0, 0.8, 0.8, 0.8, 0.5, 0.5, 0.2, 0.0]
+    _, values = predictions(7, 0)
+    recorded = Recorded(sigmas, [values @ values.T], 1)
+    rules = {3: budgeted(sigmas[:-1], 3 / 7, 64)}
+    (proposals,) = recorded.proposals(rules).values()
+    assert all(sum(plan) == 3 and math.isfinite(recorded.estimate(plan, rho)) for plan, rho in proposals)
 
 
 @given(st.lists(st.booleans(), min_size=5, max_size=30))
@@ -366,6 +374,8 @@ def test_what_cannot_be_gone_on_with(flux: Any, tuned: tuple[tc.Tuned, Path], mo
         ([], None, "is a policy, but not one of tune"),
         (["setup"], [], "is of tune, but damaged: list indices must be integers or slices, not str"),
         (["setup", "prompts"], "red apple", 'is of tune, but damaged: prompts cannot be "red apple"'),
+        (["setup", "options"], [], "is of tune, but damaged: options cannot be []"),
+        (["polynomial", "held_out_r2"], "a", 'is of tune, but damaged: held_out_r2 cannot be "a"'),
         (["num_steps"], 10.0, "is of tune, but damaged: num_steps cannot be 10.0"),
         (["budget"], 2, "is of tune, but damaged: budget must be a share of the steps above 0.0 and up to 1.0, got 2"),
         (
@@ -418,13 +428,23 @@ def test_options_of_every_kind(flux: Any, photo: Path, tmp_path: Path) -> None:
     assert refusal(tc.tune, flux, PROMPTS[:1], **none) == "the generation has no steps"
 
 
-def test_eager_pipelines() -> None:
-    """FLUX.1, whose picture is of a stand-in for the VAE."""
-    flux = flux1_pipelines.pipeline(Flux1, flux1_pipelines.transformer(ModelConfig.dev()))
-    options = dict(num_inference_steps=8, height=64, width=64, guidance=3.5)
-    found = tc.tune(flux, [flux1_pipelines.PROMPT], budget=0.5, curve=(), candidates=2, **options)
-    assert [t.count for t in found.tried if t.kind == "plan"] == [4, 4]
-    assert all(t.psnr for t in found.tried)
+@pytest.mark.filterwarnings("ignore::mlx_teacache_fast.NoBenefitWarning")  # Flux2KleinEdit with a cache is distilled
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_pipeline(case: Case, photo: Path, mask: Path) -> None:
+    """FLUX.1's have a stand-in for the VAE."""
+    with case.pipeline() as flux:
+        given = case.arguments(photo, mask) | {"num_inference_steps": 7}
+        prompt, seed = given.pop("prompt"), given.pop("seed")
+        with ending(flux) as end:
+            picture = generate(flux, prompt, seed, given)
+            np.testing.assert_array_equal(end.picture(end.latents, flux, prompt, seed + 1, given), picture)
+        found = tc.tune(flux, [prompt], seeds=[seed], budget=0.5, curve=(), candidates=2, **given)
+        assert [t.kind for t in found.tried if t.count == 3][:3] == ["budget", "plan", "plan"]
+        assert found.best() in found.tried
+        with tc.apply(flux, found.policy) as handle:
+            again = generate(flux, prompt, seed, given)
+        assert 7 - handle.stats.skipped_count == (found.best() or found.tried[0]).computed[0] <= 3
+        assert min(99.0, psnr(picture, again)) == (found.best() or found.tried[0]).psnr[0]
 
 
 class NoSigmas(LinearScheduler):

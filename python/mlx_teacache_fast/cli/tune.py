@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
             before = _written_at(output)
             try:
                 tuned = tune(flux, prompts, path=output, progress=True, **given)
-            except KeyboardInterrupt:
+            except BaseException:  # Ctrl-C above all
                 if _written_at(output) != before:  # the plot is of what the file has
                     write_file(plot, report.plot(Tuned.from_json(output)), force=True)
                 raise

@@ -1,6 +1,7 @@
 """Full runs: what all that is tried is compared with, and what plans and the gate's polynomial follow from."""
 
 import bisect
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -84,8 +85,7 @@ def full_runs(
             pairs.append(np.array([(d, _change(values[k - 1], values[k])) for k, d in distances]).reshape(-1, 2))
             if i < n_learnt:
                 generations.append(handle.stats.last_generation)
-                changes = _changes(end, flux, values, pictures[i], prompt, seed, options)
-                products.append(changes @ changes.T / changes.shape[1])
+                products.append(_products(end, flux, values, pictures[i], prompt, seed, options))
             if i == 0:
                 first_took(seconds, perf_counter() - start - seconds)
     return FullRuns(pictures, sigmas, products, pairs, replace(handle.trace, generations=tuple(generations)))
@@ -95,17 +95,19 @@ def _change(before: npt.NDArray[np.float32], now: npt.NDArray[np.float32]) -> fl
     return float(np.abs(now - before).mean() / np.abs(before).mean())
 
 
-def _changes(
+def _products(
     end: Ending, flux: Any, values: npt.NDArray[np.float32], picture: Image, prompt: str, seed: int, options: Any
 ) -> Array:
-    """By how much the picture changes along each prediction, ``(steps, numbers of a picture)``."""
-    latents, changes = end.latents.astype(mx.float32), []
+    """Mean products of what the picture changes by along each prediction, for as much of it as the latents have."""
+    latents, parts, changes = end.latents.astype(mx.float32), [], []
     for value in values:
-        part = STEP * float(mx.sqrt(mx.mean(latents**2)).item() / max(np.sqrt(np.mean(value**2)), 1e-12))
-        moved = latents + part * mx.array(value).reshape(latents.shape)
+        parts.append(STEP * float(mx.sqrt(mx.mean(latents**2)).item() / max(np.sqrt(np.mean(value**2)), 1e-12)))
+        moved = latents + parts[-1] * mx.array(value).reshape(latents.shape)
         other = end.picture(moved.astype(end.latents.dtype), flux, prompt, seed, options)
-        changes.append((other.astype(np.float64) - picture).ravel() / part)
-    return np.array(changes)
+        changes.append(other.astype(np.int16).ravel() - picture.ravel())
+    blocks = np.array_split(np.stack(changes), math.ceil(picture.size / 2**20), axis=1)  # floats of all are gigabytes
+    sums = sum(block.astype(np.float32) @ block.astype(np.float32).T for block in blocks)
+    return np.asarray(sums / np.outer(parts, parts) / picture.size, np.float64)
 
 
 # ---- The gate

@@ -29,7 +29,7 @@ def heading(tuned: Tuned) -> str:
 
 def text(tuned: Tuned) -> str:
     """A line for each thing that is worth showing, and which is best of what the budget allows."""
-    parts = {name: part for name, part in _parts(tuned).items() if part.stop > part.start}
+    parts = _parts(tuned)
     chosen, curve, most = tuned.best(), tuned.curve(), limit(tuned.budget, tuned.num_steps)
     lines = [" " * 16 + "".join(f"{name + ': ' + _pictures(part):>27}" for name, part in parts.items())]
     lines.append(" " * 16 + f"{'computed':>11}{'PSNR (p10)':>16}" * len(parts))
@@ -55,11 +55,12 @@ def plot(tuned: Tuned) -> bytes:
     """PSNR against computed steps, as a PNG: on the prompts tuned on, and on those held out."""
     from matplotlib.figure import Figure
 
+    parts = _parts(tuned)
     figure = Figure(figsize=(12, 5.5), dpi=100, layout="constrained")
     figure.suptitle(f"{heading(tuned)}: means, and lines down to the 10th percentile", fontsize=12)
     chosen = tuned.best()
-    panels: Any = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, (name, part) in zip(panels, _parts(tuned).items(), strict=True):
+    panels: Any = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, part) in zip(panels, parts.items(), strict=True):
         for kind, (colour, marker, label) in SHOWN.items():
             numbers = [n for t in tuned.curve() if t.kind == kind and (n := t.numbers(part)) is not None]
             numbers.sort(key=lambda n: n["computed"])
@@ -85,7 +86,8 @@ def plot(tuned: Tuned) -> bytes:
 
 
 def _parts(tuned: Tuned) -> dict[str, slice]:
-    return {"tuned on": tuned.learnt, "held out": tuned.unseen}
+    parts = {"tuned on": tuned.learnt, "held out": tuned.unseen}
+    return {name: part for name, part in parts.items() if part.stop > part.start}
 
 
 def _pictures(part: slice) -> str:

@@ -197,10 +197,8 @@ class _Run:
         n, (others, whole) = len(self.cases), self.left()
         left = (n + whole) * seconds + self.tuned.learnt.stop * looking
         about = f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
-        text = (
-            f"{n} pictures with all {self.tuned.num_steps} steps ({seconds:.1f} s each), {others} with fewer computed"
-        )
-        tqdm.write(f"{text}: about {about}", file=sys.stderr)
+        full = f"{n} pictures with all {self.tuned.num_steps} steps ({seconds:.1f} s each)"
+        tqdm.write(f"{full}, {others} with fewer computed: about {about}", file=sys.stderr)
 
     def began(self, what: str) -> None:
         best = self.tuned.best()

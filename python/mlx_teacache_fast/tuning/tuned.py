@@ -156,11 +156,14 @@ class Tuned:
     @classmethod
     def _checked(cls, about: dict[str, Any]) -> Self:
         setup, n, polynomial = about["setup"], about["num_steps"], about["polynomial"]
-        for name in ("prompts", "held_out", "seeds"):
-            _check(name, setup[name], isinstance(setup[name], list))
+        kinds = {"prompts": list, "held_out": list, "seeds": list, "model": str, "variant_id": str, "options": dict}
+        for name, kind in kinds.items():
+            _check(name, setup[name], isinstance(setup[name], kind))
         _check("num_steps", n, type(n) is int and n >= 2)
         budget = Budget(budget=about["budget"]).budget
         if polynomial:
+            for name in ("r2", "held_out_r2"):
+                _check(name, polynomial[name], type(polynomial[name]) in (float, type(None)))
             how = {name: polynomial[name] for name in ("coefficients", "calibrated_range")}
             for value in (*polynomial["thresholds"].values(), None):
                 Gate(rel_l1_thresh=value, **how)
