@@ -79,12 +79,12 @@ def test_the_estimate_is_the_error_of_eulers_method(seed: int, order: int, rho: 
         exact = exact + (sigmas[i + 1] - sigmas[i]) * values[i]
     error = np.mean((latents - exact) ** 2)
     products = values @ values.T / 7
-    found = Recorded(sigmas, [products], order, astray=0).estimate(steps, rho)
+    found = Recorded(sigmas, [products], order, 64, astray=0, growth=0).estimate(steps, rho)
     if error > 1e-12:
         assert found == pytest.approx(-10 * math.log10(error), abs=1e-3)
     else:
         assert found > 110
-    assert Recorded(sigmas, [products], order).estimate(steps, rho) <= found
+    assert Recorded(sigmas, [products], order, 64, growth=0).estimate(steps, rho) <= found + 1e-9
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -96,7 +96,7 @@ def test_no_plan_has_less_error_in_its_gaps_than_what_is_solved_for(order: int, 
     products = [
         values @ values.T / 7 * scale for scale, seed in ((1, 1), (100, 2)) for _, values in [predictions(n, seed)]
     ]
-    recorded = Recorded(sigmas, products, order)
+    recorded = Recorded(sigmas, products, order, 64)
     rules = {count: budgeted(sigmas[:-1], count / n, 64) for count in (3, 4, 6)}
     typical = np.mean([recorded.errors(rule, rho) for rule in rules.values()], axis=0)
 
@@ -118,7 +118,7 @@ def test_no_plan_has_less_error_in_its_gaps_than_what_is_solved_for(order: int, 
 @settings(max_examples=20)
 def test_what_is_proposed_cannot_be_improved_by_one_step(seed: int, rho: float) -> None:
     sigmas, values = predictions(12, seed)
-    recorded = Recorded(sigmas, [values @ values.T], 1)
+    recorded = Recorded(sigmas, [values @ values.T], 1, 64)
     rule = budgeted(sigmas[:-1], 0.5, 64)
     plan = recorded.improved(rule, rho)
     assert recorded.estimate(plan, rho) >= recorded.estimate(rule, rho)
@@ -130,7 +130,7 @@ def test_what_is_proposed_cannot_be_improved_by_one_step(seed: int, rho: float) 
 def test_a_schedule_that_stands_still() -> None:
     sigmas = [1.0, 0.8, 0.8, 0.8, 0.5, 0.5, 0.2, 0.0]
     _, values = predictions(7, 0)
-    recorded = Recorded(sigmas, [values @ values.T], 1)
+    recorded = Recorded(sigmas, [values @ values.T], 1, 64)
     rules = {3: budgeted(sigmas[:-1], 3 / 7, 64)}
     (proposals,) = recorded.proposals(rules).values()
     assert all(sum(plan) == 3 and math.isfinite(recorded.estimate(plan, rho)) for plan, rho in proposals)

@@ -5,8 +5,8 @@
         flux.generate_image(prompt="...", seed=42, num_inference_steps=50)
     print(handle.stats.skipped_count, handle.stats.bound)
 
-``apply`` gates an mflux FLUX pipeline; ``ops`` has the two array ops behind it, which need no mflux; ``demo`` has a
-small trained model to try both on.
+``apply`` gates an mflux FLUX pipeline, and ``tune`` finds how to do that best; ``ops`` has the two array ops behind it,
+which need no mflux; ``demo`` has a small trained model to try all on.
 """
 
 from importlib.metadata import version as _version

@@ -162,7 +162,11 @@ class _Run:
 
     @cached_property
     def recorded(self) -> Recorded:
-        return Recorded(self.runs.sigmas, self.runs.products, self.order)
+        return Recorded(self.runs.sigmas, self.runs.products, self.order, self.num_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        return cast(int, self.options.get("height", 1024) * self.options.get("width", 1024) // 256)
 
     @cached_property
     def proposals(self) -> dict[int, list[Proposal]]:
@@ -208,8 +212,7 @@ class _Run:
 
     def rule(self, share: float) -> Plan:
         """What ``apply(flux, budget=share)`` computes."""
-        num_tokens = self.options.get("height", 1024) * self.options.get("width", 1024) // 256
-        return budgeted(self.runs.sigmas[:-1], share, num_tokens, published_plans(self.flux.model_config))
+        return budgeted(self.runs.sigmas[:-1], share, self.num_tokens, published_plans(self.flux.model_config))
 
     def plans(self, count: int, share: float) -> None:
         """The rule's, those that are solved for, and some that are near the best one."""
