@@ -146,18 +146,16 @@ def test_options_reach_apply(tmp_path, weights):
 
 
 @pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
-def test_policy_is_a_file_of_search_or_calibrate_or_a_picture(tmp_path, weights):
+def test_policy_is_a_file_of_tune_or_a_picture(tmp_path, weights):
     flux = demo.pipeline()
     options = {"num_inference_steps": 10, "height": 32, "width": 32, "guidance": 1.0}
-    searched, fitted, picture, trace = (tmp_path / name for name in ("s.json", "c.json", "x.png", "trace.json"))
-    mlx_teacache_fast.search(flux, ["red apple"], budget=0.5, evaluations=1, path=searched, **options)
-    mlx_teacache_fast.calibrate(flux, ["red apple"], held_out=["sun"], **options).to_json(fitted)
+    tuned, picture, trace = (tmp_path / name for name in ("tuned.json", "x.png", "trace.json"))
+    mlx_teacache_fast.tune(flux, ["red apple"], budget=0.5, curve=(), candidates=1, path=tuned, **options)
     command = [*GENERATE, *SMALL, "--steps", 10, "--seed", 3, "--output"]
     assert run("run", "--threshold", 0.34, "--max-skips", 2, "--", *command, picture).code == 0
     variant = VARIANTS["flux2-klein-base-4b"]
     for path, policy in {
-        searched: Policy.from_json(searched),
-        fitted: Policy.from_json(fitted).of_model(variant),
+        tuned: Policy.from_json(tuned).of_model(variant),
         picture: Policy.of(rel_l1_thresh=0.34, max_skips=2, corrector=0).of_model(variant),
     }.items():
         again = tmp_path / f"again-{path.stem}.png"

@@ -835,16 +835,6 @@ def test_an_ascii_terminal(tmp_path: Path) -> None:
     assert result.stderr == "mlx-teacache-fast info: error: [Errno 2] No such file or directory: '???.png'\n"
 
 
-@pytest.mark.parametrize("value", ["abc", "0", "", "1000", " 4"])
-def test_a_number_of_threads_that_is_none(value: str) -> None:
-    told = f"MLX_TEACACHE_FAST_NUM_THREADS must be a whole number from 1 to 999, got {value!r}\n"
-    result = in_shell("", *COMMAND, "--version", MLX_TEACACHE_FAST_NUM_THREADS=value)
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"mlx-teacache-fast: error: {told}")
-    if value == "abc":
-        result = in_shell("", sys.executable, "-c", "import mlx_teacache_fast", MLX_TEACACHE_FAST_NUM_THREADS=value)
-        assert result.stderr.endswith(f"\nmlx_teacache_fast.errors.TeaCacheValueError: {told}")
-
-
 def test_exit_codes(made: Path, tmp_path: Path) -> None:
     """As the help says."""
     (tmp_path / "bad.json").write_text("{}")

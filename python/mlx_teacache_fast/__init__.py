@@ -5,8 +5,8 @@
         flux.generate_image(prompt="...", seed=42, num_inference_steps=50)
     print(handle.stats.skipped_count, handle.stats.bound)
 
-``apply`` gates an mflux FLUX pipeline; ``ops`` has the two array ops behind it, which need no mflux; ``demo`` has a
-small trained model to try both on.
+``apply`` gates an mflux FLUX pipeline, and ``tune`` finds how to do that best; ``ops`` has the two array ops behind it,
+which need no mflux; ``demo`` has a small trained model to try all on.
 """
 
 from . import _command  # noqa: F401  # before all that takes time
@@ -74,8 +74,8 @@ from .step.tap import Signal, Tap
 from .support import Pipeline, Pipelines, VariantInfo, match_variant, supported
 
 if TYPE_CHECKING:
-    from .tune.calibrate import calibrate as calibrate
-    from .tune.search import search as search
+    from .tuning.tune import tune as tune
+    from .tuning.tuned import Tuned as Tuned
 
 # mlx-teacache's names for the same things; docs/mlx-teacache.md compares the two.
 StepDecision = StepRecord
@@ -103,13 +103,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """``search`` and ``calibrate`` need packages that the rest does without."""
-    if name not in ("search", "calibrate"):
+    """``tune`` and ``Tuned`` need packages that the rest does without."""
+    if name not in ("tune", "Tuned"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from .tune.calibrate import calibrate
-        from .tune.search import search
+        from .tuning.tune import tune
+        from .tuning.tuned import Tuned
     except ModuleNotFoundError as error:
         message = f'{name} needs {error.name}, which is not installed: pip install "mlx-teacache-fast[demo]"'
         raise ImportError(message, name=error.name) from error
-    return search if name == "search" else calibrate
+    return tune if name == "tune" else Tuned

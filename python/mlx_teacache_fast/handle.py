@@ -116,8 +116,8 @@ def apply(flux: Any, policy: Policy | str | Path | None = None, **given: Any) ->
 
     Args:
         flux: A pipeline of mflux: ``print(supported())`` lists the classes and models.
-        policy: A ``Policy``; or the path of one, as ``Policy.to_json``, ``mlx-teacache-fast search`` and ``calibrate``
-            write them, or of a gated picture. Instead of it, settings:
+        policy: A ``Policy``; or the path of one, as ``Policy.to_json`` and ``mlx-teacache-fast tune`` write them, or of
+            a gated picture. Instead of it, settings:
         **given:
             {settings}
 

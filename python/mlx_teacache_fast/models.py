@@ -170,7 +170,7 @@ _ALL = (
         ("anima-turbo", "Anima turbo"))),
 )
 
-# The demonstration model's, which is none of mflux's: mlx-teacache-fast calibrate demo --guidance 1 4
+# The demonstration model's, which is none of mflux's: fitted as tune does, at guidance 1 and 4 together.
 TINY_KLEIN = Variant(
     "tiny-klein", "TinyKlein, the demonstration model",
     (-2930.17101180969, 1010.9950777334856, -115.62703808486184, 5.444265215457426, -0.05386055258184849),

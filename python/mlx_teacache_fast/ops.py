@@ -3,8 +3,6 @@
 Both are lazy, need nothing but MLX, and have counterparts in plain MLX in ``reference`` that say what they compute.
 """
 
-import os
-import re
 import threading
 from collections.abc import Callable, Sequence
 
@@ -13,13 +11,8 @@ import mlx.core as mx
 from . import reference
 from ._ext import CapturedGraph, counters, decide, gate, gpu_supported, reset_counters
 from ._ext import branch as _branch
-from .errors import TeaCacheValueError, shown
 
 __all__ = ["Body", "branch", "counters", "decide", "gate", "gpu_supported", "reference", "reset_counters"]
-
-_THREADS = "MLX_TEACACHE_FAST_NUM_THREADS"  # read by the extension when the gate first runs on the CPU
-if (_set := os.environ.get(_THREADS)) is not None and not re.fullmatch("[1-9][0-9]{0,2}", _set):
-    raise TeaCacheValueError(f"{_THREADS} must be a whole number from 1 to 999, got {shown(_set)}")
 
 
 class Body:

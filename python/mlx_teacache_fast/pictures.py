@@ -32,7 +32,7 @@ def read_metadata(path: str | Path) -> Metadata:
 
 
 def read_policy(path: str | Path) -> Policy:
-    """Of a file that ``Policy.to_json``, ``search`` or ``calibrate`` wrote, or of a gated picture; errors as there."""
+    """Of a file that ``Policy.to_json`` or ``tune`` wrote, or of a gated picture; errors as there."""
     path = as_path("policy", path)
     check_readable(path, LARGEST_PICTURE)
     if path.suffix.lower() != ".json":

@@ -70,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     parser.add_argument(
         "--policy", **FILE,
-        help=f"all of the above from a file of {PROG} search or calibrate, or as a gated picture was made")
+        help=f"all of the above from a file of {PROG} tune, or as a gated picture was made")
     parser.add_argument(
         "--like", metavar="PICTURE", type=Path,
         help="--policy PICTURE, and with commands that have mflux's --config-from-metadata also prompt, model, seed, "
@@ -145,7 +145,9 @@ def run(arguments: argparse.Namespace) -> int:
                 lambda flux: handles.append(gate(flux, policy)), policy, only=None if like is None else like.pipeline
             ),
         ):
-            return int(commands.call(command) or 0)  # None, as all of them return, is 0; --help and argparse raise SystemExit
+            return int(
+                commands.call(command) or 0
+            )  # None, as all of them return, is 0; --help and argparse raise SystemExit
     except TeaCacheError as error:
         if arguments.verbose and error.__cause__ is not None:
             sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)

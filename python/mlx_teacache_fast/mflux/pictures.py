@@ -1,4 +1,4 @@
-"""Pictures of several prompts, and what the model predicted for them step by step. For search and calibration."""
+"""Pictures of several prompts, what the model predicted for them step by step, and what that does to a picture."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -73,6 +73,51 @@ def predictions(flux: Any) -> Iterator[Predictions]:
         yield recorder
     finally:
         flux.callbacks.before_loop.remove(recorder)
+
+
+class Ending:
+    """The latents at the end of a generation, and pictures of others.
+
+    Attributes:
+        latents: Of the last generation.
+    """
+
+    def __init__(self) -> None:
+        self.latents: Any = None
+        self._instead: Any = None
+
+    def picture(self, latents: mx.array, flux: Any, prompt: str, seed: int, options: Mapping[str, Any]) -> Image:
+        """As if a generation had ended with these latents.
+
+        It costs what decoding does: mflux's steps hand them on, and as nobody reads what the model would have
+        predicted, MLX computes none of it.
+        """
+        self._instead = latents
+        try:
+            # Of image-to-image mflux leaves out the first step.
+            num_steps = 2 if options.get("image_strength") else 1
+            return generate(flux, prompt, seed, {**options, "num_inference_steps": num_steps})
+        finally:
+            self._instead = None
+
+    def call_before_loop(self, *, config: Any, **_: Any) -> None:
+        if (latents := self._instead) is not None:
+            config.scheduler.step = lambda *_, **__: latents
+
+    def call_after_loop(self, *, latents: mx.array, **_: Any) -> None:
+        self.latents = latents
+
+
+@contextmanager
+def ending(flux: Any) -> Iterator[Ending]:
+    """Of each generation in the block."""
+    found = Ending()
+    flux.callbacks.register(found)
+    try:
+        yield found
+    finally:
+        flux.callbacks.before_loop.remove(found)
+        flux.callbacks.after_loop.remove(found)
 
 
 class _StepCounter:

@@ -97,9 +97,9 @@ def budgeted(
         return (True,) * num_steps
     if plans is not None:
         return placed(plans, sigmas, count)
-    shift = SEEN * math.sqrt(num_tokens)
-    seen = [s / (s + shift * (1 - s)) for s in (min(1.0, max(0.0, sigma)) for sigma in sigmas)]
-    wanted = [abs(b - a) for a, b in pairwise(seen)][1:]  # of all but the first and the last
+    wanted = [abs(b - a) for a, b in pairwise(seen(sigma, num_tokens) for sigma in sigmas)][
+        1:
+    ]  # of all but the first and the last
     share = _shares(wanted, count - 2)
     plan = [True]
     due = 0.5
@@ -108,6 +108,12 @@ def budgeted(
         plan.append(due >= 1 - 1e-9)
         due -= plan[-1]
     return (*plan, True)
+
+
+def seen(sigma: float, num_tokens: int) -> float:
+    """The noise as a picture of so many tokens shows it, 0 to 1."""
+    sigma = min(1.0, max(0.0, sigma))
+    return sigma / (sigma + SEEN * math.sqrt(num_tokens) * (1 - sigma))
 
 
 def _shares(wanted: Sequence[float], count: int) -> list[float]:
