@@ -24,6 +24,7 @@ from mlx_teacache_fast.mflux import families, others
 from mlx_teacache_fast.mflux.hook import hook_of
 from mlx_teacache_fast.models import VARIANTS
 from mlx_teacache_fast.step.generation import Generation
+from mlx_teacache_fast.tuning.full import full_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
 
@@ -145,7 +146,7 @@ def test_the_schedule_is_the_one_that_runs(small: Small, photo: Path, monkeypatc
     sigmas: list[list[float]] = []
     times: list[float] = []
     own = Generation.stats
-    monkeypatch.setattr(Generation, "stats", lambda self, s: sigmas.append(list(self._sigmas)) or own(self, s))
+    monkeypatch.setattr(Generation, "stats", lambda self, s: sigmas.append(list(self.sigmas)) or own(self, s))
     given = small.arguments(photo) | dict(guidance=1.0)
     with small.pipeline(mx.float32) as flux, eager():
         for kind in {type(model) for model in models(flux)}:
@@ -392,3 +393,24 @@ def test_two_step_skippers_are_refused(name: str, order: int, photo: Path) -> No
             f"mlx-teacache gates this {name} too, and only one can decide: call restore() on either handle"
         )
         assert same(run(flux, given), plain)
+
+
+# ---- Tuning
+
+
+@every
+def test_full_runs_are_recorded(small: Small, photo: Path) -> None:
+    """Of every pipeline: as many predictions as steps, and what they change."""
+    given = small.arguments(photo) | dict(guidance=4.0)
+    prompt = given.pop("prompt")
+    given.pop("seed")
+    with small.pipeline(mx.float32) as flux:
+        runs = full_runs(flux, [(prompt, 1), (prompt, 2)], 1, given, lambda _: None, lambda *_: None)
+    (products,) = runs.products
+    assert products.shape == (6, 6)
+    assert len(runs.sigmas) == 7
+    assert np.all(np.diff(runs.sigmas) < 0)
+    assert np.allclose(products, products.T, rtol=1e-3, atol=1e-3 * np.abs(products).max())
+    assert np.all(np.diag(products) > 0)
+    assert len(runs.pictures) == 2
+    assert all(2 <= len(pairs) <= 4 and np.all(pairs > 0) for pairs in runs.pairs)

@@ -34,7 +34,7 @@ from ..policy import Policy
 from ..record import metadata
 from ..record.stats import Stats
 from ..step.captured import Arguments
-from ..step.engine import Engine
+from ..step.engine import Engine, Listener
 from ..step.generation import Generation
 from ..step.tap import Step
 from .family import Family
@@ -56,6 +56,7 @@ class Hook:
         self.policy: Policy = handle.policy
         self.stats: Stats = handle.stats
         self.is_live = False
+        self.listener: Listener | None = None  # of what the model predicts
         self.short_schedule_told = False
         self._flux = weakref.ref(flux)
         own = vars(flux).get(family.runs)  # a method that somebody has set on the instance
@@ -244,7 +245,8 @@ class _Run:
         num_tokens = getattr(config, "height", 1024) * getattr(config, "width", 1024) // 256
         generation = Generation(policy, num_steps, sigmas, num_tokens=num_tokens, plans=hook.handle.plans)
         self._steps = {}
-        self._engines.append(Engine(generation, family.tap, is_several=family.is_several, changes=family.changes))
+        how: Any = dict(is_several=family.is_several, changes=family.changes, listener=hook.listener)
+        self._engines.append(Engine(generation, family.tap, **how))
 
     def call_in_loop(self, **_: Any) -> None:
         """mflux's callback: a step is done."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,8 @@ import numpy.typing as npt
 from mflux.utils.exceptions import StopImageGenerationException
 from tqdm import tqdm
 
-from ..errors import TeaCacheValueError
+from ..step.generation import Generation
+from .hook import Hook, hook_of
 
 Image = npt.NDArray[np.uint8]
 
@@ -32,47 +33,48 @@ def psnr(a: Image, b: Image) -> float:
 
 
 class Predictions:
-    """What the model predicted at each step of the last generation, and its schedule.
+    """What the model predicted at each step of the last generation of a gated pipeline, and its schedule.
+
+    Args:
+        guidance: With which branches that are calls of their own, or a batch of two, are put together.
 
     Attributes:
         sigmas: Of each active step, and the one after the last.
-        values: float32, shape ``(steps, numbers of a prediction)``, guidance included.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guidance: float) -> None:
         self.sigmas: list[float] = []
-        self._made: list[npt.NDArray[np.float32]] = []
+        self._guidance = guidance
+        self._made: list[list[npt.NDArray[np.float32]]] = []  # in each step the calls
 
-    @property
-    def values(self) -> npt.NDArray[np.float32]:
-        if not self._made:
-            raise TeaCacheValueError("the generation has no steps")
-        return np.stack(self._made)
+    def __call__(self, generation: Generation, call: int, noise: mx.array) -> None:
+        if call == 0:
+            if generation.index == 1:
+                self._made, self.sigmas = [], generation.sigmas
+            self._made.append([])
+        self._made[-1].append(np.array(noise.astype(mx.float32)))
 
-    def call_before_loop(self, *, config: Any, **_: Any) -> None:
-        self._made = []
-        self.sigmas = []
-        scheduler = config.scheduler
-        step = scheduler.step
+    def values(self, n: int) -> npt.NDArray[np.float32]:
+        """Of so many numbers of the latents, shape ``(steps, n)``; behind them may be those of reference images."""
+        return np.stack([self._guided(made).ravel()[:n] for made in self._made])
 
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            self._made.append(np.array(kwargs["noise"].astype(mx.float32)).ravel())
-            if len(self._made) == 1:  # mflux sets the schedule up at the first use of config.time_steps
-                self.sigmas = [float(s) for s in getattr(scheduler, "sigmas", ())][config.init_time_step :]
-            return step(*args, **kwargs)
-
-        scheduler.step = recorded
+    def _guided(self, made: list[npt.NDArray[np.float32]]) -> Any:
+        if len(made) == 2:
+            return self._guidance * made[0] + (1 - self._guidance) * made[1]
+        if len(made[0]) == 2:
+            return made[0][0] + self._guidance * (made[0][1] - made[0][0])
+        return made[0]
 
 
 @contextmanager
-def predictions(flux: Any) -> Iterator[Predictions]:
-    """Each generation in the block is recorded; the last one can be asked for."""
-    recorder = Predictions()
-    flux.callbacks.register(recorder)
+def predictions(flux: Any, guidance: float) -> Iterator[Predictions]:
+    """Each generation in the block is recorded, of a gated pipeline; the last one can be asked for."""
+    recorder, hook = Predictions(guidance), cast(Hook, hook_of(flux))
+    hook.listener = recorder
     try:
         yield recorder
     finally:
-        flux.callbacks.before_loop.remove(recorder)
+        hook.listener = None
 
 
 class Ending:
@@ -85,24 +87,29 @@ class Ending:
     def __init__(self) -> None:
         self.latents: Any = None
         self._instead: Any = None
+        self._is_taken = False
 
-    def picture(self, latents: mx.array, flux: Any, prompt: str, seed: int, options: Mapping[str, Any]) -> Image:
-        """As if a generation had ended with these latents.
+    def picture(self, latents: mx.array, flux: Any, prompt: str, seed: int, options: Mapping[str, Any]) -> Image | None:
+        """As if a generation had ended with these latents; None for a pipeline that takes its steps by itself.
 
         It costs what decoding does: mflux's steps hand them on, and as nobody reads what the model would have
         predicted, MLX computes none of it.
         """
-        self._instead = latents
+        self._instead, self._is_taken = latents, False
         try:
-            # Of image-to-image mflux leaves out the first step.
-            num_steps = 2 if options.get("image_strength") else 1
-            return generate(flux, prompt, seed, {**options, "num_inference_steps": num_steps})
+            # Two steps, as some pipelines want, and of image-to-image mflux leaves out the first one.
+            made = generate(flux, prompt, seed, {**options, "num_inference_steps": 2})
+            return made if self._is_taken else None
         finally:
             self._instead = None
 
     def call_before_loop(self, *, config: Any, **_: Any) -> None:
-        if (latents := self._instead) is not None:
-            config.scheduler.step = lambda *_, **__: latents
+        if self._instead is not None:
+            config.scheduler.step = self._step
+
+    def _step(self, *_: Any, **__: Any) -> Any:
+        self._is_taken = True
+        return self._instead
 
     def call_after_loop(self, *, latents: mx.array, **_: Any) -> None:
         self.latents = latents

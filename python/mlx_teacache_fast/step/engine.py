@@ -18,6 +18,8 @@ from .forecast import combined, corrected, miss_of, reuse
 from .generation import Generation
 from .tap import Make, Signal, Step, Tap
 
+Listener = Callable[[Generation, int, mx.array], None]
+
 
 class Engine:
     """The steps of one generation.
@@ -27,6 +29,7 @@ class Engine:
         tap: Of its transformer.
         is_several: Whether a step is several calls, one for each branch of the guidance, until ``end_step``.
         changes: Arguments of a step: with other ones what was computed before is of no use.
+        listener: Called with the generation, the call's number in its step, and the noise.
 
     Attributes:
         in_graph: Whether the decision stands in the graph of a step that mflux compiles; else it is read before.
@@ -35,12 +38,19 @@ class Engine:
     in_graph = True
 
     def __init__(
-        self, generation: Generation, tap: Tap, *, is_several: bool = False, changes: Sequence[str] = ()
+        self,
+        generation: Generation,
+        tap: Tap,
+        *,
+        is_several: bool = False,
+        changes: Sequence[str] = (),
+        listener: Listener | None = None,
     ) -> None:
         self.generation = generation
         self._tap = tap
         self._is_several = is_several
         self._changes = changes
+        self._listener = listener
         self._values: list[Any] | None = None  # of ``changes``
         self._call = 0  # of the step, that comes next
         self._n_kept = generation.policy.forecast + 1
@@ -230,6 +240,8 @@ class Engine:
             if len(self._histories) == call:
                 self._histories.append([])
             noise = ways[self._way](call, arguments)
+            if self._listener is not None:
+                self._listener(generation, call, noise)
             if not self._is_several:
                 self.end_step()
             return noise

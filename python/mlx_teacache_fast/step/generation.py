@@ -66,7 +66,7 @@ class Generation:
     @cached_property
     def plan(self) -> tuple[bool, ...] | None:
         """For each step whether it computes; None where that is decided from step to step."""
-        return planned(self.policy.rule, lambda: self._sigmas[: self.num_steps], self._num_tokens, self._plans)
+        return planned(self.policy.rule, lambda: self.sigmas[: self.num_steps], self._num_tokens, self._plans)
 
     @cached_property
     def watch(self) -> Watch | None:
@@ -74,12 +74,12 @@ class Generation:
         rule = self.policy.rule
         if not isinstance(rule, Tolerance):
             return None
-        plan = rule.budget and budgeted(self._sigmas[: self.num_steps], rule.budget, self._num_tokens, self._plans)
-        return Watch(cast(float, rule.tolerance), self._sigmas, plan or None)
+        plan = rule.budget and budgeted(self.sigmas[: self.num_steps], rule.budget, self._num_tokens, self._plans)
+        return Watch(cast(float, rule.tolerance), self.sigmas, plan or None)
 
     @cached_property
-    def _sigmas(self) -> list[float]:
-        """Where a scheduler of the user's has not as many, the steps are taken to be even."""
+    def sigmas(self) -> list[float]:
+        """The schedule's. Where a scheduler of the user's has not as many, the steps are taken to be even."""
         sigmas = [float(s) for s in self._get_sigmas()][: self.num_steps + 1]
         even = [1 - i / max(1, self.num_steps) for i in range(self.num_steps + 1)]
         sigmas = sigmas if len(sigmas) >= self.num_steps else even
@@ -119,13 +119,13 @@ class Generation:
 
     def weights(self) -> mx.array:
         """Of the last ``forecast + 1`` computed steps, the latest first, in a forecast of the next step: float32."""
-        known = [self._sigmas[i] for i in self._known]
-        self._weights = weights(self._sigmas[self.index], known, self.policy.forecast)
+        known = [self.sigmas[i] for i in self._known]
+        self._weights = weights(self.sigmas[self.index], known, self.policy.forecast)
         return mx.array(self._weights)
 
     def correction(self) -> list[float] | None:
         """Of the next step if it computes: see ``forecast.correction``; None where there is nothing to correct."""
-        s, k = self._sigmas, self.index
+        s, k = self.sigmas, self.index
         if not self.policy.corrector or not self._gap or s[k] in (s[k + 1], s[self._known[0]]):
             return None
         gap = [(s[j], s[j + 1] - s[j], w) for j, w in self._gap]

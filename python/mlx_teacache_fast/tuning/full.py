@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InternalStateError, TeaCacheValueError, TeaCacheWarning
+from ..errors import InternalStateError, TeaCacheWarning
 from ..handle import apply
 from ..mflux.pictures import Ending, Image, ending, generate, predictions
 from ..policy import Gate
@@ -71,16 +71,15 @@ def full_runs(
             start = perf_counter()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TeaCacheWarning)  # nothing is to be skipped
-                handle = apply(flux, forecast=0, cache="output", max_consecutive_skips=0, rel_l1_thresh=1.0)
-            with handle, predictions(flux) as recorder:
+                handle = apply(
+                    flux, rel_l1_thresh=1.0, coefficients=(0, 0, 0, 1, 0), max_consecutive_skips=0, forecast=0
+                )
+            with handle, predictions(flux, options.get("guidance") or 1.0) as recorder:
                 pictures.append(generate(flux, prompt, seed, options))
             if handle.stats.last_generation is None:
                 raise InternalStateError("a generation did not go through the gate, and its steps are not known")
             seconds = perf_counter() - start
-            values = recorder.values
-            sigmas = [*recorder.sigmas, 0.0][: len(values) + 1]
-            if len(sigmas) <= len(values):
-                raise TeaCacheValueError("tune needs a scheduler that has sigmas, one for each step")
+            values, sigmas = recorder.values(end.latents.size), recorder.sigmas
             distances = [(s.index, s.rel_l1) for s in handle.stats.last_generation.steps if s.rel_l1 is not None]
             pairs.append(np.array([(d, _change(values[k - 1], values[k])) for k, d in distances]).reshape(-1, 2))
             if i < n_learnt:
@@ -98,12 +97,17 @@ def _change(before: npt.NDArray[np.float32], now: npt.NDArray[np.float32]) -> fl
 def _products(
     end: Ending, flux: Any, values: npt.NDArray[np.float32], picture: Image, prompt: str, seed: int, options: Any
 ) -> Array:
-    """Mean products of what the picture changes by along each prediction, for as much of it as the latents have."""
+    """Mean products of what the picture changes by along each prediction, for as much of it as the latents have.
+
+    Of the predictions themselves where the picture of other latents cannot be had.
+    """
     latents, parts, changes = end.latents.astype(mx.float32), [], []
     for value in values:
         parts.append(STEP * float(mx.sqrt(mx.mean(latents**2)).item() / max(np.sqrt(np.mean(value**2)), 1e-12)))
         moved = latents + parts[-1] * mx.array(value).reshape(latents.shape)
         other = end.picture(moved.astype(end.latents.dtype), flux, prompt, seed, options)
+        if other is None:
+            return np.asarray(values.astype(np.float64) @ values.T.astype(np.float64) / values.shape[1])
         changes.append(other.astype(np.int16).ravel() - picture.ravel())
     blocks = np.array_split(np.stack(changes), math.ceil(picture.size / 2**20), axis=1)  # floats of all are gigabytes
     sums = sum(block.astype(np.float32) @ block.astype(np.float32).T for block in blocks)
