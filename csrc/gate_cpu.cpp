@@ -521,13 +521,12 @@ class Pool {
   void run(const Job& job, Work& work) {
     Task task{job, work};
     std::unique_lock lock(mutex_);
-    while (n_threads_ < work.n_slices - 1) {
+    while (int(threads_.size()) < work.n_slices - 1) {
       try {
-        std::thread([this] { serve(); }).detach();
+        threads_.emplace_back([this] { serve(); });
       } catch (const std::exception&) {
         break;  // the system gives no more: those there are do it
       }
-      n_threads_++;
     }
     if (work.n_slices > 1) {
       task.next = first_;
@@ -579,7 +578,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   Task* first_ = nullptr;
-  int n_threads_ = 0;
+  std::vector<std::thread> threads_;
 };
 
 // Fresh memory costs a page fault for each page that is first written. In transparent huge pages that is 512 times

@@ -173,7 +173,7 @@ __device__ inline void add_pair(Distance& sums, float2 m, float2 a, bool has_fir
   }
 }
 
-// A row that is the modulated input.
+// A row that is the modulated input. Past its end both are 0, which adds nothing.
 template <bool aligned, typename X>
 __device__ inline void add_row(
     Distance& sums, const X* row, const X* before, unsigned int stride, unsigned int channels) {
@@ -182,8 +182,7 @@ __device__ inline void add_row(
     const Pack<X> a = load_pack<aligned>(before, column, channels);
 #pragma unroll
     for (int i = 0; i < kPairs; i++) {
-      const unsigned int at = column + 2 * i;
-      add_pair<X>(sums, to_floats(m.v[i]), to_floats(a.v[i]), aligned || at < channels, aligned || at + 1 < channels);
+      add_pair<X>(sums, to_floats(m.v[i]), to_floats(a.v[i]), true, true);
     }
   }
 }

@@ -169,7 +169,7 @@ inline void add_element(thread Distance& sums, O m, O before) {
   sums.not_finite += gate_is_finite(float(m)) ? 0.0f : 1.0f;
 }
 
-// A row that is the modulated input.
+// A row that is the modulated input. Past its end both are 0, which adds nothing.
 template <bool aligned, typename X>
 inline void add_row(
     thread Distance& sums, device const X* row, device const X* before, uint first, uint stride, uint channels) {
@@ -178,9 +178,7 @@ inline void add_row(
     const Pack<X> a = load_pack<aligned>(before, column, channels);
 #pragma unroll
     for (int i = 0; i < kGatePack; i++) {
-      if (aligned || column + i < channels) {
-        add_element(sums, m.v[i], a.v[i]);
-      }
+      add_element(sums, m.v[i], a.v[i]);
     }
   }
 }
