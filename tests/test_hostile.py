@@ -861,6 +861,7 @@ def test_exit_codes(made: Path, tmp_path: Path) -> None:
         ("flux2-klein-base-4", "flux2-klein-base-4b or flux2-klein-base-4B or flux2-klein-base-9b"),
         ("FLUX2-KLEIN-BASE-4", "flux2-klein-base-4"),
         ("devv", "dev"),
+        ("./dev", "dev"),
         ("schnell2", "schnell"),
         ("FLUX.1-dev", "black-forest-labs/FLUX.1-dev or "),
         ("black-forest-labs/FLUX.1-devv", "black-forest-labs/FLUX.1-dev or "),
@@ -880,7 +881,16 @@ def test_a_misspelt_model(name: str, nearest: str) -> None:
 def test_checkpoints_of_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("dev-mine").mkdir()
-    for name in ("me/dev-mine", "dev-mine", "black-forest-labs/FLUX.2-klein-4b-fp8", "black-forest-labs/flux.1-dev"):
+    Path("dev.txt").write_text("no model")
+    for name in ("/dev/zero", "dev.txt", "./dev-yours"):
+        assert run("info", name).code == 2, name
+    for name in (
+        "me/dev-mine",
+        "dev-mine",
+        str(tmp_path / "dev-mine"),
+        "black-forest-labs/FLUX.2-klein-4b-fp8",
+        "black-forest-labs/flux.1-dev",
+    ):
         assert run("info", name).code == 0, name
     assert run("info", "mine", "--base-model", "dev").code == 0
 

@@ -66,9 +66,10 @@ def check_spelling(name: str) -> None:
 
     mflux would take it for a checkpoint made from the model whose name it contains, a distilled one maybe.
     """
-    if _is_known(name) or os.path.exists(os.path.expanduser(name)):
+    if _is_known(name) or os.path.isdir(os.path.expanduser(name)):
         return
-    if "/" not in name or difflib.get_close_matches(name.lower(), map(str.lower, _hub_names()), cutoff=0.97):
+    is_hub_name = name.count("/") == 1 and name[0] not in "./~"  # as mflux has it
+    if not is_hub_name or difflib.get_close_matches(name.lower(), map(str.lower, _hub_names()), cutoff=0.97):
         raise _unknown(name, _OTHER)
 
 
