@@ -10,8 +10,11 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read once; newer GPUs would mul
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import settings
 
 pytest.register_assert_rewrite("gate_cases")
+settings.register_profile("no deadline", deadline=None)  # no test asserts a time
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from every_pipeline import CASES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mflux.models.common.config.model_config import ModelConfig
-from mflux.models.common.schedulers.linear_scheduler import LinearScheduler
 from PIL import Image
 from test_cli import run
 from test_forecast import noises
@@ -333,8 +332,8 @@ def test_it_goes_on_where_it_was(
     flux: Any, tuned: tuple[tc.Tuned, Path], tmp_path: Path, counting: Callable[..., Counting]
 ) -> None:
     path = tmp_path / "mine.json"
-    # A warm-up, 3 full pictures, 20 looks at predictions, and then the fourth picture that is gated.
-    first = counting(2 + 30 + 20 + 35)
+    # A warm-up, 3 full pictures, 20 looks at predictions in two steps, and then the fourth picture that is gated.
+    first = counting(2 + 30 + 40 + 35)
     with pytest.raises(KeyboardInterrupt):
         tc.tune(flux, PROMPTS, path=path, **TUNE)
     before = tc.Tuned.from_json(path)
@@ -350,7 +349,7 @@ def test_it_goes_on_where_it_was(
     assert other.tried == found.tried
     assert tc.Policy.from_json(path) == other.policy == (found.best(0.3) or found.tried[0]).policy
     more = tc.tune(flux, PROMPTS, path=path, resume=True, **TUNE | {"candidates": 4})
-    assert again.count == 2 + 30 + 20 + 10 * (len(more.tried[-1].psnr) + len(more.tried[-2].psnr))
+    assert again.count == 2 + 30 + 40 + 10 * (len(more.tried[-1].psnr) + len(more.tried[-2].psnr))
     assert [t for t in more.tried if t in found.tried] == found.tried
     assert refusal(tc.tune, flux, PROMPTS, path=path, **TUNE) == f"{path} exists; force=True overwrites it"
 
@@ -371,7 +370,8 @@ def test_what_cannot_be_gone_on_with(flux: Any, tuned: tuple[tc.Tuned, Path], mo
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        ([], None, "is a policy, but not one of tune"),
+        ([], None, "is not a policy: about must be an object, got None"),
+        ([], {}, "is a policy, but not one of tune"),
         (["setup"], [], "is of tune, but damaged: list indices must be integers or slices, not str"),
         (["setup", "prompts"], "red apple", 'is of tune, but damaged: prompts cannot be "red apple"'),
         (["setup", "options"], [], "is of tune, but damaged: options cannot be []"),
@@ -447,12 +447,6 @@ def test_every_pipeline(case: Case, photo: Path, mask: Path) -> None:
         assert min(99.0, psnr(picture, again)) == (found.best() or found.tried[0]).psnr[0]
 
 
-class NoSigmas(LinearScheduler):
-    """A user's, whose schedule is its own affair."""
-
-    sigmas = ()
-
-
 @pytest.mark.parametrize(
     ("prompts", "arguments", "message"),
     [
@@ -472,11 +466,6 @@ class NoSigmas(LinearScheduler):
         (PROMPTS, {"budget": 0}, "budget must be a share of the steps above 0.0 and up to 1.0, got 0"),
         (PROMPTS, {"curve": (2,)}, "budget must be a share of the steps above 0.0 and up to 1.0, got 2"),
         (PROMPTS, {"forecast": 3}, "forecast must be an order from 0 (reuse) to 2, got 3"),
-        (
-            PROMPTS,
-            {"scheduler": f"{NoSigmas.__module__}.NoSigmas"},
-            "tune needs a scheduler that has sigmas, one for each step",
-        ),
     ],
 )
 def test_what_is_refused(flux: Any, prompts: Any, arguments: dict[str, Any], message: str) -> None:
@@ -566,7 +555,7 @@ def test_ctrl_c_leaves_a_plot_of_what_the_file_has(
     counting(2 + 5)  # nothing is written yet
     assert run(*command, "--force", "--output", path).code == 130
     assert path.read_bytes() == plot.read_bytes() == b"old"
-    counting(2 + 24 + 16 + 12)  # a picture of the rule's plan is
+    counting(2 + 24 + 32 + 12)  # a picture of the rule's plan is
     assert run(*command, "--force", "--output", path).code == 130
     assert [len(t.psnr) for t in tc.Tuned.from_json(path).tried] == [1]
     assert Image.open(plot).size == (1200, 550)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from mflux.utils.exceptions import StopImageGenerationException
 from tqdm import tqdm
 
+from ..errors import TeaCacheValueError
 from ..step.generation import Generation
 from .hook import Hook, hook_of
 
@@ -56,6 +57,8 @@ class Predictions:
 
     def values(self, n: int) -> npt.NDArray[np.float32]:
         """Of so many numbers of the latents, shape ``(steps, n)``; behind them may be those of reference images."""
+        if not self._made:
+            raise TeaCacheValueError("the generation has no steps")
         return np.stack([self._guided(made).ravel()[:n] for made in self._made])
 
     def _guided(self, made: list[npt.NDArray[np.float32]]) -> Any:
