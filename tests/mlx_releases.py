@@ -51,7 +51,7 @@ def tested(wheel: Path, mlx: str) -> bool:
     overrides.write_text(f"mlx{cpu}=={mlx}\ntorch ; sys_platform == 'never'\n")
     python = environment / "bin" / "python"
     install = [UV, "pip", "install", "--quiet", "--python", str(python), "--overrides", str(overrides)]
-    packages = [f"{wheel}[demo]", "pytest>=9", "pytest-timeout>=2.3", "mlx-teacache==0.14.1"]
+    packages = [f"{wheel}[demo]", "hypothesis>=6.100", "pytest>=9", "pytest-timeout>=2.3", "mlx-teacache==0.14.1"]
     for command in (
         [UV, "venv", "--quiet", "--clear", "--python", sys.executable, str(environment)],
         install + packages,
