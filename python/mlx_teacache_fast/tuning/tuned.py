@@ -18,7 +18,7 @@ RULE_OF: dict[Kind, Any] = {"plan": Steps, "budget": Budget, "tolerance": Tolera
 # What tune does where nothing else is asked for.
 BUDGET = 0.4
 CURVE = (0.2, 0.3, 0.4, 0.5)
-CANDIDATES = 6
+CANDIDATES = 4
 
 IDENTICAL = 99.0  # dB, of pictures that do not differ: means need a number
 
