@@ -74,6 +74,7 @@ def plot(tuned: Tuned) -> bytes:
         axes.axvline(budget, color="black", linestyle="--", linewidth=0.8, label=f"at most {budget} steps")
         axes.set_title(f"{name}: {_pictures(part)}", loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel(f"computed steps of {tuned.num_steps}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color="#eeeeee")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
