@@ -396,7 +396,7 @@ class Small:
         """With a ``recorder`` of the latents."""
         yield from self.make(dtype)
 
-    def arguments(self, photo: Path) -> dict[str, Any]:
+    def arguments(self, photo: Path, mask: object = None) -> dict[str, Any]:
         given = dict(seed=1, prompt=PROMPT, num_inference_steps=6, height=64, width=64) | dict(self.given)
         return {name: {_PHOTO: photo, _PHOTOS: [photo]}.get(value, value) for name, value in given.items()}
 

@@ -26,6 +26,7 @@ from mflux.models.common.schedulers.linear_scheduler import LinearScheduler
 from mflux.utils.exceptions import StopImageGenerationException
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
+from other_pipelines import PIPELINES, Small
 
 import mlx_teacache_fast as tc
 
@@ -37,6 +38,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "residual": ALWAYS | RESIDUAL,
     "plan": dict(steps="11001"),
 }
+# Several calls a step, a method, a factory that is found on the class.
+OTHERS = [small for small in PIPELINES if str(small) in ("QwenImage", "Fibo2", "Krea2Controlnet")]
 OURS = {"generate_image", "__getstate__", "_mlx_teacache_fast"}  # on the instance, while it is gated
 
 
@@ -66,8 +69,7 @@ def snapshot(flux: Any) -> dict[str, Any]:
         "transformer class": type(transformer),
         "transformer": [(k, id(v)) for k, v in transformer.items()],
         "transformer attributes": {k: id(v) for k, v in vars(transformer).items()},
-        "blocks": [list(map(id, (*transformer.transformer_blocks, *transformer.single_transformer_blocks)))],
-        "block 0": [(k, id(v)) for k, v in transformer.transformer_blocks[0].items()],
+        "blocks": [list(map(id, part)) for part in transformer.values() if isinstance(part, list)],
         "parameters": [(k, id(v)) for k, v in tree_flatten(flux.parameters())],
         "callbacks": {k: list(map(id, v)) for k, v in vars(flux.callbacks).items()},
     }
@@ -363,10 +365,11 @@ import every_pipeline as every
 import mlx.core as mx
 import numpy as np
 import mlx_teacache_fast as tc
+from other_pipelines import PIPELINES
 from test_lifecycle import OURS, WAYS, snapshot
 
 mx.set_default_device(mx.cpu)
-case = {str(case): case for case in every.FEW}[sys.argv[1]]
+case = {str(case): case for case in (*every.FEW, *PIPELINES)}[sys.argv[1]]
 ours = os.path.dirname(tc.__file__) + os.sep
 
 
@@ -405,6 +408,8 @@ def generate(tracer=None):
 with case.pipeline() as flux:
     clean = snapshot(flux)
     for name, how in (WAYS | {"tolerance": dict(tolerance=1.0)}).items():
+        if name == "residual" and not getattr(case, "has_residual", True):
+            continue
         given = case.arguments(sys.argv[2], sys.argv[3]) | dict(height=32, width=32)
         given["num_inference_steps"] = 7 if name == "tolerance" else 5
         plain = generate()
@@ -450,14 +455,21 @@ def program(text: str, *arguments: object, timeout: float) -> str:
     [
         *[pytest.param(case, 3, marks=[] if not case.how else [pytest.mark.slow], id=str(case)) for case in FEW],
         *[pytest.param(case, 600, marks=pytest.mark.slow, id=f"{case} more") for case in FEW],
+        *[
+            pytest.param(small, 3, marks=pytest.mark.slow, id=str(small))
+            for small in PIPELINES
+            if str(small) in OTHER_WAYS
+        ],
     ],
 )
 def test_ctrl_c_at_every_line(
-    which: Case, photo: Path, mask: Path, more: int, record_property: Callable[[str, object], None]
+    which: Case | Small, photo: Path, mask: Path, more: int, record_property: Callable[[str, object], None]
 ) -> None:
     """Every line of the package that a generation runs; ``more`` at others of the times that it does."""
-    out = program(INTERRUPTED, which, photo, mask, more, timeout=390 if more < 100 else 3600)
-    assert out.count("interrupts") == len(WAYS) + 1
+    out = program(
+        INTERRUPTED, which, photo, mask, more, timeout=390 if isinstance(which, Case) and more < 100 else 3600
+    )
+    assert out.count("interrupts") == len(WAYS) + getattr(which, "has_residual", True)
     record_property("ctrl_c", f"{which}: {', '.join(out.splitlines())}")
 
 
