@@ -164,8 +164,8 @@ struct Distance {
 template <typename O>
 inline void add_element(thread Distance& sums, O m, O before) {
   const float a = float(before);
-  sums.diff += abs(float(O(float(m) - a)));
-  sums.anchor += abs(a);
+  sums.diff += metal::abs(float(O(float(m) - a)));
+  sums.anchor += metal::abs(a);
   sums.not_finite += gate_is_finite(float(m)) ? 0.0f : 1.0f;
 }
 

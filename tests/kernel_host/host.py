@@ -385,7 +385,16 @@ def warnings(
     source = Path(folder) / "warnings.cpp"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(_as_cpp(text, str(path)))
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wno-unknown-pragmas", "-fno-exceptions", "-c", "-o", os.devnull]
+    flags = [
+        "-std=c++20",
+        "-O2",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-fno-exceptions",
+        "-c",
+        "-o",
+        str(source.with_suffix(".o")),
+    ]
     flags += [f"-D__METAL_VERSION__={metal_version}", *_include_flags([])]
     done = subprocess.run(["clang++", *flags, str(source)], capture_output=True, text=True, check=False)
     return [line for line in done.stderr.splitlines() if re.search("(warning|error): ", line)]
