@@ -455,11 +455,7 @@ def program(text: str, *arguments: object, timeout: float) -> str:
     [
         *[pytest.param(case, 3, marks=[] if not case.how else [pytest.mark.slow], id=str(case)) for case in FEW],
         *[pytest.param(case, 600, marks=pytest.mark.slow, id=f"{case} more") for case in FEW],
-        *[
-            pytest.param(small, 3, marks=pytest.mark.slow, id=str(small))
-            for small in PIPELINES
-            if str(small) in OTHER_WAYS
-        ],
+        *[pytest.param(small, 3, marks=pytest.mark.slow, id=str(small)) for small in OTHERS],
     ],
 )
 def test_ctrl_c_at_every_line(
