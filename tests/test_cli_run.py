@@ -459,6 +459,7 @@ NO_COMMAND = (
             "mflux has no command 'mflux-genrate-kontext'; did you mean mflux-generate-kontext or "
             "mflux-generate-in-context or mflux-generate-controlnet?",
         ),
+        (["--", "my/own.py"], "there is no file my/own.py"),
         (["--", "convert"], f"mflux has no command 'convert'; those that can be gated are {ALL}"),
         (
             ["--", "/opt/bin/mflux-upscale-controlnet"],
@@ -570,7 +571,7 @@ def test_a_script_of_the_users(tmp_path, weights):
     """Whatever pipeline it makes is gated; its options are its own."""
     script = tmp_path / "mine.py"
     script.write_text(
-        "import sys\n"
+        "import sys, beside\n"
         "from mflux.models.common.config.model_config import ModelConfig\n"
         "from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein\n"
         "prompt, steps = sys.argv[1:]\n"
@@ -578,6 +579,7 @@ def test_a_script_of_the_users(tmp_path, weights):
         "flux.generate_image(1, prompt, num_inference_steps=int(steps), height=64, width=64)\n"
         "print('done', __name__)\n"
     )
+    (tmp_path / "beside.py").write_text("")
     result = run("run", "--budget", 0.5, "--", script, "red apple", 10)
     assert result.code == 0, result.err
     assert "done __main__" in result.out

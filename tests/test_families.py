@@ -7,11 +7,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mflux.cli.parser.parsers import CommandLineParser
+from mflux.models.ming_image.variants import ming_image
 from mlx import nn
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast.errors import DisabledWarning
 from mlx_teacache_fast.mflux import families
+from mlx_teacache_fast.mflux.family import Command
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 
@@ -139,9 +142,13 @@ def family(**changes: Any) -> tc.Family:
         (None, "register takes a Family of one or more pipelines, got None"),
         (family(methods=("forward",)), "Painter has no method 'forward', which its family names"),
         (family(runs="draw"), "Painter has no method 'draw', which its family names"),
+        (
+            family(commands={"mflux-generate-painter": Command(pipeline=Painter)}),
+            "commands are mflux's: of a registered family none is known",
+        ),
         (family(is_several=True), "is_several is for loops that tell mflux's callbacks when a step is done"),
     ],
-    ids=["none", "no such step", "no such method", "several"],
+    ids=["none", "no such step", "no such method", "commands", "several"],
 )
 def test_bad_families(what: Any, message: str) -> None:
     before = families.all_families()
@@ -202,3 +209,37 @@ def test_gate_all(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     with pytest.warns(DisabledWarning), tc.gate_all(budget=1):
         Painter()
+
+
+@pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
+def test_gate_all_gates_a_pipeline_once_and_says_which_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Painter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_finished = True
+
+        def paint(self, prompt: str, steps: int = 10) -> np.ndarray:
+            assert bool(self)
+            return super().paint(prompt, steps)
+
+    monkeypatch.setattr(families, "_registered", [])
+    tc.register(family())
+    tc.register(family(pipelines=(Own,)))
+    with tc.gate_all(budget=0.5) as handles:
+        painter = Own()
+        painter.paint("a red apple")
+        assert [handle.stats.skipped_count for handle in handles] == [5]
+        # A parser without steps, and a pipeline that cannot be gated.
+        assert not hasattr(CommandLineParser(description="x").parse_args([]), "steps")
+        monkeypatch.setattr(ming_image.MingImageInitializer, "init", lambda *_, **__: None)
+        with pytest.warns(tc.NoBenefitWarning, match="this MingImage is not gated: its 12 steps differ too much"):
+            ming_image.MingImage()
+        assert len(handles) == 1
+
+
+def test_a_registered_class_may_be_one_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_registered", [])
+    tap = tc.Tap(at="noise_refiner.0.attention", signal=tc.modulated(0))
+    ming = tc.Family(pipelines=(ming_image.MingImage,), factories=("_predict",), tap=tap)
+    tc.register(ming)
+    assert families.match(None, ming_image.MingImage).family is ming

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_threads_and_an_interruption(small: Small, photo: Path) -> None:
             assert not np.array_equal(alone[1], alone[2])
             together: dict[int, np.ndarray] = {}
             # mflux's Anima has arrays that no other thread can evaluate; Qwen-Image-2.1 caches in its transformer.
-            if small.calls == 1 and str(small) != "Anima":
+            if str(small) not in ("Anima", "QwenImage21", "QwenImage21Edit", "QwenImage21Controlnet"):
                 started = threading.Barrier(2)
 
                 def in_thread(seed: int) -> None:
@@ -336,7 +337,6 @@ def test_each_variant_is_some_models() -> None:
     [
         ("QwenImage", "qwen-image", {}, (0.25, 0.5, 1.0)),
         ("QwenImage", "Qwen/Qwen-Image", {}, (0.25, 0.5, 1.0)),
-        ("ZImage", "z-image", {}, (0.12,)),  # random weights change more than it was fitted on
         ("ZImage", "z-image", dict(coefficients=(0.0, 0.0, 0.0, 0.25, 0.0)), (0.3, 0.5, 0.9)),
     ],
 )
@@ -365,7 +365,7 @@ def test_teacache_is_mlx_teacaches(
             assert same(*made), threshold
             skipped.append(decided[0][1])
     assert skipped == sorted(skipped)
-    assert skipped[-1] > 0 or len(thresholds) == 1
+    assert skipped[-1] > 0
 
 
 @pytest.mark.parametrize("order", [0, 1], ids=["theirs first", "ours first"])
@@ -414,3 +414,93 @@ def test_full_runs_are_recorded(small: Small, photo: Path) -> None:
     assert np.all(np.diag(products) > 0)
     assert len(runs.pictures) == 2
     assert all(2 <= len(pairs) <= 4 and np.all(pairs > 0) for pairs in runs.pairs)
+
+
+# ---- In the compiled step, with a budget, and where no number is made
+
+
+@pytest.mark.parametrize("small", [s for s in PIPELINES if s.is_compiled], ids=str)
+def test_a_skip_in_the_compiled_step_is_a_plans(small: Small, photo: Path) -> None:
+    given = small.arguments(photo) | dict(guidance=4.0)
+    with small.pipeline() as flux:
+        for cache in ("output", "residual") if small.has_residual else ("output",):
+            with tc.apply(flux, **ALWAYS, cache=cache) as handle:
+                gated = run(flux, given)
+            plan = "".join("0" if kind == "skipped" else "1" for kind in kinds(handle))
+            assert plan == "110001"
+            with tc.apply(flux, steps=plan, cache=cache):
+                assert same(run(flux, given), gated), cache
+
+
+@every
+def test_a_tolerance_with_a_budget(small: Small, photo: Path) -> None:
+    """Never more than the budget, in a short schedule too, which is no reason to warn then."""
+    given = small.arguments(photo) | dict(guidance=4.0)
+    with small.pipeline() as flux, warnings.catch_warnings():
+        warnings.simplefilter("error", errors.NoBenefitWarning)
+        for steps, allowed in ((5, 2), (12, 4)):
+            given["num_inference_steps"] = steps
+            with tc.apply(flux, tolerance=1e-9, budget=0.4) as handle:
+                run(flux, given)
+            forced_anew = str(small) == "Fibo2"  # other embeddings
+            assert kinds(handle).count("skipped") in (steps - allowed, steps - allowed - forced_anew)
+
+
+@pytest.mark.parametrize(
+    "how", [dict(tolerance=0.1, budget=0.5), dict(budget=0.5), dict(tolerance=0.1), ALWAYS], ids=str
+)
+def test_a_prediction_that_is_no_number(how: dict[str, Any], photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step after it computes, and no forecast looks at it."""
+    small = BY_NAME["MOSSImage"]
+    given = small.arguments(photo) | dict(guidance=1.0, num_inference_steps=12)
+    with small.pipeline() as flux:
+        calls: list[int] = []
+        own = type(flux.transformer).__call__
+
+        @functools.wraps(own)
+        def fails_once(*args: Any, **kwargs: Any) -> mx.array:
+            calls.append(1)
+            return own(*args, **kwargs) * (float("nan") if len(calls) == 2 else 1)
+
+        class Sane:
+            def call_before_loop(self, config: Any, **_: Any) -> None:
+                step = config.scheduler.step
+                config.scheduler.step = lambda noise, **more: step(noise=mx.nan_to_num(noise), **more)
+
+        flux.callbacks.register(Sane())
+        monkeypatch.setattr(type(flux.transformer), "__call__", fails_once)
+        with tc.apply(flux, **how) as handle:
+            _, latents = run(flux, given)
+        assert handle.stats.generations == 1
+        if "tolerance" in how:
+            assert all(mx.isfinite(a).all() for a in latents)
+            assert "budget" in how or kinds(handle)[1] == "numerical-miss"
+
+
+@pytest.mark.parametrize("name", ["QwenImage", "Krea2"])
+def test_image_to_image_begins_in_the_schedule(name: str, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, sigmas = BY_NAME[name], list[list[float]]()
+    own = Generation.stats
+    monkeypatch.setattr(Generation, "stats", lambda self, s: sigmas.append(list(self.sigmas)) or own(self, s))
+    given = small.arguments(photo) | dict(num_inference_steps=20, image_path=photo, image_strength=0.4)
+    with small.pipeline() as flux:
+        flux.vae.encode = lambda image: mx.random.normal((1, 16, 8, 8), key=mx.random.key(1))
+        with tc.apply(flux, budget=0.5) as handle:
+            run(flux, given)
+        assert (len(kinds(handle)), handle.stats.skipped_count) == (12, 6)
+    (known,) = sigmas
+    assert len(known) == 13
+    assert 0.6 < known[0] < 0.8
+    assert known[-1] == 0
+
+
+def test_an_euler_sampler_is_corrected(photo: Path) -> None:
+    small = BY_NAME["Krea2"]
+    with small.pipeline() as flux:
+        for scheduler, is_corrected in (("euler", True), ("er_sde", False)):
+            given = small.arguments(photo) | dict(scheduler=scheduler)
+            made = []
+            for corrector in (0, 1):
+                with tc.apply(flux, steps="110101", corrector=corrector):
+                    made.append(run(flux, given))
+            assert same(*made) != is_corrected, scheduler

@@ -55,7 +55,7 @@ class Handle:
         self.calibrated = calibrated and not own
         self.provenance = Provenance("user") if own else variant.provenance
         if isinstance(rule, Tolerance | Budget):
-            published = plans if isinstance(rule, Budget) else None
+            published = plans if rule.budget is not None else None
             self.provenance = (
                 Provenance("published", reference_url=published.source) if published else Provenance("rule")
             )

@@ -272,7 +272,7 @@ class Tolerance(_Checked):
 
     def check_schedule(self, num_steps: int, num_inference_steps: int) -> str | None:
         """Why nothing can be skipped of so many active steps, if so."""
-        if num_steps == 0 or self.tolerance == 0 or num_steps > WARM_UP + 1:
+        if num_steps == 0 or self.tolerance == 0 or num_steps > WARM_UP + 1 or self.budget is not None:
             return None
         return (
             f"no possible skip: the first {WARM_UP} steps and the last one compute, and the schedule has "

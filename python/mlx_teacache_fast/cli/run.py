@@ -145,9 +145,11 @@ def run(arguments: argparse.Namespace) -> int:
                 lambda flux: handles.append(gate(flux, policy)), policy, only=None if like is None else like.pipeline
             ),
         ):
-            return int(
-                commands.call(command) or 0
-            )  # None, as all of them return, is 0; --help and argparse raise SystemExit
+            # None, as all of them return, is 0; --help and argparse raise SystemExit.
+            code = int(commands.call(command) or 0)
+        if not handles:
+            print(f"{PROG}: warning: no pipeline that can be gated was made, so nothing was skipped", file=sys.stderr)
+        return code
     except TeaCacheError as error:
         if arguments.verbose and error.__cause__ is not None:
             sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)

@@ -21,12 +21,19 @@ from mflux.models.common.config.config import Config
 from mflux.utils.exceptions import ModelConfigError
 from mflux.utils.image_util import ImageUtil
 
-from ..errors import TeaCacheError, TeaCacheValueError, TeaCacheWarning, one_line, shown
+from ..errors import (
+    NoBenefitWarning,
+    TeaCacheValueError,
+    TeaCacheWarning,
+    shown,
+    warn_caller,
+)
 from ..files import uninterrupted
 from ..policy import FLOAT32_MAX, MAX_STEPS, Policy
 from ..record.metadata import Metadata
 from . import names
 from .families import COMMANDS, REFUSED, all_families, match
+from .hook import LEAVES_OUT, refused_argument
 
 # What --config-from-metadata takes paths from; options of these names replace them.
 _PATHS = ("image_path", "image_paths", "redux_image_paths")
@@ -65,8 +72,10 @@ def find(name: str) -> Callable[[], Any]:
     Raises:
         TeaCacheValueError: There is no such command, or it is mflux's and has no pipeline that can be gated.
     """
-    if name.endswith(".py") and Path(name).is_file():
-        return lambda: runpy.run_path(name, run_name="__main__") and None
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise TeaCacheValueError(f"there is no file {name}")
+        return functools.partial(_run_script, Path(name))
     available = scripts()
     script = available.get(name)
     if script is None and (others := tuple(entry_points(group="console_scripts", name=name))):
@@ -83,6 +92,16 @@ def find(name: str) -> Callable[[], Any]:
         raise TeaCacheValueError(f"{name} cannot be gated: {why or f'those that can be are {all_gated}'}")
     command: Callable[[], Any] = script.load()
     return command
+
+
+def _run_script(path: Path) -> None:
+    """As ``python path`` does."""
+    before = list(sys.path)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.path[:] = before
 
 
 def call(command: Callable[[], Any]) -> Any:
@@ -155,12 +174,11 @@ def gating(gate: Callable[[Any], object], policy: Policy, only: str | None = Non
 
     With ``only``, pipelines of other classes are refused.
 
-    A command of mflux makes its pipeline and uses it in one function, and no hook of mflux lies between. So
-    ``__init__`` of the classes is wrapped for that time: the one place where classes are changed, not instances, and
-    only in a process that is there for one command. (Another name in the command's module would miss pipelines that
-    are made elsewhere, and nobody would notice.) The parser's ``parse_args`` is wrapped too: steps that the policy
-    cannot gate are refused before weights are loaded. And Ctrl-C waits while mflux writes a picture, which it does in
-    place.
+    A program makes its pipeline and uses it in one function, and no hook of mflux lies between. So ``__init__`` of the
+    classes is wrapped for that time: the one place where classes are changed, not instances. (Another name in the
+    program's module would miss pipelines that are made elsewhere, and nobody would notice.) The parser's ``parse_args``
+    is wrapped too: steps that the policy cannot gate are refused before weights are loaded. And Ctrl-C waits while
+    mflux writes a picture, which it does in place.
     """
     with ExitStack() as undo:
         save = vars(ImageUtil)["save_image"]
@@ -168,10 +186,11 @@ def gating(gate: Callable[[Any], object], policy: Policy, only: str | None = Non
         ImageUtil.save_image = staticmethod(uninterrupted()(save.__func__))
         undo.callback(setattr, CommandLineParser, "parse_args", CommandLineParser.parse_args)
         CommandLineParser.parse_args = _checked(CommandLineParser.parse_args, policy)
-        for pipeline in {kind: None for family in all_families() for kind in family.pipelines}:
+        gated = [kind for family in all_families() for kind in family.pipelines]
+        for pipeline in dict.fromkeys((*gated, *REFUSED)):
             own = vars(pipeline).get("__init__")  # or a base class's
             undo.callback(*((delattr, pipeline, "__init__") if own is None else (setattr, pipeline, "__init__", own)))
-            pipeline.__init__ = _gated_from_the_start(pipeline, gate, only)  # type: ignore[misc]
+            pipeline.__init__ = _gated_from_the_start(pipeline, gate, only, gated)  # type: ignore[misc]
         yield
 
 
@@ -181,12 +200,15 @@ def _checked(parse_args: Any, policy: Policy) -> Callable[..., Any]:
         namespace = parse_args(*args, **kwargs)
         if (model := getattr(namespace, "model", None)) is not None and getattr(namespace, "base_model", None) is None:
             names.check_spelling(model)
-        if (steps := namespace.steps) is not None:
+        for name in LEAVES_OUT:
+            if getattr(namespace, name, None):
+                raise TeaCacheValueError(refused_argument(name, getattr(namespace, name), "this command"))
+        if (steps := getattr(namespace, "steps", None)) is not None:
             left_out = 0
             command = COMMANDS.get(sys.argv[0])
             if command is not None and command.leaves_out_steps:
                 strength = getattr(namespace, "image_strength", None)
-                config = Config(None, steps, image_path=namespace.image_path, image_strength=strength)
+                config = Config(None, steps, image_path=getattr(namespace, "image_path", None), image_strength=strength)
                 left_out = config.init_time_step
             policy.rule.check_schedule(max(0, steps - left_out), steps)
         return namespace
@@ -194,41 +216,30 @@ def _checked(parse_args: Any, policy: Policy) -> Callable[..., Any]:
     return checked
 
 
-def _gated_from_the_start(pipeline: Any, gate: Callable[[Any], object], only: str | None) -> Callable[..., None]:
+def _gated_from_the_start(
+    pipeline: Any, gate: Callable[[Any], object], only: str | None, gated: Sequence[type]
+) -> Callable[..., None]:
     original = pipeline.__init__
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kinds = type(self).__mro__
+        if next(kind for kind in kinds if kind in gated or kind in REFUSED) is not pipeline:  # of a base class
+            original(self, *args, **kwargs)
+            return
         if only not in (None, type(self).__name__):
             raise TeaCacheValueError(f"the picture was made by {only}, and this command runs {type(self).__name__}")
+        if pipeline not in gated:
+            original(self, *args, **kwargs)
+            warn_caller(f"this {pipeline.__name__} is not gated: {REFUSED[pipeline]}", NoBenefitWarning)
+            return
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
         config = given.arguments.get("model_config")
         if config is not None:  # without one, mflux's class chooses a model that it was made for
             match(config, pipeline)  # raises before weights are loaded
-        try:
-            original(self, *args, **kwargs)
-        except Exception as error:
-            if not _is_of_files(error):
-                raise
-            name = given.arguments.get("model_path") or getattr(config, "model_name", pipeline.__name__)
-            missing = TeaCacheError(f"the weights of {name} are not there: {one_line(error)}")
-            missing.add_note(
-                f"mflux downloads {name} at the first use; if its owner asks for consent, give it on the model's page, "
-                'and log in with "hf auth login". --verbose says more'
-            )
-            raise missing from error
+        original(self, *args, **kwargs)
         gate(self)
 
     return init
-
-
-def _is_of_files(error: BaseException | None) -> bool:
-    """Whether something is not there, or could not be downloaded."""
-    while error is not None:
-        package = type(error).__module__.partition(".")[0]
-        if isinstance(error, FileNotFoundError) or package in ("huggingface_hub", "httpx", "requests"):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -34,6 +34,8 @@ def register(family: Family) -> None:
         for name in (family.runs, *family.factories, *family.methods):
             if not callable(getattr(kind, name, None)):
                 raise TeaCacheValueError(f"{kind.__name__} has no method {name!r}, which its family names")
+    if family.commands:
+        raise TeaCacheValueError("commands are mflux's: of a registered family none is known")
     if family.schedule is not None and family.is_several:
         raise TeaCacheValueError("is_several is for loops that tell mflux's callbacks when a step is done")
     _registered.insert(0, family)
@@ -56,7 +58,7 @@ def match(model_config: Any, pipeline_class: type, by_name: bool = False) -> Mat
         IncompatibleModelError: It cannot be gated; the message says why.
     """
     name = pipeline_class.__name__
-    if pipeline_class in REFUSED:
+    if pipeline_class in REFUSED and not any(pipeline_class in family.pipelines for family in _registered):
         raise IncompatibleModelError(f"apply cannot gate {name}: {REFUSED[pipeline_class]}")
     family = next((f for f in all_families() if issubclass(pipeline_class, f.pipelines)), None)
     if family is None:

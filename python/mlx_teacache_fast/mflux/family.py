@@ -83,7 +83,8 @@ class Family:
         runs: The pipeline's method that makes a picture.
         schedule: Where that has a loop of its own, which tells none of mflux's callbacks: sigma of each step and after
             the last one, of the pipeline and the method's arguments by name.
-        is_euler: Whether a step is linear in the noise; None: as the Config's scheduler has it.
+        is_euler: Whether a step is linear in the noise, of generate_image's arguments; None: as the Config's scheduler
+            has it.
     """
 
     pipelines: tuple[type, ...] = ()
@@ -101,7 +102,7 @@ class Family:
     sigmas: Callable[[Any, Any, dict[str, Any]], Sequence[float]] | None = None
     runs: str = "generate_image"
     schedule: Callable[[Any, dict[str, Any]], Sequence[float]] | None = None
-    is_euler: bool | None = None
+    is_euler: Callable[[dict[str, Any]], bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.pipelines:

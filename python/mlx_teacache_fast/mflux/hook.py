@@ -114,12 +114,9 @@ class Hook:
         check_alone(flux)
         given = _named(generate_image, flux, *args, **kwargs)
         given = {n: p.default for n, p in inspect.signature(generate_image).parameters.items()} | given
-        for name in _MFLUXS:
+        for name in LEAVES_OUT:
             if given.get(name):
-                raise TeaCacheValueError(
-                    f"{name}={given[name]!r} is mflux's own way to leave out steps, and this {type(flux).__name__} is "
-                    "gated: leave out either"
-                )
+                raise TeaCacheValueError(refused_argument(name, given[name], f"this {type(flux).__name__}"))
         run, started = _Run(self, flux, given), perf_counter()
         view = _view(run)
         if self.family.is_on_class:
@@ -130,6 +127,11 @@ class Hook:
         image = generate_image(view, *args, **kwargs)
         run.finish(image, perf_counter() - started)
         return image
+
+
+def refused_argument(name: str, value: object, what: str) -> str:
+    """What to say of one of LEAVES_OUT."""
+    return f"{name}={value!r} is mflux's own way to leave out steps, and {what} is gated: leave out either"
 
 
 def check_alone(flux: Any) -> None:
@@ -238,8 +240,9 @@ class _Run:
             hook.short_schedule_told = True
             _warn(too_short, NoBenefitWarning)
         if policy.cache == "output":
-            is_euler = family.is_euler
-            if is_euler is None:
+            if family.is_euler is not None:
+                is_euler = family.is_euler(self._given)
+            else:
                 is_euler = getattr(type(getattr(config, "scheduler", None)), "step", None) in _EULER
             policy = replace(policy, corrector=policy.rho(getattr(config, "guidance", 1.0)) if is_euler else 0.0)
         num_tokens = getattr(config, "height", 1024) * getattr(config, "width", 1024) // 256
@@ -265,15 +268,15 @@ class _Run:
             for engine in self._engines:
                 generation = engine.generation
                 if generation.index == generation.num_steps:
-                    counted.append(generation.stats(seconds if engine is self._engines[-1] else None))
+                    counted.append(generation.stats(seconds if len(self._engines) == 1 else None))
                 else:
                     notes.append(
                         f"this generation is not counted: {generation.index} of its {generation.num_steps} steps went "
                         "through the gate"
                     )
-            if counted and hook.policy.save_metadata:
+            if counted and hook.policy.save_metadata and len(self._engines) == 1:  # else: of which one is the picture?
                 more = {"variant_id": hook.handle.variant_id, "pipeline": type(self.flux).__name__}
-                more["scheduler"] = getattr(self._config, "_scheduler_str", None)
+                more["scheduler"] = self._given.get("scheduler", getattr(self._config, "_scheduler_str", None))
                 metadata.add_to(image, metadata.record(self._engines[-1].generation.policy, counted[-1], **more))
         except Exception as error:
             counted = []
@@ -284,7 +287,7 @@ class _Run:
 
 
 # generate_image's arguments by which mflux itself leaves out steps.
-_MFLUXS = ("step_cache_ratio", "teacache_ratio", "use_step_cache")
+LEAVES_OUT = ("step_cache_ratio", "teacache_ratio", "use_step_cache")
 # Steps that are linear in the noise.
 _EULER = [s.step for s in (LinearScheduler, FlowMatchEulerDiscreteScheduler, SeedVR2EulerScheduler)]
 _COMPILED: Any = type(mx.compile(lambda: None))  # of no Python function, whatever isinstance says
@@ -357,15 +360,14 @@ def _delegated(name: str) -> Callable[..., Any]:
     return lambda self, *args: getattr(self._run.flux, name)(*args)
 
 
-# nn.Module is a dict of its arrays and children.
 _DICT = "__contains__ __delitem__ __getitem__ __iter__ __len__ __setitem__ get items keys pop values"
-for _name in _DICT.split():
-    setattr(_View, _name, _delegated(_name))
 
 
 @functools.cache
 def _view_class(kind: Any, family: Family) -> Any:
     about: dict[str, Any] = {"__slots__": ("_run",), "__module__": kind.__module__, "__doc__": kind.__doc__}
+    if issubclass(kind, dict):  # as nn.Module is, of its arrays and children
+        about |= {name: _delegated(name) for name in _DICT.split()}
     if family.schedule is None:
         about["callbacks"] = property(lambda self: self._run.callbacks)
     about[family.runs] = property(

@@ -17,7 +17,9 @@ def _class(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(f"mflux.models.{module}"), name, None)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("mflux"):  # something that mflux needs
+            raise
         return None
 
 
@@ -89,10 +91,18 @@ def _ideogram4_sigmas(_flux: Any, config: Any, given: dict[str, Any]) -> Any:
     return [1 - float(time) for time in [*t[::-1], s[0]]]  # its time is 1 where there is no noise
 
 
-def _iris_sigmas(_flux: Any, config: Any, _given: dict[str, Any]) -> Any:
-    solver = _class("iris.model.iris_scheduler.iris_flow_dpm_solver:IrisFlowDPMSolver")
-    shift = _class("iris.variants.txt2img.iris:Iris").SHIFT
-    return solver(config.num_inference_steps, shift).grid
+def _iris_sigmas(flux: Any, config: Any, _given: dict[str, Any]) -> Any:
+    if flux.is_turbo:
+        scheduler = _class("iris.model.iris_scheduler.iris_turbo_scheduler:IrisTurboScheduler")()
+    else:
+        solver = _class("iris.model.iris_scheduler.iris_flow_dpm_solver:IrisFlowDPMSolver")
+        scheduler = solver(config.num_inference_steps, type(flux).SHIFT)
+    times = [scheduler.model_time(step).item() / 1000 for step in range(config.num_inference_steps)]
+    return [*times, 0.0]
+
+
+def _asks_for_euler(given: dict[str, Any]) -> bool:
+    return given.get("scheduler") == "euler"
 
 
 _QWEN: dict[str, Any] = dict(
@@ -105,8 +115,10 @@ _FLUX3: dict[str, Any] = dict(
     sigmas=_flux3_sigmas,
 )
 _FIBO: dict[str, Any] = dict(tap=Tap(at="transformer_blocks.0.attn", signal=modulated("hidden_states")))
-# Their samplers add noise; to extrapolate the velocity is as good there as to extrapolate the clean picture.
-_KREA2: dict[str, Any] = dict(factories=("_predict",), tap=Tap(at="blocks.0.attn", signal=modulated(0)), is_euler=False)
+# Their sampler er_sde adds noise; to extrapolate the velocity is as good there as to extrapolate the clean picture.
+_KREA2: dict[str, Any] = dict(
+    factories=("_predict",), tap=Tap(at="blocks.0.attn", signal=modulated(0)), is_euler=_asks_for_euler
+)
 
 _ROWS = (
     _row(
@@ -168,7 +180,7 @@ _ROWS = (
         is_on_class=True,
         positional=("latents", "sigma"),
         tap=Tap(at="blocks.0.self_attn", signal=modulated(0)),
-        is_euler=False,
+        is_euler=_asks_for_euler,
     ),
     _row(
         "ideogram4.variants.txt2img.ideogram4:Ideogram4",
@@ -187,7 +199,7 @@ _ROWS = (
         methods=("_predict", "_predict_cfg"),
         tap=Tap(at="blocks.0.attn", signal=modulated(0)),
         sigmas=_iris_sigmas,
-        is_euler=False,
+        is_euler=lambda given: False,
     ),
     _row(
         "moss_image.variants.txt2img.moss_image:MOSSImage",
@@ -195,7 +207,7 @@ _ROWS = (
         "moss-image",
         methods=("_predict",),
         tap=Tap(at="layers.0.proj.q", signal=modulated(0)),
-        is_euler=True,
+        is_euler=lambda given: True,
     ),
     _row(
         "qwen21.variants.txt2img.qwen_image_21:QwenImage21",
@@ -206,7 +218,7 @@ _ROWS = (
         tap=Tap(
             at="transformer_blocks.0.attn.image_attention",
             signal=modulated(0),
-            traced={"_step_fn": "_forward", "_image_step_fn": "_image_forward"},
+            traced={"_image_step_fn": "_image_forward"},
         ),
     ),
     _row(

@@ -90,7 +90,7 @@ class Ending:
     def __init__(self) -> None:
         self.latents: Any = None
         self._instead: Any = None
-        self._is_taken = False
+        self._is_taken = self._takes_none = False
 
     def picture(self, latents: mx.array, flux: Any, prompt: str, seed: int, options: Mapping[str, Any]) -> Image | None:
         """As if a generation had ended with these latents; None for a pipeline that takes its steps by itself.
@@ -98,10 +98,13 @@ class Ending:
         It costs what decoding does: mflux's steps hand them on, and as nobody reads what the model would have
         predicted, MLX computes none of it.
         """
+        if self._takes_none:
+            return None
         self._instead, self._is_taken = latents, False
         try:
             # Two steps, as some pipelines want, and of image-to-image mflux leaves out the first one.
             made = generate(flux, prompt, seed, {**options, "num_inference_steps": 2})
+            self._takes_none = not self._is_taken
             return made if self._is_taken else None
         finally:
             self._instead = None

@@ -159,9 +159,7 @@ class Engine:
             if call == 0:
                 generation.restart()
                 generation.record("forced", is_kept=not keeps_residual)
-            if keeps_residual:  # its tokens are not those of later steps
-                generation.compute_next()
-            else:
+            if not keeps_residual:  # whose tokens are not those of later steps
                 self._histories[call] = self._renewed([mx.array(noise)], [])
             return noise
 
@@ -185,8 +183,6 @@ class Engine:
                     self._anchor = [anchor]
                     generation.record(self._state)
                     self._kind = generation.settle()
-                    if self._kind == "numerical-miss":
-                        self._histories = [[]]
                 else:
                     self._kind = decided.kind
             history, miss = self._histories[call], None
@@ -204,7 +200,8 @@ class Engine:
                     noise = corrected(mx.array(self._correction), noise, history)
                 if miss is not None:  # which is read before the next step
                     (noise,) = mx.depends([noise], [miss])
-                self._histories[call] = self._renewed(made, self._kept(history))
+                is_number = self._kind != "numerical-miss"
+                self._histories[call] = self._renewed(made, self._kept(history)) if is_number else []
             if decided is not None and call == 0:
                 generation.record(decided, is_kept=self._kind != "skipped", miss=miss)
             elif miss is not None and self._kind != "skipped":

@@ -11,7 +11,7 @@ from typing import cast
 import mlx.core as mx
 
 from ..plans import PublishedPlans
-from ..policy import Budget, Gate, Policy, Tolerance
+from ..policy import Gate, Policy, Steps, Tolerance
 from ..record.stats import GenerationStats, Kind, StepRecord, step_record
 from .forecast import correction, weights
 from .rules import Watch, budgeted, planned
@@ -97,11 +97,6 @@ class Generation:
         """What was kept is of no use any more."""
         self._known, self._gap = [], []
 
-    def compute_next(self) -> None:
-        """Of a budget: the step that comes next computes too."""
-        if isinstance(self.policy.rule, Budget) and self.plan is not None:
-            self.plan = (*self.plan[: self.index], True, *self.plan[self.index + 1 :])
-
     def decide(self) -> StepRecord | None:
         """The step that comes next, but for what it measures; None where the gate decides, in the step itself."""
         kind: Kind
@@ -114,6 +109,8 @@ class Generation:
             kind, expected = self.watch.decide(self.index)
         else:
             return None
+        if kind == "skipped" and not self._known and not isinstance(self.policy.rule, Steps):
+            kind = "computed"  # whatever a budget says: there is nothing to forecast from
         accumulated = expected if kind == "skipped" and expected is not None else 0.0
         return StepRecord(self.index, kind, None, expected, accumulated)
 
