@@ -494,6 +494,15 @@ def test_image_to_image_begins_in_the_schedule(name: str, photo: Path, monkeypat
     assert known[-1] == 0
 
 
+def test_a_picture_says_the_scheduler_that_was_asked_for(photo: Path) -> None:
+    """Not mflux's own name of it, which its command does not know."""
+    small = BY_NAME["Anima"]
+    with small.pipeline() as flux, tc.apply(flux, budget=0.5):
+        for scheduler in (None, "euler"):
+            image = flux.generate_image(**small.arguments(photo), scheduler=scheduler)
+            assert image.generation_parameters["mlx_teacache_fast"]["scheduler"] == scheduler
+
+
 def test_an_euler_sampler_is_corrected(photo: Path) -> None:
     small = BY_NAME["Krea2"]
     with small.pipeline() as flux:

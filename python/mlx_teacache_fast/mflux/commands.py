@@ -144,7 +144,7 @@ def with_options_of(like: Metadata | None, folder: Path) -> Iterator[None]:
         warnings.warn(message, TeaCacheWarning, stacklevel=2)
         yield
         return
-    settings = dict(like.mflux)
+    settings = {name: value for name, value in like.mflux.items() if value is not None}
     for key, (rule, accepts) in _TAKEN.items():
         if (value := settings.get(key)) is not None and not accepts(value):
             raise TeaCacheValueError(f"{key} in the picture's metadata must be {rule}, got {shown(value)}")
