@@ -346,7 +346,7 @@ def test_no_active_step_is_a_generation_too(flux: Any, generate: Generate, photo
 # ---- Bad input
 
 
-@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.01, float("inf"), 10**400, True, "0.2", [0.2], 1j])
+@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.01, float("inf"), True, "0.2", [0.2], 1j])
 def test_bad_thresholds(flux: Any, value: object) -> None:
     with pytest.raises(tc.TeaCacheValueError) as error:
         tc.apply_teacache(flux, rel_l1_thresh=value)  # type: ignore[arg-type]
@@ -363,7 +363,6 @@ def test_bad_thresholds(flux: Any, value: object) -> None:
         [1, 2, 3, 4, float("nan")],
         [1, 2, float("inf"), 4, 5],
         [1, 2, 3, 4, 1e39],
-        [1, 2, 3, 4, 10**400],
         5,
     ],
 )
