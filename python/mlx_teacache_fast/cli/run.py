@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         ):
             # None, as all of them return, is 0; --help and argparse raise SystemExit.
             code = int(commands.call(command) or 0)
-        if not handles:
+        if not handles and arguments.mflux[0] not in commands.scripts():
             print(f"{PROG}: warning: no pipeline that can be gated was made, so nothing was skipped", file=sys.stderr)
         return code
     except TeaCacheError as error:

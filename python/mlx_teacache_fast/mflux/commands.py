@@ -23,8 +23,10 @@ from mflux.utils.image_util import ImageUtil
 
 from ..errors import (
     NoBenefitWarning,
+    TeaCacheError,
     TeaCacheValueError,
     TeaCacheWarning,
+    one_line,
     shown,
     warn_caller,
 )
@@ -239,7 +241,28 @@ def _gated_from_the_start(
         config = given.arguments.get("model_config")
         if config is not None:  # without one, mflux's class chooses a model that it was made for
             match(config, pipeline)  # raises before weights are loaded
-        original(self, *args, **kwargs)
+        try:
+            original(self, *args, **kwargs)
+        except Exception as error:
+            if not _is_of_files(error):
+                raise
+            name = given.arguments.get("model_path") or getattr(config, "model_name", pipeline.__name__)
+            missing = TeaCacheError(f"the weights of {name} are not there: {one_line(error)}")
+            missing.add_note(
+                f"mflux downloads {name} at the first use; if its owner asks for consent, give it on the model's page, "
+                'and log in with "hf auth login". --verbose says more'
+            )
+            raise missing from error
         gate(self)
 
     return init
+
+
+def _is_of_files(error: BaseException | None) -> bool:
+    """Whether something is not there, or could not be downloaded."""
+    while error is not None:
+        package = type(error).__module__.partition(".")[0]
+        if isinstance(error, FileNotFoundError) or package in ("huggingface_hub", "httpx", "requests"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
