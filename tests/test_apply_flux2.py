@@ -399,14 +399,14 @@ def test_a_window_as_long_as_the_schedule(
             generate(**options)
         assert handle.stats.forced_count == 2 * active
     assert str(warned[-1].message) == (
-        "no possible skip: skip_first_n_steps=1 and skip_last_n_steps=1 leave 0 of "
+        "no possible skip: skip_first_n_steps=1 and skip_last_n_steps=1 leave 0 eligible of "
         f"active_num_steps={active} to decide on, and one has to be computed before another can reuse it"
     )
 
 
 def test_a_schedule_in_which_nothing_can_be_skipped_warns_once(flux: Any, generate: Generate) -> None:
     with tc.apply_teacache(flux):
-        with pytest.warns(tc.NoBenefitWarning, match="leave 1 of active_num_steps=3 to decide on") as warned:
+        with pytest.warns(tc.NoBenefitWarning, match="leave 1 eligible of active_num_steps=3 to decide on") as warned:
             flux.generate_image(prompt="sun", seed=1, num_inference_steps=3, height=32, width=32)
         assert warned[-1].filename == __file__  # not a line of mflux
         with warnings.catch_warnings():

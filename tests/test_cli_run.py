@@ -591,7 +591,7 @@ def test_no_step_to_gate(tmp_path, weights):
     command = [*GENERATE, *SMALL, "--steps", 2, "--output", tmp_path / "x.png"]
     result = run("run", "--threshold", 0.2, "--", *command)
     assert result.code == 0
-    assert "warning: no possible skip: skip_first_n_steps=1 and skip_last_n_steps=1 leave 0 of" in result.err
+    assert "warning: no possible skip: skip_first_n_steps=1 and skip_last_n_steps=1 leave 0 eligible of" in result.err
     assert "2: 0 computed, 2 forced, 0 skipped" in result.out
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 

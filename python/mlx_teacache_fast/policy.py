@@ -219,8 +219,8 @@ class Gate(_Checked):
             return None
         return (
             f"no possible skip: skip_first_n_steps={first} and skip_last_n_steps={last} leave "
-            f"{max(0, num_steps - first - last)} of active_num_steps={num_steps} to decide on, and one has to be "
-            "computed before another can reuse it"
+            f"{max(0, num_steps - first - last)} eligible of active_num_steps={num_steps} to decide on, and one "
+            "has to be computed before another can reuse it"
         )
 
     def __str__(self) -> str:
