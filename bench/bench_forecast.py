@@ -1,7 +1,8 @@
-"""What does the guard of forecasts do, and where should the computed steps of a budget lie?
+"""Which forecast, what does its guard do, and where should the computed steps of a budget lie?
 
 The demonstration model's pictures against plain mflux's in each regime (docs/forecasting.md): no times. These tables
-are where the constants come from: REACH and MAX_GAIN of step/forecast.py, and SEEN of step/rules.py.
+are where the constants come from: REACH and MAX_GAIN of step/forecast.py, and SEEN of step/rules.py. "Damped": a line of
+four fifths of the slope. "Of x0": a line through the clean picture as the model sees it, instead of its prediction.
 
     python bench/bench_forecast.py --json build/forecast.json       # half an hour on two cores, with a faster BLAS
     python bench/bench_forecast.py --regimes flux2-1024 --n-prompts 2 --steps 50 --guidance 4
@@ -18,13 +19,16 @@ from typing import Any
 
 import common
 
-BUDGETS = (0.5, 0.4, 0.3, 0.2)
+BUDGETS = (0.4, 0.3, 0.2)
 SEEN = (1 / 8, 3 / 16, 3 / 8, 3 / 4, 3 / 2)  # with the demonstration model's 64 tokens the first is sigma itself
 FREE = {"reach": math.inf, "max_gain": math.inf}
+DAMPED, OF_X0 = "order 1, damped", "order 1, of x0"
 FORECASTS: dict[str, tuple[int, dict[str, float]]] = {
     "reuse": (0, {}),
     "order 1, free": (1, FREE),
     "order 1": (1, {}),
+    DAMPED: (1, {}),
+    OF_X0: (1, {}),
     "order 2, free": (2, FREE),
     "order 2, reach only": (2, {"max_gain": math.inf}),
     "order 2": (2, {}),
@@ -43,6 +47,8 @@ def row(flux: Any, plain: dict[Any, Any], options: dict[str, Any], how: dict[str
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    import schedulers
+
     from mlx_teacache_fast import demo
     from mlx_teacache_fast.mflux.pictures import generate, progress_bar
     from mlx_teacache_fast.step import forecast, generation, rules
@@ -51,11 +57,23 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     captions = [caption for group in flux.captions.values() for caption in group]
     prompts = captions[2 :: len(captions) // args.n_prompts][: args.n_prompts]
     places = [(prompt, seed) for seed in range(1, 1 + args.n_seeds) for prompt in prompts]
-    which: list[dict[str, Any]] = [{"tolerance": 0.1}, {"tolerance": 0.4}, *({"budget": b} for b in BUDGETS)]
+    which: list[dict[str, Any]] = [{"tolerance": 0.1}, *({"budget": b} for b in BUDGETS)]
     rows: list[dict[str, Any]] = []
     schedules = common.schedules(args)
     pictures = (1 + len(which) * len(FORECASTS) + len(BUDGETS) * len(SEEN)) * len(places)
     seen, weights = rules.SEEN, forecast.weights
+    decide = generation.Generation.decide
+
+    def decided(self: Any) -> Any:
+        step = decide(self)
+        schedulers.DataForecast.is_skipped = step is not None and step.kind == "skipped"
+        return step
+
+    def damped(sigma: float, known: Any, order: int) -> list[float]:
+        last, *before = weights(sigma, known, order)
+        return [0.2 + 0.8 * last, *(0.8 * w for w in before)] if known else [last, *before]
+
+    generation.Generation.decide = decided  # type: ignore[method-assign]
     with progress_bar(flux, pictures * sum(steps for _, steps, _ in schedules)) as bar:
         for regime, steps, guidance in schedules:
             bar.set_description_str(f"{regime}, {steps} steps, guidance {guidance:g}")
@@ -64,9 +82,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             options |= demo.REGIMES[regime].options
             plain = {place: generate(flux, *place, options) for place in places}
             for how, (name, (order, guard)) in itertools.product(which, FORECASTS.items()):
-                generation.weights = functools.partial(weights, **guard)
+                generation.weights = damped if name == DAMPED else functools.partial(weights, **guard)
+                of_x0 = {"scheduler": schedulers.name(schedulers.DataForecast, regime)} if name == OF_X0 else {}
                 about = here | {"which": " ".join(map(str, *how.items())), "forecast": name}
-                rows.append(about | row(flux, plain, options, how | {"forecast": order}))
+                rows.append(about | row(flux, plain, options | of_x0, how | {"forecast": order}))
             generation.weights = weights
             for budget, rules.SEEN in itertools.product(BUDGETS, SEEN):
                 about = here | {"which": f"budget {budget}", "seen": rules.SEEN}

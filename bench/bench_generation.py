@@ -12,6 +12,7 @@ steps, in turn:
     klein's plan            as many steps, those that were published for FLUX.2 klein base 9B
     budget, reuse           the same plan as ours, and the last residual again
     fewer steps             plain mflux, run with only as many steps as the budgets allow
+    DPM-Solver++            as few steps of its second order (2M) instead of Euler's
 
 PSNR and SSIM are against plain mflux's picture of the same prompt, seed, regime and guidance. Time is that of
 generate_image, as a ratio to plain mflux's in the same turn; 1 / bound, the share of computed steps, is its limit.
@@ -59,9 +60,15 @@ PLAIN, PEER, REUSE, GATE, OURS = CONDITIONS = [
     "ours, gate",
     "ours",
 ]
-BUDGET, PUBLISHED_PLAN, REUSED, FEWER = PLANNED = ["ours, budget", "klein's plan", "budget, reuse", "fewer steps"]
+BUDGET, PUBLISHED_PLAN, REUSED, FEWER, DPM = PLANNED = [
+    "ours, budget",
+    "klein's plan",
+    "budget, reuse",
+    "fewer steps",
+    "DPM-Solver++",
+]
 DEFAULT = MODES[DEFAULT_MODE]  # tolerance
-PARTS = [0.5, 1.0, 2.0]  # of the model's own threshold
+PARTS = [1.0, 2.0, 3.0]  # of the model's own threshold
 
 FULL = {"n_prompts": 10, "n_seeds": 2, "steps": [50, 25], "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
 FULL |= {
@@ -126,13 +133,15 @@ def cases(args: argparse.Namespace, steps: int) -> list[tuple[str, Any]]:
     """Each condition with each of its settings."""
     counts = sorted({max(2, math.floor(b * steps + 1e-9)) for b in args.budgets}, reverse=True)
     settings = dict.fromkeys((PEER, REUSE), args.thresholds) | {GATE: PARTS, OURS: args.tolerances}
-    settings |= dict.fromkeys((BUDGET, PUBLISHED_PLAN, REUSED), args.budgets) | {FEWER: counts}
+    settings |= dict.fromkeys((BUDGET, PUBLISHED_PLAN, REUSED), args.budgets)
+    settings |= dict.fromkeys((FEWER, DPM), counts)
     only = args.only or list(settings)
     return [(PLAIN, None), *((name, value) for name, values in settings.items() if name in only for value in values)]
 
 
 def turn(flux: Any, args: argparse.Namespace, schedule: Any, index: int, out: Any) -> list[Record]:
     """Every condition's picture of one of ``places`` in a schedule of common's, in another order for each index."""
+    import schedulers
     from mlx_teacache import apply_teacache
 
     import mlx_teacache_fast as tc
@@ -162,9 +171,10 @@ def turn(flux: Any, args: argparse.Namespace, schedule: Any, index: int, out: An
             count = max(2, math.floor(setting * steps + 1e-9))
             its_schedule = klein.sigmas if steps == len(klein.sigmas) else shifted(steps, 8.7487)  # with 25 steps
             context = tc.apply(flux, steps=as_text(placed(klein, its_schedule, count)))
-        n = setting if condition == FEWER else steps
+        n = setting if condition in (FEWER, DPM) else steps
         options = {"num_inference_steps": n, "guidance": guidance, "height": args.size, "width": args.size}
-        options |= REGIMES[regime].options
+        other = schedulers.name(schedulers.DPMSolver, regime)
+        options |= {"scheduler": other} if condition == DPM else REGIMES[regime].options
         with context as handle:
             start = perf_counter()
             picture = generate(flux, prompt, seed, options)
@@ -348,7 +358,7 @@ def verdict(data: Record) -> list[str]:
     for panel, rows in panels(data):
         fewer = curve(rows, FEWER)
         for r in rows:
-            if r["condition"] in (PLAIN, FEWER) or r["psnr"] is None or not fewer:
+            if r["condition"] in (PLAIN, FEWER, DPM) or r["psnr"] is None or not fewer:
                 continue
             if not fewer[0][0] <= r["computed"] <= fewer[-1][0]:
                 apart.append(f"{panel}, {r['condition']} {_setting(r)}")

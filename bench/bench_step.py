@@ -9,8 +9,9 @@ makes its graph in the second. bench_branch.py measures the conditional by itsel
 The limit of a computed step is mflux's own; a gated one computes the prelude up to block 0 twice, for the gate reads
 it. Ours at threshold 0 runs mflux's own and counts it. The limit of a skipped step that reuses a residual is mflux's
 prelude and tail: embeddings, modulations, the last layers, the scheduler. That of one that gets a forecast of the
-output is the prelude up to block 0: the image's embedding and block 0's modulation. One that a plan skips, compared
-with that too, has nothing but the forecast. "On the host": the decision is read before the step instead of in its
+output is the prelude up to block 0: the image's embedding and block 0's modulation. One that a plan or a tolerance
+skips, compared with that too, has nothing but the forecast; what a tolerance costs is the miss that it measures and
+reads at a computed step. "On the host": the decision is read before the step instead of in its
 graph.
 
 An earlier version (--before) is measured in processes of its own, in turn with ours; both in parts of the limit in the
@@ -40,14 +41,16 @@ KINDS = common.KINDS | {
     "host computed": "ours, computed, decided on the host",
     "host forecast": "ours, skipped, decided on the host",
     "planned": "ours, skipped by a plan",
+    "watched computed": "ours, computed, a tolerance",
+    "watched": "ours, skipped by a tolerance",
     "no blocks": "mflux's prelude and tail",
     "prelude": "mflux's prelude up to block 0",
 }
-SKIPPED = ("skipped", "forecast", "host forecast", "planned", "peer skipped")
+SKIPPED = ("skipped", "forecast", "host forecast", "planned", "watched", "peer skipped")
 RIVALS = {"off": "peer off", "kept": "peer computed", "skipped": "peer skipped"}  # of ours
 LIMITS = dict.fromkeys(KINDS, "mflux") | {"skipped": "no blocks", "peer skipped": "no blocks"}
-LIMITS |= dict.fromkeys(("forecast", "host forecast", "planned"), "prelude")
-FIRST = ("mflux", "off", "computed", "kept", "peer computed")  # of an image
+LIMITS |= dict.fromkeys(("forecast", "host forecast", "planned", "watched"), "prelude")
+FIRST = ("mflux", "off", "watched computed", "computed", "kept", "peer computed")  # of an image
 COMPARED = ("off", "computed", "kept", "forecast", "skipped", "planned")  # with an earlier version
 
 # Heads of 64 channels, joint and single blocks; random weights, but for the demo model's own.
@@ -197,7 +200,7 @@ def measure(
     clock = Clock()
     flux.callbacks.register(clock)
 
-    def image(context: AbstractContextManager[Any]) -> tuple[list[float], list[str]]:
+    def image(context: AbstractContextManager[Any], steps: int) -> tuple[list[float], list[str]]:
         with context as handle:
             flux.generate_image(
                 prompt="red apple", seed=1, num_inference_steps=steps, height=size, width=size, guidance=guidance
@@ -218,6 +221,10 @@ def measure(
         contexts = {kind: contexts[kind] for kind in dict.fromkeys((*COMPARED, *map(LIMITS.get, COMPARED)))}
     else:
         contexts |= {
+            "watched computed": lambda: tc.apply(flux, tolerance=1e-9),
+            "watched": lambda: tc.apply(flux, tolerance=1.0),
+        }
+        contexts |= {
             f"host {kind}": functools.partial(on_the_host, contexts[kind]) for kind in ("computed", "forecast")
         }
     measured = []
@@ -225,7 +232,8 @@ def measure(
     for turn in range(1 + turns):
         seconds = {}
         for kind in common.orders(list(contexts), turn + 2 * turns * process):  # a drift falls on each kind in turn
-            times, step_kinds = image(contexts[kind]())
+            n_steps = 2 * steps if kind == "watched" else steps  # which skips two in a row only then
+            times, step_kinds = image(contexts[kind](), n_steps)
             skipped = kind in SKIPPED
             steps_of_kind = list(zip(times, step_kinds, strict=True))[1:]
             seconds[kind] = min(t for t, k in steps_of_kind if (k == "skipped") == skipped)
@@ -311,6 +319,7 @@ def main() -> None:
             for kind in KINDS
         }
         result["planned_to_computed"] = ratio("planned", "computed")
+        result["watched_to_planned"] = ratio("watched", "planned")
         result["first_two_ms"] = {kind: median_ms(turns, f"first {kind}") for kind in FIRST}
         result["first_two_to_mflux"] = {kind: ratio(f"first {kind}", "first mflux") for kind in FIRST}
         result["host_to_graph"] = {kind: ratio(f"host {kind}", kind) for kind in ("computed", "forecast")}
@@ -367,9 +376,11 @@ def report(data: dict[str, Any]) -> None:
         )
         common.print_table([["part", "ms"], *([PARTS[n], f"{ms:.2f}"] for n, ms in own.items())], left=1)
         at = f"{result['model']}, {shape}"
-        for kind in ("off", "computed", "kept"):
+        for kind in ("off", "watched computed", "computed", "kept"):
             claims.append(common.claim(f"{at}: {KINDS[kind]} / mflux", kinds[kind]["to_mflux"], at_most=1.02))
         claims.append(common.claim(f"{at}: skipped by a plan / computed", result["planned_to_computed"], at_most=0.1))
+        text = f"{at}: skipped by a tolerance / by a plan"
+        claims.append(common.claim(text, result["watched_to_planned"], at_most=1.1))
         for kind, r in result["host_to_graph"].items():
             claims.append(common.claim(f"{at}: {KINDS[kind]}, on the host / in the graph", r, at_least=1))
         for kind, r in result["to_before"].items():

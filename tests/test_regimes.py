@@ -151,3 +151,19 @@ def test_bad_names(generate: Generate) -> None:
     assert run("demo", "--regime", "flux2") == Result(2, "", f"mlx-teacache-fast demo: error: {message}\n")
     with pytest.raises(NotImplementedError, match=r"^The scheduler 'flux2' is not implemented by mflux\.$"):
         generate(num_inference_steps=4, height=32, width=32, scheduler="flux2")
+
+
+def test_the_rival_solver_is_of_second_order(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bench's DPM-Solver++, where the way is known: data of one number, mean 2 and variance 1/4."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import schedulers
+
+    def error(steps: int) -> float:
+        x = mx.array([1.3])
+        solver = scheduler(flux, steps, scheduler=schedulers.name(schedulers.DPMSolver, "flux2-1024"))
+        for step, sigma in enumerate(solver.sigmas.tolist()[:-1]):
+            clean = 2 + (1 - sigma) / 4 * (x - 2 * (1 - sigma)) / ((1 - sigma) ** 2 / 4 + sigma**2)
+            x = solver.step(noise=(x - clean) / sigma, timestep=step, latents=x)
+        return abs(float(x.item()) - (2 + 1.3 / 2))
+
+    assert error(100) < error(50) / 3 < 1e-3  # Euler's: a half
