@@ -1,8 +1,8 @@
 """Which forecast, what does its guard do, and where should the computed steps of a budget lie?
 
 The demonstration model's pictures against plain mflux's in each regime (docs/forecasting.md): no times. These tables
-are where the constants come from: REACH and MAX_GAIN of step/forecast.py, and SEEN of step/rules.py. "Damped": a line of
-four fifths of the slope. "Of x0": a line through the clean picture as the model sees it, instead of its prediction.
+are where the constants come from: REACH and MAX_GAIN of step/forecast.py, and SEEN of step/rules.py. "Damped": a line
+of four fifths of the slope. "Of x0": a line through the clean picture as the model sees it, instead of its prediction.
 
     python bench/bench_forecast.py --json build/forecast.json       # half an hour on two cores, with a faster BLAS
     python bench/bench_forecast.py --regimes flux2-1024 --n-prompts 2 --steps 50 --guidance 4

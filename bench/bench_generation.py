@@ -69,6 +69,8 @@ BUDGET, PUBLISHED_PLAN, REUSED, FEWER, DPM = PLANNED = [
 ]
 DEFAULT = MODES[DEFAULT_MODE]  # tolerance
 PARTS = [1.0, 2.0, 3.0]  # of the model's own threshold
+IN_FULL = 50, 4.0  # steps and guidance of the tables that the page shows: --from has the others
+SHARE = 0.4  # of the steps, where all are compared
 
 FULL = {"n_prompts": 10, "n_seeds": 2, "steps": [50, 25], "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
 FULL |= {
@@ -269,7 +271,8 @@ def table_rows(data: Record) -> list[Record]:
         row["p10"] = float(np.percentile(psnr, 10)) if psnr else None
         row |= {"bound": row["steps"] / row["computed"], "seconds": statistics.median(p["seconds"] for p in pictures)}
         row["to_mflux"] = ratio(pictures, of[*schedule, PLAIN, None])
-        row["ours_to_it"] = ratio(of[*schedule, REUSE, setting], pictures) if condition == PEER else None
+        reused = of.get((*schedule, REUSE, setting)) if condition == PEER else None
+        row["ours_to_it"] = ratio(reused, pictures) if reused else None
         rows.append(row)
     regimes, conditions = [*REGIMES], [*CONDITIONS, *PLANNED]
 
@@ -299,76 +302,79 @@ def claims(data: Record) -> list[list[str]]:
         common.claim(f"{panel}, threshold {r['setting']:g}: {REUSE} / {PEER}", r["ours_to_it"], at_most=1)
         for panel, rows in panels(data)
         for r in rows
-        if r["condition"] == PEER
+        if r["ours_to_it"]
     ]
 
 
-def quality_claims(data: Record) -> list[list[str]]:
-    """What forecasts should give; decibels have no noise: the same pictures come out each time."""
-    lines = []
-    for panel, rows in panels(data):
-        of = {(r["condition"], r["setting"]): r for r in rows}
-        pairs = [(r, of[BUDGET, r["setting"]]) for r in rows if r["condition"] == REUSED]
-        pairs = [(a, b) for a, b in pairs if b["computed"] <= a["computed"]]
-        gains = [
-            b["psnr"] - a["psnr"] for a, b in pairs if a["skipped"] >= 0.4 * a["steps"] and a["psnr"] and b["psnr"]
-        ]
-        if gains:
-            text = f"{panel}: forecast above reuse, the same steps, 40 % or more skipped"
-            lines.append([text, "at least 5 dB", f"{min(gains):.1f} to {max(gains):.1f} dB", _holds(min(gains) >= 5)])
-        theirs = _steps_at(curve(rows, PEER), 45.0)
-        mine = [_steps_at(curve(rows, name), 45.0) for name in (BUDGET, OURS)]
-        if theirs and not theirs[1]:
-            text = f"{panel}: computed steps for 45 dB, mlx-teacache / ours"
-            best = min((m for m in mine if m), default=None)
-            cell = (
-                "ours does not reach it" if best is None else f"{theirs[0]:.1f} / {best[0]:.1f}{' or fewer' * best[1]}"
-            )
-            cell += "" if best is None else f" = {theirs[0] / best[0]:.2f}"
-            lines.append([text, "at least 1.5", cell, _holds(best is not None and theirs[0] / best[0] >= 1.5)])
-        peer = of.get((PEER, min(data["thresholds"])))
-        if peer and (ours := of[OURS, DEFAULT])["psnr"] and peer["psnr"]:
-            cell = (
-                f"{ours['computed']:.1f} and {peer['computed']:.1f} steps, {ours['psnr']:.1f} and {peer['psnr']:.1f} dB"
-            )
-            better = ours["computed"] <= peer["computed"] and ours["psnr"] >= peer["psnr"]
-            text = f"{panel}: ours by default and mlx-teacache at {peer['setting']:g}"
-            lines.append([text, "closer, no more steps", cell, _holds(better)])
+def at(rows: list[Record], condition: str, count: float) -> tuple[float, float, float] | None:
+    """Computed steps, mean PSNR and 10th percentile of a condition at ``count`` computed steps, between its settings.
+
+    Its fewest steps where these are more; None where all of its settings compute fewer.
+    """
+    found = [r for r in rows if r["condition"] == condition and r["psnr"] is not None]
+    points = sorted((r["computed"], r["psnr"], r["p10"]) for r in found)
+    if not points or points[-1][0] < count:
+        return None
+    steps, mean, low = zip(*points, strict=True)
+    n = max(count, steps[0])
+    return n, float(np.interp(n, steps, mean)), float(np.interp(n, steps, low))
+
+
+def at_equal_steps(data: Record) -> list[list[str]]:
+    """A line for each schedule: the default, and all conditions where SHARE of the steps compute."""
+    rivals = [name for name in (OURS, BUDGET, GATE, PUBLISHED_PLAN, PEER, FEWER, DPM) if name in _conditions(data)]
+    names = {OURS: "a tolerance"}
+    lines = [["regime", "steps", "guidance", "by default", "", "worst", *(names.get(name, name) for name in rivals)]]
+    for _, rows in panels(data):
+        r = next(r for r in rows if (r["condition"], r["setting"]) == (OURS, DEFAULT))
+        cells = [f"{r['computed']:.1f}", *(["", ""] if r["psnr"] is None else _pair(r["psnr"], r["p10"], r["worst"]))]
+        for name in rivals:
+            found = at(rows, name, SHARE * r["steps"])
+            more = "" if found is None or found[0] <= SHARE * r["steps"] else f"{found[0]:.1f}: "
+            cells.append("" if found is None else more + _pair(*found[1:])[0])
+        lines.append([r["regime"], str(r["steps"]), f"{r['guidance']:g}", *cells])
     return lines
+
+
+def _pair(mean: float, low: float, worst: float = 0.0) -> list[str]:
+    return [f"{mean:.1f} ({low:.1f})", f"{worst:.1f}"]
+
+
+def _conditions(data: Record) -> set[str]:
+    return {r["condition"] for r in data["rows"]}
+
+
+def quality_claims(data: Record) -> list[list[str]]:
+    """Over all schedules; decibels have no noise: the same pictures come out each time."""
+    defaults = [r for r in data["rows"] if (r["condition"], r["setting"]) == (OURS, DEFAULT) and r["psnr"] is not None]
+    lines = []
+    for text, name, least in (("mean", "psnr", 52.0), ("10th percentile", "p10", 50.0)):
+        values = [r[name] for r in defaults]
+        lines.append([f"the default's PSNR, {text}", f"at least {least:g} dB", *_range(values, least)])
+    for rival in (GATE, PUBLISHED_PLAN, PEER, FEWER, DPM):
+        pairs = [
+            (at(rows, OURS, SHARE * rows[0]["steps"]), at(rows, rival, SHARE * rows[0]["steps"]))
+            for _, rows in panels(data)
+        ]
+        known = [(ours, its) for ours, its in pairs if ours and its and ours[0] <= its[0]]
+        for text, i in (("mean", 1), ("10th percentile", 2)) if known else ():
+            gains = [ours[i] - its[i] for ours, its in known]
+            lines.append([f"a tolerance above {rival}, {text}, no more steps", "at least 0 dB", *_range(gains, 0.0)])
+    return lines
+
+
+def _range(values: list[float], least: float) -> list[str]:
+    n = sum(v >= least for v in values)
+    return [f"{min(values):.1f} to {max(values):.1f} dB", f"{_holds(n == len(values))}: {n} of {len(values)} schedules"]
 
 
 def _holds(is_so: bool) -> str:
     return "holds" if is_so else "does not hold"
 
 
-def _steps_at(points: list[tuple[float, float]], psnr: float) -> tuple[float, bool] | None:
-    """The fewest steps with which a curve reaches a PSNR, and whether it may need fewer than were measured."""
-    for i, (x, y) in enumerate(points):
-        if y >= psnr:
-            if i == 0:
-                return x, True
-            before, low = points[i - 1]
-            return before + (x - before) * (psnr - low) / (y - low), False
-    return None
-
-
 def verdict(data: Record) -> list[str]:
-    """Where fewer steps are as good, pictures of the default that are not better, and whether processes agree."""
-    worse, apart = [], []
-    for panel, rows in panels(data):
-        fewer = curve(rows, FEWER)
-        for r in rows:
-            if r["condition"] in (PLAIN, FEWER, DPM) or r["psnr"] is None or not fewer:
-                continue
-            if not fewer[0][0] <= r["computed"] <= fewer[-1][0]:
-                apart.append(f"{panel}, {r['condition']} {_setting(r)}")
-                continue
-            gap = r["psnr"] - float(np.interp(r["computed"], [x for x, _ in fewer], [y for _, y in fewer]))
-            if gap <= 0:
-                worse.append(f"{panel}, {r['condition']} {_setting(r)} ({gap:.1f} dB)")
-    lines = ["Fewer steps are as close to all steps as: " + ("; ".join(worse) or "nothing") + "."]
-    if apart:
-        lines.append("Not compared with them, for another number of computed steps: " + "; ".join(apart) + ".")
+    """Pictures of the default that are not better than mlx-teacache's, and whether processes agree."""
+    lines = []
     pictures = pictures_of(data)
     which = itemgetter("condition", "setting", "regime", "steps", "guidance", "turn")
     of = {which(p): p for p in pictures}
@@ -398,7 +404,12 @@ def _setting(row: Record) -> str:
 
 def report(data: Record) -> None:
     common.print_header(data)
+    share = f"where {SHARE:.0%} of the steps compute, or its fewest where it has more"
+    print(f"\nPSNR in dB, mean (10th percentile): by default with the steps that it computes; each {share}\n")
+    common.print_table(at_equal_steps(data), left=1)
     for panel, rows in panels(data):
+        if common.MARKDOWN and (rows[0]["steps"], rows[0]["guidance"]) != IN_FULL:
+            continue
         print(f"\n{data['model'] or 'demo model'}, {data['size']} pixels, {panel}, {rows[0]['pictures']} pictures\n")
         head = [
             "regime",
