@@ -105,8 +105,9 @@ bench-full: $(UV) headers
 	mv build/results/bench_*.json $(RESULTS)
 	$(REPORT)
 
-lint: $(UV) headers
-	$(call SYNC,--extra demo --group test --group lint)
+# mypy reads the sources: the package is neither built nor, where it is installed, replaced.
+lint: $(UV)
+	$(UV) sync --quiet --python $(PYTHON) --inexact --no-install-project --extra demo --group test --group lint
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) clang-format --dry-run -Werror csrc/*.cpp csrc/*.h metal/* tests/kernel_host/*.cpp tests/kernel_host/*.h

@@ -130,6 +130,9 @@ def test_match_variant() -> None:
     distilled = tc.match_variant(ModelConfig.flux2_klein_4b(), Flux2Klein)
     assert distilled is not None
     assert distilled.default_thresh is None
+    shares = tc.match_variant(ModelConfig.flux2_klein_base_9b(), Flux2Klein)
+    assert shares is not None
+    assert (shares.calibrated, shares.fitted_on) == (True, "flux2-klein-base-4b")
     finetune = ModelConfig.from_name("somebody/finetune", base_model="flux2-klein-base-4b")
     matched = tc.match_variant(finetune, Flux2Klein)
     assert matched is not None
@@ -164,8 +167,12 @@ def test_supported() -> None:
 def test_supported_reads_as_a_table() -> None:
     base = tc.VariantInfo(variant_id="a", display_name="A", default_thresh=0.2, model_names=("a",), calibrated=True)
     other = replace(base, variant_id="b", calibrated=False)
-    rows = [tc.Pipeline("Gated", (base, other)), tc.Pipeline("Not", (), "it returns attention maps")]
-    assert str(tc.Pipelines(rows)) == "Gated  a; not calibrated: b\nNot    refused: it returns attention maps"
+    shares = replace(base, variant_id="c", fitted_on="a")
+    rows = [tc.Pipeline("Gated", (base, other, shares)), tc.Pipeline("Not", (), "it returns attention maps")]
+    assert (
+        str(tc.Pipelines(rows))
+        == "Gated  a, c (fitted on a); not calibrated: b\nNot    refused: it returns attention maps"
+    )
 
 
 # ---- max_consecutive_skips

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_teacache_fast import ops
+from mlx_teacache_fast.cli.checks import between_streams, slow
 
 TRUE, FALSE = mx.array(True), mx.array(False)
 
@@ -204,35 +205,12 @@ def test_body_on_another_stream_waits_for_its_inputs() -> None:
     assert mx.allclose(step(x), 2 * mx.sort(mx.sin(mx.sort(x + 1.0))), atol=1e-6).item()
 
 
-def slow(x: mx.array, stream: mx.Stream) -> mx.array:
-    for _ in range(3):
-        x = mx.sort(mx.negative(x, stream=stream), stream=stream)
-    return x
-
-
 @pytest.mark.parametrize("evaluate", [mx.eval, mx.async_eval])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("skipped", [False, True])
 def test_streams_of_inputs_body_and_consumers(skipped: bool, compiled: bool, evaluate: Callable[..., None]) -> None:
-    """The body on one stream, each input and each consumer on another: every combination of three streams."""
     streams = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
-    for at in streams:
-        body = ops.Body(lambda *xs, at=at: [slow(x, at) for x in xs])
-
-        def step(x: mx.array, body: ops.Body = body) -> list[mx.array]:
-            inputs = [slow(x + i, s) for i, s in enumerate(streams)]
-            on_skip = [slow(x - i, s) for i, s in enumerate(streams)]
-            outs = ops.branch(mx.any(x > 1e9) == (not skipped), on_skip, body, inputs)
-            return [slow(outs[(i + j) % 3], s) for i, s in enumerate(streams) for j in range(3)]
-
-        x = mx.random.normal((1 << 14,), key=mx.random.key(0))
-        want = [slow(x - i if skipped else slow(x + i, streams[0]), streams[0]) for i in range(3)]
-        want = [slow(w, streams[0]) for w in want]
-        got = (mx.compile(step) if compiled else step)(x)
-        evaluate(got)
-        for i in range(3):
-            for j in range(3):
-                assert equal(got[3 * i + j], want[(i + j) % 3]), (at, i, j)
+    between_streams(streams, skipped, compiled, evaluate)
 
 
 @pytest.mark.parametrize("first", [0, 1])

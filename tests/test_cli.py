@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ pytest.importorskip("mflux", reason="the demo needs mflux")
 from PIL import Image
 
 import mlx_teacache_fast
-from mlx_teacache_fast import cli, demo, files, ops
+from mlx_teacache_fast import cli, demo, errors, files, ops
 from mlx_teacache_fast.demo import compare as compare_module
 from mlx_teacache_fast.demo import report
+from mlx_teacache_fast.errors import how_to_install
 from mlx_teacache_fast.models import TINY_KLEIN
 
 COMMAND = [sys.executable, "-m", "mlx_teacache_fast"]
@@ -227,8 +229,36 @@ def test_missing_package(monkeypatch):
     monkeypatch.delattr(demo, "compare")
     monkeypatch.delattr(demo, "report")
     result = run("demo", "sun")
-    message = 'the demo needs tqdm, which is not installed: pip install "mlx-teacache-fast[demo]"'
+    message = f"the demo needs tqdm, which is not installed: {how_to_install('demo')}"
     assert result == Result(1, "", f"mlx-teacache-fast demo: error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [*(("demo", name) for name in ("numpy", "PIL", "skimage", "matplotlib", "tqdm", "mflux")), ("report", "numpy")],
+)
+def test_each_missing_package_of_the_extra(command, package, tmp_path):
+    program = f"import sys; sys.modules[{package!r}] = None; from mlx_teacache_fast.cli import main; sys.exit(main())"
+    ran = [sys.executable, "-c", program, command]
+    result = subprocess.run(ran, capture_output=True, text=True, check=False, cwd=tmp_path)
+    message = f"the demo needs {package}, which is not installed: {how_to_install('demo')}"
+    assert result.stderr == f"mlx-teacache-fast {command}: error: {message}\n"
+    assert result.returncode == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_how_to_install(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert how_to_install("demo") == 'pip install "mlx-teacache-fast[demo]"'
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(errors, "version", lambda _: "0.32.2")
+    assert how_to_install("mflux") == 'pip install "mlx-teacache-fast[mflux,cuda]"'
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(errors, "version", missing)
+    assert how_to_install("demo").startswith("uv sync --extra demo, in a checkout (pip install uv; ")
 
 
 # ---- What goes wrong on the way

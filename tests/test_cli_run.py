@@ -782,6 +782,12 @@ def test_info_of_a_base_model():
             "at 25 steps, mflux's default: perhaps",
         ),
         (["me/flux2-klein-base-9b-8bit"], "flux2-klein-base-9b", "no: with the", ": perhaps"),
+        (
+            ["flux2-klein-base-9b"],
+            "flux2-klein-base-9b",
+            "yes, with coefficients fitted on flux2-klein-base-4b",
+            "at 50 steps, mflux's default: yes",
+        ),
         (["flux2-klein-4b"], "flux2-klein-4b", "yes", "at 4 steps, mflux's default: no"),
         (["klein-9b-kv"], "flux2-klein-9b", "no: with the", "at 4 steps, mflux's default: no"),
         (["schnell", "--steps", 25], "flux1-schnell", "yes", "at 25 steps: no"),
@@ -910,7 +916,8 @@ def pipelines_table():
             known = {alias: match(SimpleNamespace(aliases=[alias]), pipeline) for alias in family.models}
             is_first = pipeline is family.pipelines[0]  # the others run the same models
             plain = [alias for alias, found in known.items() if is_first and not found.calibrated]
-            calibrated = [alias for alias, found in known.items() if found.calibrated]
+            fitted = [(alias, found.variant) for alias, found in known.items() if found.calibrated]
+            calibrated = [alias + (f" (fitted on {v.fitted_on})" if v.fitted_on else "") for alias, v in fitted]
             rows.append((f"`{pipeline.__name__}`", *map(", ".join, (names, plain, calibrated)), ""))
     rows += [(f"`{pipeline.__name__}`", "", "", "", why) for pipeline, why in REFUSED.items()]
     return "".join("| {} | {} | {} | {} | {} |\n".format(*row) for row in rows)

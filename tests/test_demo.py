@@ -25,6 +25,7 @@ from mlx_teacache_fast.demo import compare as compare_module
 from mlx_teacache_fast.demo import report
 from mlx_teacache_fast.demo._extra import demo_extra
 from mlx_teacache_fast.demo.compare import Comparison, Settings, Summary, check_prompts, compare
+from mlx_teacache_fast.errors import how_to_install
 from mlx_teacache_fast.models import TINY_KLEIN
 from mlx_teacache_fast.record.stats import GenerationStats, StepRecord
 
@@ -125,7 +126,7 @@ def test_missing_package_names_the_extra():
     code = "import sys; sys.modules['mflux'] = None; import mlx_teacache_fast.demo"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    message = 'ImportError: the demo needs mflux, which is not installed: pip install "mlx-teacache-fast[demo]"'
+    message = f"ImportError: the demo needs mflux, which is not installed: {how_to_install('demo')}"
     assert result.stderr.splitlines()[-1] == message
 
 

@@ -27,10 +27,10 @@ from gate_cases import (
     random_case,
     to_numpy,
 )
-from test_branch import slow
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast import ops
+from mlx_teacache_fast.cli import checks
 
 pytestmark = pytest.mark.gpu
 
@@ -220,46 +220,15 @@ def test_what_a_gate_takes_besides_its_inputs() -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("skipped", [False, True])
 def test_streams_of_inputs_body_and_consumers(skipped: bool, compiled: bool, evaluate: Callable[..., None]) -> None:
-    """The body on one stream, each input and each consumer on another: two of the GPU and one of the CPU."""
+    """Two streams of the GPU and one of the CPU."""
     streams = [mx.default_stream(GPU), mx.new_stream(GPU), mx.default_stream(CPU)]
-    # From the host: MLX on CUDA moves an array of the GPU's that the CPU reads, even while kernels still read it.
-    x = mx.array(np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32))
-    for decider in streams:
-        for at in streams:
-            body = ops.Body(lambda *xs, at=at: [slow(x, at) for x in xs])
-
-            def step(x: mx.array, body: ops.Body = body, decider: mx.Stream = decider) -> list[mx.array]:
-                inputs = [slow(x + i, s) for i, s in enumerate(streams)]
-                on_skip = [slow(x - i, s) for i, s in enumerate(streams)]
-                decision = mx.any(slow(x, decider) > 1e9, stream=decider)
-                outs = ops.branch(mx.equal(decision, not skipped, stream=decider), on_skip, body, inputs)
-                return [slow(outs[(i + j) % 3], s) for i, s in enumerate(streams) for j in range(3)]
-
-            want = [slow(x - i if skipped else slow(x + i, CPU), CPU) for i in range(3)]
-            want = [slow(w, CPU) for w in want]
-            got = (mx.compile(step) if compiled else step)(x)
-            evaluate(got)
-            for i in range(3):
-                for j in range(3):
-                    assert mx.array_equal(got[3 * i + j], want[(i + j) % 3]).item(), (decider, at, i, j)
+    checks.between_streams(streams, skipped, compiled, evaluate)
 
 
 @pytest.mark.parametrize("evaluate", [mx.eval, mx.async_eval])
 @pytest.mark.parametrize("skipped", [False, True])
 def test_a_reader_many_command_buffers_after_the_wait(skipped: bool, evaluate: Callable[..., None]) -> None:
-    """``on_skip`` is the CPU's. A Relay encodes no kernel: its wait stands in one command buffer, and MLX commits after
-    about 50 operations, so that what reads its other output, 120 later, stands in another."""
-    x = mx.array(np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32))
-    body = ops.Body(lambda a, b: [slow(a, GPU), slow(b, GPU)])
-    want = slow(x + 1.0, CPU)
-    mx.eval(want)
-    for _ in range(5):
-        early, late = ops.branch(mx.array(skipped), [slow(x + i, CPU) for i in range(2)], body, [x, x + 1.0])
-        for _ in range(120):
-            early = mx.sin(early)
-        got = late + 0.0 * early
-        evaluate(got)
-        assert mx.array_equal(got, want).item()
+    checks.far_reader(GPU, skipped, evaluate)
 
 
 def test_two_gpu_streams_and_a_decision_on_one() -> None:
@@ -300,18 +269,7 @@ def test_one_read_for_two_branches() -> None:
 
 
 def test_large_bodies_do_not_wait_for_themselves() -> None:
-    """More work than MLX keeps in flight: it waits in the middle of the body's evaluation for some of it."""
-    w = mx.random.normal((512, 512), key=mx.random.key(0)) / 23
-
-    def fn(x: mx.array) -> list[mx.array]:
-        for _ in range(400):
-            x = mx.tanh(x @ w)
-        return [x]
-
-    x = mx.random.normal((512, 512), key=mx.random.key(1))
-    step = mx.compile(lambda x: ops.branch(mx.sum(x) > 1e9, [x], ops.Body(fn), [mx.tanh(x)])[0])
-    for _ in range(3):
-        assert mx.array_equal(step(x), fn(mx.tanh(x))[0]).item()
+    checks.large_body()
 
 
 def test_outputs_that_nobody_reads() -> None:
@@ -339,6 +297,7 @@ def test_a_failing_body_is_an_error_and_not_a_wait(body: str) -> None:
     program = f"""
         import mlx.core as mx
         from mlx_teacache_fast import ops
+from mlx_teacache_fast.cli import checks
 
         new_kernel = mx.fast.metal_kernel if mx.metal.is_available() else mx.fast.cuda_kernel
         kernel = new_kernel("failing", ["x"], ["y"], "this is no kernel;")

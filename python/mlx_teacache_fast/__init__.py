@@ -62,6 +62,7 @@ from .errors import (
     UncalibratedWarning,
     UntestedVersionWarning,
 )
+from .errors import how_to_install as _how_to_install
 from .handle import Handle, apply, apply_teacache, gate_all, register
 from .mflux.family import Family, modulated
 from .models import VARIANTS, Provenance, Variant
@@ -110,6 +111,6 @@ def __getattr__(name: str) -> object:
         from .tuning.tune import tune
         from .tuning.tuned import Tuned
     except ModuleNotFoundError as error:
-        message = f'{name} needs {error.name}, which is not installed: pip install "mlx-teacache-fast[demo]"'
+        message = f"{name} needs {error.name}, which is not installed: {_how_to_install('demo')}"
         raise ImportError(message, name=error.name) from error
     return tune if name == "tune" else Tuned

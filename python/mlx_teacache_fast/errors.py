@@ -5,7 +5,9 @@ All can be pickled and copied.
 
 import inspect
 import reprlib
+import sys
 import warnings
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -45,6 +47,17 @@ class InternalStateError(TeaCacheError):
 
 class OutputError(TeaCacheError):
     """A file or folder cannot be written; the message names it and the reason."""
+
+
+def how_to_install(extra: str) -> str:
+    """The command for an extra of this package. On Linux mflux asks pip for MLX's CUDA build and for torch."""
+    if sys.platform != "linux":
+        return f'pip install "mlx-teacache-fast[{extra}]"'
+    try:
+        version("mlx-cuda-13")
+    except PackageNotFoundError:
+        return f"uv sync --extra {extra}, in a checkout (pip install uv; pip itself would add gigabytes of CUDA)"
+    return f'pip install "mlx-teacache-fast[{extra},cuda]"'
 
 
 def one_line(message: object) -> str:

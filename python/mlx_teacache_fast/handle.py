@@ -38,7 +38,7 @@ class Handle:
     Attributes:
         policy: How it is gated, with the model's values in place of those that were left open.
         variant_id: The model that it is taken for; the gate uses its coefficients.
-        calibrated: Whether these were fitted on this very model and pipeline; False with your own.
+        calibrated: Whether these are published for this very model and pipeline; False with your own.
         provenance: Where what decides comes from.
         plans: Which steps others computed with this model, as published; a budget goes by them. None if nobody did.
         stats: Totals over finished generations, and the last one step by step. Kept after ``restore``.

@@ -83,6 +83,12 @@ class Variant:
         return None if self.distilled else self.rel_l1_thresh
 
     @property
+    def fitted_on(self) -> str | None:
+        """The ``variant_id`` of another model that the coefficients were fitted on; None where it is this one."""
+        first = next((v for v in _ALL if v.coefficients == self.coefficients is not None), self)
+        return None if first.variant_id == self.variant_id else first.variant_id
+
+    @property
     def provenance(self) -> Provenance:
         """Of the coefficients, where there are some."""
         return Provenance("rule") if self.fit is None else replace(self.fit, default_thresh=self.default_thresh)

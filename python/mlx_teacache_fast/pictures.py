@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import IncompatibleModelError, TeaCacheValueError
+from .errors import IncompatibleModelError, TeaCacheValueError, how_to_install
 from .files import LARGEST_PICTURE, as_path, check_readable, parse, read_json
 from .policy import Policy
 from .record.metadata import Metadata
@@ -53,7 +53,7 @@ def _comment(path: Path) -> Any:
         from PIL import Image
     except ImportError as error:
         raise IncompatibleModelError(
-            f'a picture is read with Pillow, which mflux needs too: pip install "mlx-teacache-fast[mflux]" ({error})'
+            f"a picture is read with Pillow, which mflux needs too ({error}): {how_to_install('mflux')}"
         ) from error
     with path.open("rb") as stream, warnings.catch_warnings(action="ignore"):
         try:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from .errors import IncompatibleModelError, TeaCacheValueError
+from .errors import IncompatibleModelError, TeaCacheValueError, how_to_install
 from .models import VARIANTS
 
 
@@ -16,7 +16,8 @@ class VariantInfo:
         display_name: The model's name.
         default_thresh: The gate's threshold by default; None for a distilled model, of which nothing can be skipped.
         model_names: Aliases of mflux's model configurations that are gated as this variant.
-        calibrated: Whether the coefficients were fitted on this model; if not, ``apply`` warns.
+        calibrated: Whether the coefficients are published for this model; if not, ``apply`` warns.
+        fitted_on: Another model's ``variant_id``, if they were fitted on that one, as for klein base 9B.
     """
 
     variant_id: str
@@ -24,6 +25,7 @@ class VariantInfo:
     default_thresh: float | None
     model_names: tuple[str, ...]
     calibrated: bool
+    fitted_on: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,12 @@ def _models(row: Pipeline) -> str:
     if row.refused is not None:
         return f"refused: {row.refused}"
     groups = [("", True), ("not calibrated: ", False)]
-    ids = [(name, [v.variant_id for v in row.variants if v.calibrated == calibrated]) for name, calibrated in groups]
+    ids = [(name, [_shown(v) for v in row.variants if v.calibrated == calibrated]) for name, calibrated in groups]
     return "; ".join(name + ", ".join(variant_ids) for name, variant_ids in ids if variant_ids)
+
+
+def _shown(info: VariantInfo) -> str:
+    return info.variant_id + (f" (fitted on {info.fitted_on})" if info.calibrated and info.fitted_on else "")
 
 
 def supported() -> Pipelines:
@@ -109,6 +115,7 @@ def match_variant(model_config: object, pipeline_class: type) -> VariantInfo | N
         default_thresh=variant.default_thresh,
         model_names=tuple(alias for alias, variant_id in ids.items() if variant_id == variant.variant_id),
         calibrated=calibrated,
+        fitted_on=variant.fitted_on,
     )
 
 
@@ -119,5 +126,5 @@ def require_mflux() -> None:
     except ImportError as error:
         raise IncompatibleModelError(
             f"apply needs mflux to gate a pipeline, and it cannot be imported ({error}). "
-            'Fix: pip install "mlx-teacache-fast[mflux]" (mflux before 0.24 also needs "pillow<13")'
+            f'Fix: {how_to_install("mflux")}; mflux before 0.24 also needs "pillow<13"'
         ) from error

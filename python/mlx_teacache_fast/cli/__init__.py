@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from .._command import BAD_INPUT, CLOSED_PIPE, FAILED, INTERRUPTED, PROG, finish, imported, interrupted_at_once
 from ..errors import IncompatibleModelError, TeaCacheError, TeaCacheValueError, one_line
-from . import demo, info, run, tune
+from . import demo, info, report, run, tune
 from .shared import Parser
 
 DESCRIPTION = """\
@@ -26,7 +26,7 @@ def _parser() -> Parser:
     parser = Parser(prog=PROG, description=DESCRIPTION, formatter_class=layout)
     parser.add_argument("--version", action="version", version=f"{PROG} {version('mlx-teacache-fast')}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (run, info, tune, demo):
+    for command in (run, info, tune, demo, report):
         texts = {"help": command.HELP, "description": command.DESCRIPTION, "epilog": command.EPILOG}
         one = commands.add_parser(command.__name__.rpartition(".")[-1], formatter_class=layout, **texts)
         command.add_options(one)

@@ -23,8 +23,8 @@ steps were skipped elsewhere, and whether gating helps at the steps you want. Wi
 
 EPILOG = """\
 the lines:
-  calibrated    whether the gate's coefficients were fitted on this very model. If not, they are those of the model that
-                it was made from: compare a few pictures with ungated ones
+  calibrated    whether the gate's coefficients are published for this very model, and on which one they were fitted. If
+                not, they are those of the model that it was made from: compare a few pictures with ungated ones
   threshold     of TeaCache's gate: accumulated distance at which a step is computed again (run --threshold)
   range         relative distances that the gate's polynomial was fitted on; a larger one computes
   published     skipped steps on real weights as published by mlx-teacache for its rules, which are also ours, on an M1
@@ -100,11 +100,12 @@ def _about(config: Any, variant: Variant, calibrated: bool, steps: int | None, d
     rows += [
         ("variant", f"{variant.variant_id} ({variant.display_name})"),
     ]
+    on = f", with coefficients fitted on {variant.fitted_on}" if variant.fitted_on else ""
     if (fit := variant.fit) is None:
         rows.append(("coefficients", "none known: a threshold wants some of yours"))
     else:
         rows += [
-            ("calibrated", "yes" if calibrated else f"no: with the coefficients of {variant.variant_id}"),
+            ("calibrated", f"yes{on}" if calibrated else f"no: with the coefficients of {variant.variant_id}"),
             ("threshold", f"{variant.rel_l1_thresh:g}"),
             ("coefficients", fit.reference_url or "this package"),
         ]

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..errors import how_to_install
+
 
 @contextmanager
 def demo_extra() -> Iterator[None]:
@@ -11,7 +13,7 @@ def demo_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("mflux", "matplotlib", "PIL", "skimage", "tqdm"):
+        if package not in ("mflux", "matplotlib", "numpy", "PIL", "skimage", "tqdm"):
             raise
-        message = f'the demo needs {package}, which is not installed: pip install "mlx-teacache-fast[demo]"'
+        message = f"the demo needs {package}, which is not installed: {how_to_install('demo')}"
         raise ImportError(message, name=package) from error

@@ -244,7 +244,7 @@ def _gated_from_the_start(
         try:
             original(self, *args, **kwargs)
         except Exception as error:
-            if not _is_of_files(error):
+            if not is_of_files(error):
                 raise
             name = given.arguments.get("model_path") or getattr(config, "model_name", pipeline.__name__)
             missing = TeaCacheError(f"the weights of {name} are not there: {one_line(error)}")
@@ -258,7 +258,7 @@ def _gated_from_the_start(
     return init
 
 
-def _is_of_files(error: BaseException | None) -> bool:
+def is_of_files(error: BaseException | None) -> bool:
     """Whether something is not there, or could not be downloaded."""
     while error is not None:
         package = type(error).__module__.partition(".")[0]

@@ -4,9 +4,8 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, quantiles
 from typing import Any, Literal, Self
-
-import numpy as np
 
 from ..errors import TeaCacheValueError
 from ..files import from_json
@@ -46,8 +45,8 @@ class Tried:
         psnr = self.psnr[part]
         if not psnr:
             return None
-        worse = {"p10": float(np.percentile(psnr, 10)), "worst": min(psnr)}
-        return {"computed": float(np.mean(self.computed[part])), "psnr": float(np.mean(psnr)), **worse}
+        worse = {"p10": quantiles(psnr, n=10, method="inclusive")[0] if len(psnr) > 1 else psnr[0], "worst": min(psnr)}
+        return {"computed": fmean(self.computed[part]), "psnr": fmean(psnr), **worse}
 
     @property
     def name(self) -> str:
@@ -97,13 +96,13 @@ class Tuned:
 
     def psnr(self, tried: Tried) -> float:
         """Mean, on the prompts that were tuned on."""
-        return float(np.mean(tried.psnr[self.learnt]))
+        return fmean(tried.psnr[self.learnt])
 
     def best(self, budget: float | None = None, kind: Kind | None = None) -> Tried | None:
         """Of what computes at most that share of the steps (default: ``budget``), on the prompts that were tuned on."""
         most = limit(self.budget if budget is None else budget, self.num_steps)
         finished = [t for t in self.finished(kind) if t.policy or kind]
-        within = [t for t in finished if np.mean(t.computed[self.learnt]) <= most + 1e-9]
+        within = [t for t in finished if fmean(t.computed[self.learnt]) <= most + 1e-9]
         return max(within, key=self.psnr, default=None)
 
     def curve(self) -> list[Tried]:
@@ -111,7 +110,7 @@ class Tuned:
         counts = {t.count for t in self.finished("plan")}
         plans = [max((t for t in self.finished("plan") if t.count == c), key=self.psnr) for c in counts]
         shown = [*plans, *(t for t in self.finished() if t.kind != "plan")]
-        return sorted(shown, key=lambda t: (list(RULE_OF).index(t.kind), np.mean(t.computed[self.learnt])))
+        return sorted(shown, key=lambda t: (list(RULE_OF).index(t.kind), fmean(t.computed[self.learnt])))
 
     @property
     def policy(self) -> Policy:

@@ -1,0 +1,219 @@
+"""``report``: every check runs and can fail, none ends another, and the files do not say whose machine it is."""
+
+import getpass
+import json
+import platform
+import re
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from test_cli import Result, run
+
+pytest.importorskip("mflux", reason="report needs mflux")
+
+from mlx_teacache_fast import ops
+from mlx_teacache_fast.cli import checks, report
+from mlx_teacache_fast.cli.checks import Settings, WrongError
+from mlx_teacache_fast.errors import TeaCacheValueError
+
+QUICK = Settings("cpu", quick=True)
+OF_A_GPU = [name for name, check in checks.CHECKS.items() if check.needs_gpu]
+ON_CPU = [name for name in checks.CHECKS if name not in (*OF_A_GPU, "real_model")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """A real run on the CPU."""
+    folder = tmp_path_factory.mktemp("report")
+    return run("report", "--quick", "--device", "cpu", "--output", folder / "mine.json"), folder
+
+
+def test_a_run(finished: tuple[Result, Path]) -> None:
+    result, folder = finished
+    assert result.code == 0, result.out + result.err
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.json", "mine.md"]
+    data = json.loads((folder / "mine.json").read_text())
+    results = {check["name"]: check["result"] for check in data["checks"]}
+    assert results == dict.fromkeys(ON_CPU, "passed") | dict.fromkeys([*OF_A_GPU, "real_model"], "not possible here")
+    assert all(check["rows"] and check["why"] is None for check in data["checks"] if check["name"] in ON_CPU)
+    assert all(check["why"] for check in data["checks"] if check["name"] not in ON_CPU)
+    rules = {row["rule"]: row["computed steps"] for row in data["checks"][list(checks.CHECKS).index(
+        "demo_by_each_rule")]["rows"]}  # fmt: skip
+    assert rules["mflux"] == 50
+    assert rules["budget"] == 20
+    assert rules["steps"] == 23
+    assert data["machine"]["mlx"] == mx.__version__
+    assert re.fullmatch(r"mlx_[\d.]+/_ext\..*so", data["machine"]["extension"])
+    assert result.out.count("\npassed ") + result.out.startswith("passed ") == len(ON_CPU)
+
+
+def test_the_page_has_it_too(finished: tuple[Result, Path]) -> None:
+    page = (finished[1] / "mine.md").read_text()
+    for name in ON_CPU:
+        title = checks.CHECKS[name].title
+        assert f"| {title} | passed |" in page
+        assert f"\n## {title[0].upper()}{title[1:]}\n" in page
+    for name in OF_A_GPU:
+        assert f"| {checks.CHECKS[name].title} | not possible here | 0 | it is about a GPU" in page
+
+
+def test_nothing_personal(finished: tuple[Result, Path]) -> None:
+    for path in finished[1].iterdir():
+        text = path.read_text()
+        assert not re.search(r"(?<!\w)/(home|root|Users|tmp|usr|work|private|var|opt)\b", text)
+        assert getpass.getuser() not in text
+        assert platform.node() not in text
+
+
+@pytest.mark.parametrize("name", OF_A_GPU)
+def test_a_check_of_the_gpus_where_the_cpu_stands_in(name: str) -> None:
+    assert list(checks.CHECKS[name].run(QUICK))
+
+
+def test_what_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_TEACACHE_FAST_NUM_THREADS", "none")  # which the gate refuses
+    names = ["gates_in_flight", "branch_taken_and_skipped"]
+    result = run("report", "--quick", "--device", "cpu", "--checks", *names, "--output", tmp_path / "report.json")
+    assert result.code == 1
+    failed, passed = json.loads((tmp_path / "report.json").read_text())["checks"]
+    assert (failed["result"], passed["result"]) == ("failed", "passed")
+    assert failed["why"].startswith("ValueError: ")
+    assert "MLX_TEACACHE_FAST_NUM_THREADS" in failed["why"]
+    assert f"| {failed['title']} | failed | " in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("program", "limit", "why"),
+    [
+        ("import os; os.abort()", 60, "its process ended with exit code -6"),
+        ("import time; time.sleep(60)", 1, "it did not end within 1 s"),
+        ("import sys; sys.exit('a\\nno /home/jane/x/kernel.metal')", 60, "exit code 1: no .../kernel.metal"),
+    ],
+)
+def test_a_process_that_crashes_or_hangs(program: str, limit: float, why: str) -> None:
+    before = f"print({checks.RECORD!r} + '{{\"a\": 1}}', flush=True); "
+    result, said, rows = report.outcome([sys.executable, "-c", before + program], limit)
+    assert (result, rows) == ("failed", [{"a": 1}])
+    assert said is not None
+    assert said.endswith(why)
+
+
+def test_paths_and_names() -> None:
+    home, user = Path.home(), getpass.getuser()
+    said = (
+        f"no {home}/weights/a.safetensors of {user} on {platform.node()}, see https://example.org/a/b and '/opt/x/y z'"
+    )
+    assert report.anonymous(said) == "no .../a.safetensors of ... on ..., see https://example.org/a/b and '.../y z'"
+
+
+# ---- Each check can fail
+
+
+def test_a_gate_with_another_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = ops.gate
+    monkeypatch.setattr(ops, "gate", lambda **given: gate(**given | {"threshold": 0.1}))
+    for check in (checks.gate_values, checks.gate_decisions):
+        with pytest.raises(WrongError):
+            list(check(QUICK))
+
+
+def test_a_gate_that_is_off_by_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = ops.gate
+    monkeypatch.setattr(ops, "gate", lambda **given: gate(**given | {"eps": 1e-3}))
+    with pytest.raises(WrongError, match="values are off by"):
+        list(checks.gate_values(QUICK))
+
+
+def test_a_branch_that_computes_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "branch", lambda skip, on_skip, body, inputs: body(inputs))
+    for check in (checks.branch_taken_and_skipped, checks.branch_between_streams):
+        with pytest.raises(WrongError):
+            list(check(QUICK))
+
+
+def test_pictures_that_are_not_mfluxs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(checks.WAYS, "threshold 0", {"steps": "1" * 10 + "01"})
+    with pytest.raises(WrongError, match=r"to the bit: threshold 0, guidance 1, .*; threshold 0, guidance 4, "):
+        list(checks.demo_is_mfluxs(QUICK))
+    monkeypatch.setitem(checks.RULES, "steps", {"steps": "1" * 50})
+    with pytest.raises(WrongError, match="steps: some steps must be skipped"):
+        list(checks.demo_by_each_rule(QUICK))
+
+
+# ---- What is refused
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.md"])
+def test_an_existing_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"mine")
+    result = run("report", "--output", tmp_path / "report.json")
+    message = f"{tmp_path / name} exists; --force overwrites it"
+    assert result == Result(2, "", f"mlx-teacache-fast report: error: {message}\n")
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "report.md"], "report.md is to be the page beside the JSON: give the JSON another name"),
+        (["--model", "flux2-klein-base-9b"], "the weights of flux2-klein-base-9b are not in Hugging Face's cache"),
+        (["--model", "flux2-klein-base-4c"], "mflux knows no model 'flux2-klein-base-4c'; did you mean"),
+        (["--checks", "gate"], "argument --checks: invalid choice: 'gate'"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    result = run("report", *arguments)
+    assert result.code == 2
+    assert result.err.startswith(f"mlx-teacache-fast report: error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found there, and taken if it fits."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--black-forest-labs--FLUX.2-klein-base-4B" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    weights = snapshot / "a.safetensors"
+    weights.write_bytes(b"no weights")
+    arguments = report_arguments("--device", "gpu")
+    assert report._model(arguments) == ("flux2-klein-base-4b", None)
+    with weights.open("r+b") as file:
+        file.truncate(1 << 43)  # no blocks of it are on the disk
+    name, why = report._model(arguments)
+    assert name is None
+    assert why is not None
+    assert why.startswith("flux2-klein-base-4b needs about 10997 GB")
+    with pytest.raises(TeaCacheValueError, match="the weights of dev are not in"):
+        report._model(report_arguments("--model", "dev"))
+
+
+def test_a_model_that_is_not_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    command = report.command("real_model", Settings("cpu", quick=True, model="flux2-klein-base-4b"))
+    result, why, rows = report.outcome(command, 60)
+    assert (result, rows) == ("not possible here", [])
+    assert why is not None
+    assert why.startswith("flux2-klein-base-4b is not all in the cache: ")
+    assert str(tmp_path) not in why
+
+
+def report_arguments(*given: str):
+    from mlx_teacache_fast import cli
+
+    arguments = cli._parser().parse_args(["report"])
+    for option, value in zip(given[::2], given[1::2], strict=True):
+        setattr(arguments, option.removeprefix("--"), value)
+    return arguments
+
+
+def test_help() -> None:
+    result = run("report", "--help")
+    assert result.code == 0
+    text = " ".join(result.out.split())
+    for word in ("--device", "--output", "--force", "--model", "--quantize", "--quick", "--checks", *checks.CHECKS):
+        assert word in text
+    assert "(default: report.json)" in text
