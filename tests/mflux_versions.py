@@ -22,7 +22,9 @@ TESTS = (
     "test_apply_flux2",
     "test_apply_flux2_edit",
     "test_cli_run",
+    "test_families",
     "test_metadata",
+    "test_others",
     "test_regimes",
     "test_tolerance",
 )

@@ -14,9 +14,6 @@ from unittest.mock import patch
 import flux1_pipelines as flux1
 import mlx.core as mx
 from mflux.callbacks.callback_registry import CallbackRegistry
-from mflux.models.anima.model.anima_transformer import anima_transformer
-from mflux.models.anima.variants.txt2img.anima import Anima
-from mflux.models.common.compute_precision import ComputePrecision
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.ernie_image.model.ernie_transformer.transformer import ErnieTransformer
@@ -24,36 +21,48 @@ from mflux.models.ernie_image.variants.txt2img.ernie_image import ErnieImage
 from mflux.models.fibo.model.fibo_transformer.transformer import FiboTransformer
 from mflux.models.fibo.variants.edit import fibo_edit
 from mflux.models.fibo.variants.txt2img import fibo
-from mflux.models.fibo2.latent_creator.fibo2_latent_creator import Fibo2LatentCreator
-from mflux.models.fibo2.model.fibo2_transformer.fibo2_transformer import Fibo2Transformer
-from mflux.models.fibo2.variants.txt2img.fibo2 import Fibo2
-from mflux.models.flux3.model.flux3_transformer.flux3_transformer import Flux3Transformer
-from mflux.models.flux3.variants.edit.flux3_klein_edit import Flux3KleinEdit
-from mflux.models.flux3.variants.txt2img.flux3_klein import Flux3Klein
 from mflux.models.ideogram4.model.ideogram4_transformer.config import Ideogram4Config
 from mflux.models.ideogram4.model.ideogram4_transformer.transformer import Ideogram4Transformer
 from mflux.models.ideogram4.variants.txt2img import ideogram4
-from mflux.models.iris.model.iris_transformer.iris_transformer import IrisTransformer
-from mflux.models.iris.variants.txt2img.iris import Iris
-from mflux.models.krea2.model import krea2_scheduler  # noqa: F401  # registers it
 from mflux.models.krea2.model.krea2_transformer.transformer import Krea2Transformer
-from mflux.models.krea2.variants.controlnet import krea2_controlnet
 from mflux.models.krea2.variants.txt2img.krea2 import Krea2
-from mflux.models.moss_image.model.moss_image_transformer.moss_image_transformer import MOSSImageTransformer
-from mflux.models.moss_image.variants.txt2img.moss_image import MOSSImage
 from mflux.models.qwen.model.qwen_transformer.qwen_transformer import QwenTransformer
 from mflux.models.qwen.variants.edit import qwen_image_edit
 from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
 from mflux.models.qwen21.model.qwen21_transformer.qwen21_transformer import Qwen21Transformer
-from mflux.models.qwen21.model.qwen21_transformer.qwen_image21_transformer import QwenImage21Transformer
-from mflux.models.qwen21.variants.controlnet.qwen_image21_controlnet_transformer import QwenImage21ControlNet
-from mflux.models.qwen21.variants.controlnet.qwen_image_21_controlnet import QwenImage21Controlnet
-from mflux.models.qwen21.variants.edit.qwen_image_21_edit import QwenImage21Edit
 from mflux.models.qwen21.variants.txt2img.qwen_image_21 import QwenImage21
 from mflux.models.z_image.model.z_image_transformer.transformer import ZImageTransformer
 from mflux.models.z_image.variants.z_image import ZImage
 from mlx import nn
 from mlx.utils import tree_map_with_path
+
+from mlx_teacache_fast.mflux.others import mflux_class
+
+# What not every mflux has: None where it is not there.
+Anima = mflux_class("anima.variants.txt2img.anima:Anima")
+AnimaTransformer = mflux_class("anima.model.anima_transformer.anima_transformer:AnimaTransformer")
+ComputePrecision = mflux_class("common.compute_precision:ComputePrecision")
+Fibo2 = mflux_class("fibo2.variants.txt2img.fibo2:Fibo2")
+Fibo2LatentCreator = mflux_class("fibo2.latent_creator.fibo2_latent_creator:Fibo2LatentCreator")
+Fibo2Transformer = mflux_class("fibo2.model.fibo2_transformer.fibo2_transformer:Fibo2Transformer")
+Flux3Klein = mflux_class("flux3.variants.txt2img.flux3_klein:Flux3Klein")
+Flux3KleinEdit = mflux_class("flux3.variants.edit.flux3_klein_edit:Flux3KleinEdit")
+Flux3Transformer = mflux_class("flux3.model.flux3_transformer.flux3_transformer:Flux3Transformer")
+Iris = mflux_class("iris.variants.txt2img.iris:Iris")
+IrisTransformer = mflux_class("iris.model.iris_transformer.iris_transformer:IrisTransformer")
+Krea2Controlnet = mflux_class("krea2.variants.controlnet.krea2_controlnet:Krea2Controlnet")
+Krea2ControlnetUtil = mflux_class("krea2.variants.controlnet.krea2_controlnet_util:Krea2ControlnetUtil")
+MOSSImage = mflux_class("moss_image.variants.txt2img.moss_image:MOSSImage")
+MOSSImageTransformer = mflux_class(
+    "moss_image.model.moss_image_transformer.moss_image_transformer:MOSSImageTransformer"
+)
+QwenImage21Edit = mflux_class("qwen21.variants.edit.qwen_image_21_edit:QwenImage21Edit")
+QwenImage21Controlnet = mflux_class("qwen21.variants.controlnet.qwen_image_21_controlnet:QwenImage21Controlnet")
+QwenImage21Transformer = mflux_class("qwen21.model.qwen21_transformer.qwen_image21_transformer:QwenImage21Transformer")
+QwenImage21ControlNet = mflux_class(
+    "qwen21.variants.controlnet.qwen_image21_controlnet_transformer:QwenImage21ControlNet"
+)
+mflux_class("krea2.model.krea2_scheduler:Krea2Scheduler")  # registers it
 
 PROMPT, NEGATIVE = "a red apple", "blurred"
 
@@ -92,7 +101,7 @@ def _pipeline(kind: type, transformer: Any, config: ModelConfig, **more: Any) ->
     flux.tiling_config = flux.bits = flux.lora_paths = flux.lora_scales = flux.text_encoder = None
     flux.prompt_cache, flux.tokenizers, flux.float32, flux.bake_lora = {}, {}, False, False
     flux.transformer = transformer
-    more = {"compute_precision": ComputePrecision(None), "small_text_encoder": False} | more
+    more = {"compute_precision": ComputePrecision and ComputePrecision(None), "small_text_encoder": False} | more
     for name, value in more.items():
         object.__setattr__(flux, name, value)
     flux.recorder = flux1.Recorder()
@@ -144,7 +153,8 @@ def _qwen(dtype: mx.Dtype) -> Made:
 
 def _qwen_edit(dtype: mx.Dtype) -> Made:
     kind, util = qwen_image_edit.QwenImageEdit, qwen_image_edit.QwenEditUtil
-    config = ModelConfig.qwen_image_edit_2511()
+    is_2511 = hasattr(ModelConfig, "qwen_image_edit_2511")  # not in every mflux
+    config = ModelConfig.qwen_image_edit_2511() if is_2511 else ModelConfig.qwen_image_edit()
     positive, negative = _pair(dtype, 64)
 
     def sizes(*, num_inference_steps: int, guidance: float, **_: Any) -> tuple[Any, ...]:
@@ -153,7 +163,7 @@ def _qwen_edit(dtype: mx.Dtype) -> Made:
 
     flux = _pipeline(
         kind,
-        _randomised(QwenTransformer(**_QWEN, zero_cond_t=True), dtype),
+        _randomised(QwenTransformer(**_QWEN, **(dict(zero_cond_t=True) if is_2511 else {})), dtype),
         config,
         _encode_prompts_with_images=lambda **_: (positive, _MASK, negative, _MASK),
         _compute_dimensions=sizes,
@@ -182,9 +192,9 @@ def _flux3(kind: type, dtype: mx.Dtype) -> Made:
 
 
 def _anima(dtype: mx.Dtype) -> Made:
-    with patch.object(anima_transformer, "AnimaLLMAdapter", lambda **_: nn.Identity()):
+    with patch(f"{AnimaTransformer.__module__}.AnimaLLMAdapter", lambda **_: nn.Identity()):
         sizes = dict(dim=96, num_blocks=3, num_heads=3, context_dim=32, adaln_lora_dim=16)
-        transformer = _randomised(anima_transformer.AnimaTransformer(**sizes), dtype)
+        transformer = _randomised(AnimaTransformer(**sizes), dtype)
     flux = _pipeline(Anima, transformer, ModelConfig.anima_base())
     flux.prompt_cache = dict(zip((PROMPT, ""), _pair(dtype, 32), strict=True))
     yield flux
@@ -214,7 +224,7 @@ def _krea2_controlnet(dtype: mx.Dtype) -> Made:
     transformer = Krea2Transformer(**_KREA2)
     transformer.control_first = nn.Linear(64, 128, bias=False)
     flux = _pipeline(
-        krea2_controlnet.Krea2Controlnet,
+        Krea2Controlnet,
         _randomised(transformer, dtype),
         ModelConfig.krea2_controlnet_depth(),
         controlnet_strength=1.0,
@@ -223,8 +233,11 @@ def _krea2_controlnet(dtype: mx.Dtype) -> Made:
     positive, negative = _pair(dtype, 64)
     flux.tokenizers = {"qwen3vl": None}
     flux.prompt_cache = {(PROMPT, None, g): (positive, negative if g != 1 else None) for g in (1.0, 4.0)}
-    control = _normal(dtype, 1, 16, 8, 8), None
-    with patch.object(krea2_controlnet.Krea2ControlnetUtil, "encode_depth_control", staticmethod(lambda **_: control)):
+
+    def encoded(*, height: int, width: int, **_: Any) -> tuple[mx.array, None]:
+        return _normal(dtype, 1, 16, height // 8, width // 8), None
+
+    with patch.object(Krea2ControlnetUtil, "encode_depth_control", staticmethod(encoded)):
         yield flux
 
 
@@ -340,13 +353,11 @@ _QWEN21 = dict(num_layers=3, attention_head_dim=128, num_attention_heads=1, cont
 
 
 def _qwen21(dtype: mx.Dtype) -> Made:
-    texts = [(_normal(dtype, 1, n, 32, seed=n), mx.ones((1, n))) for n in (20, 22)]
-    yield _pipeline(
-        QwenImage21,
-        _randomised(Qwen21Transformer(**_QWEN21), dtype),
-        ModelConfig.qwen_image_21(),
-        _encode_prompt=lambda p: texts[p != PROMPT],
-    )
+    flux = _pipeline(QwenImage21, _randomised(Qwen21Transformer(**_QWEN21), dtype), ModelConfig.qwen_image_21())
+    for prompt, n in ((PROMPT, 20), (NEGATIVE, 22)):
+        flux.prompt_cache[prompt] = _normal(dtype, 1, n, 32, seed=n), mx.ones((1, n))
+    flux.tokenizers = {"qwen21": None}
+    yield flux
 
 
 def _qwen21_reference(kind: type, config: ModelConfig, dtype: mx.Dtype) -> Made:
@@ -401,7 +412,7 @@ class Small:
         return {name: {_PHOTO: photo, _PHOTOS: [photo]}.get(value, value) for name, value in given.items()}
 
 
-PIPELINES = (
+_ALL = (
     Small(QwenImage, _qwen, has_residual=True, calls=2),
     Small(qwen_image_edit.QwenImageEdit, _qwen_edit, (("image_paths", ()),), calls=2),
     Small(ZImage, _z_image, is_compiled=True, has_residual=True),
@@ -416,7 +427,7 @@ PIPELINES = (
     Small(Fibo2, _fibo2),
     Small(ErnieImage, _ernie, is_compiled=True),
     Small(Krea2, _krea2, is_compiled=True),
-    Small(krea2_controlnet.Krea2Controlnet, _krea2_controlnet, is_compiled=True),
+    Small(Krea2Controlnet, _krea2_controlnet, is_compiled=True),
     Small(Anima, _anima, is_compiled=True),
     Small(ideogram4.Ideogram4, _ideogram4, is_compiled=True, calls=2),
     Small(Iris, _iris),
@@ -435,3 +446,4 @@ PIPELINES = (
         calls=2,
     ),
 )
+PIPELINES = tuple(small for small in _ALL if small.kind is not None)

@@ -493,6 +493,18 @@ def test_a_newer_mflux_warns_once(monkeypatch: pytest.MonkeyPatch, flux: Any) ->
         hook.warn_if_untested.cache_clear()
 
 
+def test_a_fork_in_the_place_of_mflux_warns(monkeypatch: pytest.MonkeyPatch, flux: Any) -> None:
+    from mlx_teacache_fast.mflux import hook
+
+    monkeypatch.setattr(hook, "version", lambda name: version("no-mflux"))
+    hook.warn_if_untested.cache_clear()
+    try:
+        with pytest.warns(tc.UntestedVersionWarning, match="^no package of the name mflux is installed: a fork that "):
+            tc.apply_teacache(flux).restore()
+    finally:
+        hook.warn_if_untested.cache_clear()
+
+
 # ---- Weights of a gated pipeline
 
 

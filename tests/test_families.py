@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mflux.cli.parser.parsers import CommandLineParser
-from mflux.models.ming_image.variants import ming_image
 from mlx import nn
 
 import mlx_teacache_fast as tc
@@ -17,6 +16,7 @@ from mlx_teacache_fast.errors import DisabledWarning
 from mlx_teacache_fast.mflux import families
 from mlx_teacache_fast.mflux.family import Command
 
+MING = "mflux.models.ming_image.variants.ming_image"  # not in every mflux
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 
 
@@ -165,8 +165,12 @@ def test_bad_families(what: Any, message: str) -> None:
         (tc.Tap(at="layers.0", signal=tc.modulated(0)), "Transformer has no layers.0, where its family's tap is"),
         (tc.Tap(at="blocks.7", signal=tc.modulated(0)), "Transformer has no blocks.7, where its family's tap is"),
         (tc.Tap(at="unused", signal=tc.modulated(0)), "a step did not call block 0 of the transformer"),
+        (
+            tc.Tap(at="blocks.0", signal=tc.modulated("hidden_states")),
+            "Block has no argument 'hidden_states', which its family's tap takes: it is called with 0, 1",
+        ),
     ],
-    ids=["no list", "no block", "never called"],
+    ids=["no list", "no block", "never called", "no argument"],
 )
 def test_a_tap_that_is_not_there(tap: tc.Tap, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "_registered", [])
@@ -214,6 +218,8 @@ def test_gate_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
 def test_gate_all_gates_a_pipeline_once_and_says_which_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    ming_image = pytest.importorskip(MING)
+
     class Own(Painter):
         def __init__(self) -> None:
             super().__init__()
@@ -241,6 +247,7 @@ def test_gate_all_gates_a_pipeline_once_and_says_which_it_does_not(monkeypatch: 
 
 def test_a_registered_class_may_be_one_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "_registered", [])
+    ming_image = pytest.importorskip(MING)
     tap = tc.Tap(at="noise_refiner.0.attention", signal=tc.modulated(0))
     ming = tc.Family(pipelines=(ming_image.MingImage,), factories=("_predict",), tap=tap)
     tc.register(ming)

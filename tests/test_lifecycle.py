@@ -23,6 +23,7 @@ from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.callbacks.instances.memory_saver import MemorySaver
 from mflux.models.common.lora.layer.linear_lora_layer import LoRALinear
 from mflux.models.common.schedulers.linear_scheduler import LinearScheduler
+from mflux.utils.apple_silicon import AppleSiliconUtil
 from mflux.utils.exceptions import StopImageGenerationException
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
@@ -278,6 +279,28 @@ def test_a_loop_that_calls_no_callbacks(flux: Any, given: dict[str, Any]) -> Non
     assert warned[0].filename == __file__
 
 
+def test_a_loop_with_another_step(case: Case, flux: Any, given: dict[str, Any]) -> None:
+    """It tells mflux's callbacks, but runs a step that it has of its own, as forks of mflux do."""
+    kind = type(flux)
+
+    class Own(kind):  # type: ignore[misc, valid-type]
+        def generate_image(self, **arguments: Any) -> Any:
+            own = copy.copy(flux)
+            own.callbacks = self.callbacks
+            return kind.generate_image(own, **arguments)
+
+    plain = run(flux, given)
+    flux.__class__ = Own
+    with tc.apply(flux, **ALWAYS) as handle, pytest.warns(tc.TeaCacheWarning) as warned:
+        assert same(run(flux, given), plain)
+    flux.__class__ = kind
+    assert handle.stats.generations == 0
+    step = "_predict or _cached_predict" if case.is_flux2 else "transformer"
+    assert [str(w.message) for w in warned] == [
+        f"this generation was not gated: generate_image ran its 5 steps without this Own's {step}"
+    ]
+
+
 # ---- Copies
 
 
@@ -405,7 +428,7 @@ def generate(tracer=None):
         sys.settrace(None)
 
 
-with case.pipeline() as flux:
+with case.pipeline(mx.float32) as flux:  # the CPU's fastest
     clean = snapshot(flux)
     for name, how in (WAYS | {"tolerance": dict(tolerance=1.0)}).items():
         if name == "residual" and not getattr(case, "has_residual", True):
@@ -477,12 +500,13 @@ import every_pipeline as every
 import mlx.core as mx
 import numpy as np
 import mlx_teacache_fast as tc
+from other_pipelines import PIPELINES
 
-case, times = {str(case): case for case in every.FEW}[sys.argv[1]], int(sys.argv[4])
+case, times = {str(case): case for case in (*every.FEW, *PIPELINES)}[sys.argv[1]], int(sys.argv[4])
 mx.set_default_device(mx.cpu)
-with case.pipeline() as flux:
+with case.pipeline(mx.float32) as flux:
     flux.callbacks = type(flux.callbacks)()
-    given = case.arguments(sys.argv[2], sys.argv[3]) | dict(height=32, width=32)
+    given = case.arguments(sys.argv[2], sys.argv[3]) | dict(height=32, width=32, num_inference_steps=5)
     for how in ({"steps": "11001"}, every.ALWAYS):
         with tc.apply(flux, **how) as handle:
             expected = {seed: every.image_of(flux, given | dict(seed=seed)) for seed in (1, 2)}
@@ -507,10 +531,16 @@ os._exit(0)  # MLX's threads may abort at exit
 """
 
 
-@pytest.mark.parametrize("times", [pytest.param(5), pytest.param(50, marks=pytest.mark.slow)])
-def test_two_threads_on_one_pipeline(case: Case, photo: Path, mask: Path, times: int) -> None:
+@pytest.mark.parametrize(
+    ("which", "times"),
+    [
+        *[pytest.param(case, 5, id=str(case)) for case in FEW],
+        *[pytest.param(which, 50, marks=pytest.mark.slow, id=f"{which} more") for which in (*FEW, *OTHERS)],
+    ],
+)
+def test_two_threads_on_one_pipeline(which: Case | Small, photo: Path, mask: Path, times: int) -> None:
     """At once: every picture is right, and every generation is counted."""
-    out = program(THREADS, case, photo, mask, times, timeout=390 if times < 10 else 3600)
+    out = program(THREADS, which, photo, mask, times, timeout=390 if times < 10 else 3600)
     assert out == f"[] {2 + 2 * times} 1\n" * 2
 
 
@@ -634,6 +664,79 @@ def test_a_transformer_that_a_callback_replaces(case: Case, flux: Any, given: di
             with tc.apply(flux, **how) as handle:
                 assert same(picture(), plain)
             assert handle.stats.generations == 1
+
+
+@pytest.mark.parametrize("is_hidden", [False, True], ids=["mflux's function", "a function around it"])
+def test_blocks_that_evaluate(is_hidden: bool, photo: Path, mask: Path) -> None:
+    """As with compressed weights, which are unpacked block by block: such packages keep mflux from compiling a step.
+
+    Around mflux's function, which may hide a compiled one, residuals are of a graph, in which nothing can be evaluated.
+    """
+    case = Case(every.Flux2Klein)
+    given = case.arguments(photo, mask) | dict(guidance=4.0)
+    with case.pipeline() as flux:
+        kind = type(flux)
+
+        class Own(kind):  # type: ignore[misc, valid-type]
+            @staticmethod
+            def _predict(transformer: Any) -> Any:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(AppleSiliconUtil, "is_m1_or_m2", staticmethod(lambda: True))
+                    eager = kind._predict(transformer)
+                return (lambda **arguments: eager(**arguments)) if is_hidden else eager
+
+        for block in (*flux.transformer.transformer_blocks, *flux.transformer.single_transformer_blocks):
+            own = type(block)
+
+            class Evaluates(own):  # type: ignore[misc, valid-type]
+                def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                    made = super().__call__(*args, **kwargs)
+                    mx.eval(made)
+                    return made
+
+            block.__class__ = Evaluates
+        flux.__class__ = Own
+        plain = run(flux, given)
+        more = {} if is_hidden else RESIDUAL
+        for how in (NEVER, NEVER | more, dict(tolerance=1e-9), dict(steps="11111")):
+            with tc.apply(flux, **how):
+                assert same(run(flux, given), plain)
+        for how in (ALWAYS, ALWAYS | more):
+            with tc.apply(flux, **how) as handle:
+                assert not same(run(flux, given), plain)
+            assert kinds(handle) == SKIPS
+
+
+class Wrapped:
+    """Around a transformer, as tools for memory or speed have it."""
+
+    def __init__(self, transformer: Any) -> None:
+        self.inner = transformer
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self.inner(**arguments)
+
+
+def test_a_transformer_that_is_wrapped_by_hand(case: Case, flux: Any, given: dict[str, Any]) -> None:
+    """A plan needs nothing of it; the gate says what it does not find."""
+    if case.how == "cache":
+        pytest.skip("mflux itself looks for its blocks")
+    own, plain = flux.transformer, run(flux, given)
+    with tc.apply(flux, steps="11001") as handle:
+        planned = run(flux, given)
+    with tc.apply(flux, **ALWAYS) as handle:
+        flux.transformer = Wrapped(own)
+        with pytest.raises(tc.InternalStateError) as error:
+            run(flux, given)
+        assert str(error.value) == "Wrapped has no transformer_blocks.0, where its family's tap is"
+        assert handle.stats.generations == 0
+    assert same(run(flux, given), plain)
+    with tc.apply(flux, steps="11001"):
+        assert same(run(flux, given), planned)
+    flux.transformer = own
+    with tc.apply(flux, **ALWAYS) as handle:
+        run(flux, given)
+    assert kinds(handle) == SKIPS
 
 
 # ---- Memory

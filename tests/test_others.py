@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +31,14 @@ from mlx_teacache_fast.tuning.full import full_runs
 pytestmark = pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
 
 every = pytest.mark.parametrize("small", PIPELINES, ids=str)
-BY_NAME = {str(small): small for small in PIPELINES}
+
+
+class ByName(dict[str, Small]):
+    def __missing__(self, name: str) -> Small:
+        pytest.skip(f"mflux {version('mflux')} has no {name}")
+
+
+BY_NAME = ByName({str(small): small for small in PIPELINES})
 
 
 def test_these_are_the_table() -> None:
@@ -253,6 +261,29 @@ def test_a_branch_that_stops(photo: Path) -> None:
             with tc.apply(flux, **how) as handle:
                 assert same(run(flux, given), plain)
         with tc.apply(flux, steps="11010101") as handle:
+            assert not same(run(flux, given), plain)
+        assert handle.stats.skipped_count == 3
+
+
+@pytest.mark.parametrize("how", ["padded", "no cache"])
+def test_a_text_without_a_cache(how: str, photo: Path) -> None:
+    """Qwen-Image-2.1 runs text and picture together then; the gate measures the picture's tokens alone all the same."""
+    small = BY_NAME["QwenImage21"]
+    given = small.arguments(photo) | dict(guidance=4.0)
+    with small.pipeline(mx.float32) as flux:
+        with tc.apply(flux, **NEVER) as handle:
+            run(flux, given)
+        measured = [step.rel_l1 for step in handle.stats.last_generation.steps[2:5]]
+        flux.transformer.use_text_cache = how != "no cache"
+        if how == "padded":
+            for prompt, (text, mask) in flux.prompt_cache.items():
+                flux.prompt_cache[prompt] = mx.pad(text, ((0, 0), (0, 3), (0, 0))), mx.pad(mask, ((0, 0), (0, 3)))
+        plain = run(flux, given)
+        with tc.apply(flux, **NEVER) as handle:
+            assert same(run(flux, given), plain)
+        distances = [step.rel_l1 for step in handle.stats.last_generation.steps[2:5]]
+        assert distances == pytest.approx(measured, rel=0.02)
+        with tc.apply(flux, **ALWAYS) as handle:
             assert not same(run(flux, given), plain)
         assert handle.stats.skipped_count == 3
 

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import random
+import signal
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from mflux.models.common.config.model_config import ModelConfig
 from PIL import Image
 from test_cli import run
 from test_forecast import noises
+from test_hostile import BEGUN, DEMO, signalled
 from test_policy import refusal
 
 import mlx_teacache_fast as tc
@@ -559,6 +562,31 @@ def test_ctrl_c_leaves_a_plot_of_what_the_file_has(
     assert run(*command, "--force", "--output", path).code == 130
     assert [len(t.psnr) for t in tc.Tuned.from_json(path).tried] == [1]
     assert Image.open(plot).size == (1200, 550)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 17))])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_at_any_moment(tmp_path: Path, command: list[Any], number: int, seed: int) -> None:
+    """The file is whole or not there, and --resume goes on to what would have come out."""
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    path, plot = folder / "mine.json", folder / "mine.png"
+    given = [*command, "--quick", "--output", path]
+    rng = random.Random(seed)
+    for _ in range(2):
+        code, out, lines = signalled(DEMO, BEGUN, number, rng.uniform(0, 6), folder, *given, "--resume")
+        assert code in (0, 130 if number == signal.SIGINT else -number), lines
+        assert "Traceback" not in out + "".join(lines)
+        assert "Exception ignored" not in "".join(lines)
+        assert code != 130 or lines[-1].endswith("error: interrupted")
+        left = {p.name for p in folder.iterdir()}
+        assert left <= {path.name, plot.name} or number == signal.SIGKILL  # which leaves a file that took no name yet
+        for whole, read in ((path, tc.Tuned.from_json), (plot, Image.open)):
+            assert not whole.exists() or read(whole)
+    assert run(*given, "--resume").code == 0
+    found = tc.Tuned.from_json(path)
+    assert run(*command, "--quick", "--output", tmp_path / "whole.json").code == 0
+    assert found == tc.Tuned.from_json(tmp_path / "whole.json")
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="the first two prompts, of which one is held out, and --budget alone")
     parser.add_argument("--output", **FILE, required=True, help="the policy, as JSON")
-    parser.add_argument("--resume", action="store_true", help="go on with FILE; what is in it is not run again")
+    parser.add_argument("--resume", action="store_true", help="go on with FILE if it is there; what it has is kept")
     parser.add_argument("--force", action="store_true", help="overwrite FILE and its .png")
     # fmt: on
 
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise TeaCacheValueError(f"{output} is to be the plot beside the policy: give the policy another name")
     for path in (output, plot):
         check_writable(path, force=arguments.force or arguments.resume)
-    if arguments.resume:
+    if arguments.resume and output.exists():
         Tuned.from_json(output)
     with quiet_logging():
         require_mflux()

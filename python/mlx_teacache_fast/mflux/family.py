@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import InternalStateError
 from ..step.tap import Signal, Tap
 
 
@@ -22,8 +23,14 @@ def idle_single(*, hidden_states: mx.array, **_: Any) -> mx.array:
 def modulated(argument: int | str) -> Callable[..., Signal]:
     """``Tap.signal`` where block 0's attention is called with what the modulation made: its place or name there."""
 
-    def signal(_attention: Any, *args: Any, **kwargs: Any) -> Signal:
-        return Signal(args[argument] if isinstance(argument, int) else kwargs[argument])
+    def signal(attention: Any, *args: Any, **kwargs: Any) -> Signal:
+        given = dict(enumerate(args)) | kwargs
+        if argument not in given:
+            raise InternalStateError(
+                f"{type(attention).__name__} has no argument {argument!r}, which its family's tap takes: it is called "
+                f"with {', '.join(map(repr, given))}"
+            )
+        return Signal(given[argument])
 
     return signal
 

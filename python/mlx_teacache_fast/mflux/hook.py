@@ -13,7 +13,7 @@ import types
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 from typing import Any, cast
 
@@ -269,6 +269,12 @@ class _Run:
                 generation = engine.generation
                 if generation.index == generation.num_steps:
                     counted.append(generation.stats(seconds if len(self._engines) == 1 else None))
+                elif generation.index == 0:
+                    steps = " or ".join((*hook.family.factories, *hook.family.methods) or (hook.family.module,))
+                    notes.append(
+                        f"this generation was not gated: {hook.family.runs} ran its {generation.num_steps} steps "
+                        f"without this {type(self.flux).__name__}'s {steps}"
+                    )
                 else:
                     notes.append(
                         f"this generation is not counted: {generation.index} of its {generation.num_steps} steps went "
@@ -403,8 +409,15 @@ def _on_view(function: Any, view: Any) -> Any:
 
 @functools.cache
 def warn_if_untested() -> None:
-    """Once in a process, if mflux is newer than what was verified."""
-    installed = version("mflux")
+    """Once in a process, if mflux is newer than what was verified, or another package has its place."""
+    try:
+        installed = version("mflux")
+    except PackageNotFoundError:
+        warn_caller(
+            "no package of the name mflux is installed: a fork that has its place was not verified with this package",
+            UntestedVersionWarning,
+        )
+        return
     if _numbers(installed) > _numbers(NEWEST_VERIFIED_MFLUX):
         warn_caller(
             f"mflux {installed} is newer than {NEWEST_VERIFIED_MFLUX}, the newest that was verified with this package",

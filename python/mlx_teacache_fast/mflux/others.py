@@ -12,7 +12,7 @@ from ..step.tap import Signal, Tap, reached
 from .family import Command, Family, Model, idle_joint, modulated
 
 
-def _class(path: str) -> Any:
+def mflux_class(path: str) -> Any:
     """Of ``module:name`` below mflux.models; None where this mflux has none."""
     module, _, name = path.partition(":")
     try:
@@ -27,13 +27,13 @@ def _row(path: str, models: str, commands: str = "", image_to_image: bool = Fals
     """A family of one class.
 
     Args:
-        path: Of the class, as ``_class`` takes it.
+        path: Of the class, as ``mflux_class`` takes it.
         models: Aliases of mflux's model configurations; what each is gated as has the same name, but after a ``=``.
         commands: mflux's, without ``mflux-generate-``; with ``!`` behind one that makes no picture again.
         image_to_image: Whether they leave out steps there.
         **row: The family's.
     """
-    pipeline = _class(path)
+    pipeline = mflux_class(path)
     if pipeline is None:
         return None
     pairs = [(alias, variant or alias) for alias, _, variant in (model.partition("=") for model in models.split())]
@@ -79,12 +79,12 @@ def _idle_layer(*, x: mx.array, **_: Any) -> mx.array:
 
 
 def _flux3_sigmas(_flux: Any, config: Any, _given: dict[str, Any]) -> Any:
-    scheduler = _class("flux3.model.flux3_scheduler.flux3_flow_map_scheduler:Flux3FlowMapScheduler")
+    scheduler = mflux_class("flux3.model.flux3_scheduler.flux3_flow_map_scheduler:Flux3FlowMapScheduler")
     return scheduler(num_inference_steps=config.num_inference_steps).timesteps.tolist()
 
 
 def _ideogram4_sigmas(_flux: Any, config: Any, given: dict[str, Any]) -> Any:
-    scheduler = _class("ideogram4.model.ideogram4_scheduler.scheduler:Ideogram4Scheduler")
+    scheduler = mflux_class("ideogram4.model.ideogram4_scheduler.scheduler:Ideogram4Scheduler")
     preset = scheduler.get_preset(given.get("preset"))
     size = {"height": config.height, "width": config.width}
     t, s = scheduler.make_timesteps(num_steps=config.num_inference_steps, mu=preset.mu, std=preset.std, **size)
@@ -93,9 +93,9 @@ def _ideogram4_sigmas(_flux: Any, config: Any, given: dict[str, Any]) -> Any:
 
 def _iris_sigmas(flux: Any, config: Any, _given: dict[str, Any]) -> Any:
     if flux.is_turbo:
-        scheduler = _class("iris.model.iris_scheduler.iris_turbo_scheduler:IrisTurboScheduler")()
+        scheduler = mflux_class("iris.model.iris_scheduler.iris_turbo_scheduler:IrisTurboScheduler")()
     else:
-        solver = _class("iris.model.iris_scheduler.iris_flow_dpm_solver:IrisFlowDPMSolver")
+        solver = mflux_class("iris.model.iris_scheduler.iris_flow_dpm_solver:IrisFlowDPMSolver")
         scheduler = solver(config.num_inference_steps, type(flux).SHIFT)
     times = [scheduler.model_time(step).item() / 1000 for step in range(config.num_inference_steps)]
     return [*times, 0.0]
@@ -216,9 +216,11 @@ _ROWS = (
         image_to_image=True,
         is_several=True,
         tap=Tap(
-            at="transformer_blocks.0.attn.image_attention",
+            at="transformer_blocks.0.attn",
+            methods=("image_attention",),  # its call: with padded prompts, or without a cache of the text
             signal=modulated(0),
-            traced={"_image_step_fn": "_image_forward"},
+            n_tokens=lambda arguments: -int(arguments["hidden_states"].shape[1]),
+            traced={"_image_step_fn": "_image_forward", "_step_fn": "_forward"},
         ),
     ),
     _row(
@@ -249,4 +251,4 @@ _REFUSED = {
 }
 
 OTHERS: tuple[Family, ...] = tuple(row for row in _ROWS if row is not None)
-REFUSED: dict[type, str] = {kind: why for path, why in _REFUSED.items() if (kind := _class(path)) is not None}
+REFUSED: dict[type, str] = {kind: why for path, why in _REFUSED.items() if (kind := mflux_class(path)) is not None}

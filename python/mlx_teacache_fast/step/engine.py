@@ -122,7 +122,7 @@ class Engine:
             found: list[Any] = []  # what the gate returned
 
             def again(call: int, entered: Signal, left: mx.array) -> mx.array:
-                signal = entered.first(tap.n_tokens(arguments))
+                signal = entered.of(tap.n_tokens(arguments))
                 if not found:
                     found.extend(self._gate(signal, [anchor], state, force, residuals, weights))
                 return found[1][call] if found[1] else reuse(signal.tokens, weights, residuals[call])

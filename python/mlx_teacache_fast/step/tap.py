@@ -1,7 +1,7 @@
 """Where a transformer is listened to. Copies of it do that, which share its layers: itself it is never changed."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,11 +28,13 @@ class Signal(NamedTuple):
         """What entered block 0."""
         return self.x if self.entered is None else self.entered
 
-    def first(self, n: int | None) -> "Signal":
-        """Of so many first tokens."""
-        if n is None or self.x.shape[1] == n:
+    def of(self, n: int | None) -> "Signal":
+        """Of so many tokens, as ``Tap.n_tokens`` has it."""
+        if n is None or self.x.shape[1] == abs(n):
             return self
-        return self._replace(x=self.x[:, :n], entered=None if self.entered is None else self.entered[:, :n])
+        tokens = slice(n) if n > 0 else slice(n, None)
+        entered = None if self.entered is None else self.entered[:, tokens]
+        return self._replace(x=self.x[:, tokens], entered=entered)
 
 
 class _Reached(BaseException):  # nobody's `except Exception` is meant
@@ -46,9 +48,10 @@ class Tap:
 
     Attributes:
         at: Path of what ends the prelude: block 0, or its attention.
+        methods: Of that, which end it as its call does.
         signal: Of that, and of what it is called with.
-        n_tokens: Of the latents, from the step's arguments; tokens of reference images are behind them. None: of all
-            tokens.
+        n_tokens: Of the latents, from the step's arguments; tokens of reference images are behind them. Negative:
+            others are before them. None: of all tokens.
         idle: For each list of blocks what stands for one of them in a step that leaves the blocks out: called as they
             are, it returns what they return, unchanged and in arrays of its own. Empty where that cannot be.
         tail: Path of the layer after all blocks, called with the tokens.
@@ -57,6 +60,7 @@ class Tap:
     """
 
     at: str = "transformer_blocks.0"
+    methods: tuple[str, ...] = ()
     signal: Callable[..., Signal]
     n_tokens: Callable[[Arguments], int | None] = lambda arguments: None
     idle: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -72,8 +76,9 @@ class Tap:
             self.at,
             lambda t: make(self._untraced(t))(**arguments),
             lambda *a, **k: self.signal(part, *a, **k),
+            self.methods,
         )
-        return signal.first(self.n_tokens(arguments))
+        return signal.of(self.n_tokens(arguments))
 
     def through(
         self, make: Make, transformer: Any, tokens: Callable[[int, Signal, mx.array], mx.array], *, is_idle: bool
@@ -112,18 +117,33 @@ class Tap:
 
     def _untraced(self, transformer: Any) -> Any:
         for name, method in self.traced.items():
-            setattr(transformer, name, getattr(transformer, method))
+            if hasattr(transformer, method):  # as this mflux has it
+                setattr(transformer, name, getattr(transformer, method))
         return transformer
 
 
-def reached(root: Any, path: str, run: Callable[[Any], Any], found: Callable[..., Any]) -> Any:
-    """``found(*args, **kwargs)`` of what the part at ``path`` is called with when ``run`` has such a ``root``."""
+class _Stop:
+    """Stands for a part of a module and some of its methods: a call of them ends what runs."""
 
-    def stop(*args: Any, **kwargs: Any) -> None:
-        raise _Reached(found(*args, **kwargs))
+    def __init__(self, part: Any, methods: Sequence[str], found: Callable[..., Any]) -> None:
+        self._part, self._methods, self._found = part, methods, found
 
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise _Reached(self._found(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return self if name in self._methods else getattr(self._part, name)
+
+
+def reached(
+    root: Any, path: str, run: Callable[[Any], Any], found: Callable[..., Any], methods: Sequence[str] = ()
+) -> Any:
+    """``found(*args, **kwargs)`` of what the part at ``path`` is called with when ``run`` has such a ``root``.
+
+    ``methods`` are those of the part that count as its call.
+    """
     try:
-        run(_with(root, path, stop))
+        run(_with(root, path, _Stop(at(root, path), methods, found)))
     except _Reached as reached:
         return reached.found
     raise InternalStateError(_NOT_REACHED)

@@ -59,8 +59,8 @@ def tune(
         forecast: As for ``apply``.
         path: A file that is written after each picture, a policy for ``apply(flux, path)``; Ctrl-C loses nothing.
         force: Overwrite ``path``.
-        resume: Go on with ``path``, which was written with the same arguments, of the same model; ``budget``, ``curve``
-            and ``candidates`` may be others. What is in it is not run again.
+        resume: Go on with ``path`` if it is there, which was written with the same arguments, of the same model;
+            ``budget``, ``curve`` and ``candidates`` may be others. What is in it is not run again.
         progress: Show on stderr how long it takes, and a bar.
         **options: ``generate_image``'s: ``num_inference_steps`` (default here: 50), ``guidance``, ``height``, ...
 
@@ -95,7 +95,7 @@ def tune(
         raise TeaCacheValueError("resume needs the path of what to go on with")
     if path is not None:
         check_writable(Path(path), force=force or resume, how="force=True")
-        if resume:
+        if resume and Path(path).exists():  # else it was interrupted before the first picture
             tuned = Tuned.from_json(path)
             tuned.check_same(setup, path)
             tuned.budget = shares[0]
