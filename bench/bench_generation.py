@@ -70,7 +70,6 @@ BUDGET, PUBLISHED_PLAN, REUSED, FEWER, DPM = PLANNED = [
 DEFAULT = MODES[DEFAULT_MODE]  # tolerance
 PARTS = [1.0, 2.0, 3.0]  # of the model's own threshold
 IN_FULL = 50, 4.0  # steps and guidance of the tables that the page shows: --from has the others
-SHARE = 0.4  # of the steps, where all are compared
 
 FULL = {"n_prompts": 10, "n_seeds": 2, "steps": [50, 25], "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
 FULL |= {
@@ -320,46 +319,45 @@ def at(rows: list[Record], condition: str, count: float) -> tuple[float, float, 
     return n, float(np.interp(n, steps, mean)), float(np.interp(n, steps, low))
 
 
+def of_default(rows: list[Record]) -> Record:
+    return next(r for r in rows if (r["condition"], r["setting"]) == (OURS, DEFAULT))
+
+
 def at_equal_steps(data: Record) -> list[list[str]]:
-    """A line for each schedule: the default, and all conditions where SHARE of the steps compute."""
-    rivals = [name for name in (OURS, BUDGET, GATE, PUBLISHED_PLAN, PEER, FEWER, DPM) if name in _conditions(data)]
-    names = {OURS: "a tolerance"}
-    lines = [["regime", "steps", "guidance", "by default", "", "worst", *(names.get(name, name) for name in rivals)]]
+    """A line for each schedule: the default, and what the others give with as many computed steps."""
+    measured = {r["condition"] for r in data["rows"]}
+    rivals = [name for name in (BUDGET, GATE, PUBLISHED_PLAN, PEER, FEWER, DPM) if name in measured]
+    lines = [["regime", "steps", "guidance", "computed", "by default", "worst", *rivals]]
     for _, rows in panels(data):
-        r = next(r for r in rows if (r["condition"], r["setting"]) == (OURS, DEFAULT))
-        cells = [f"{r['computed']:.1f}", *(["", ""] if r["psnr"] is None else _pair(r["psnr"], r["p10"], r["worst"]))]
+        r = of_default(rows)
+        cells = ["", ""] if r["psnr"] is None else [_pair(r["psnr"], r["p10"]), f"{r['worst']:.1f}"]
         for name in rivals:
-            found = at(rows, name, SHARE * r["steps"])
-            more = "" if found is None or found[0] <= SHARE * r["steps"] else f"{found[0]:.1f}: "
-            cells.append("" if found is None else more + _pair(*found[1:])[0])
-        lines.append([r["regime"], str(r["steps"]), f"{r['guidance']:g}", *cells])
+            found = at(rows, name, r["computed"])
+            more = "" if found is None or found[0] <= r["computed"] else f"{found[0]:.1f}: "
+            cells.append("" if found is None else more + _pair(*found[1:]))
+        lines.append([r["regime"], str(r["steps"]), f"{r['guidance']:g}", f"{r['computed']:.1f}", *cells])
     return lines
 
 
-def _pair(mean: float, low: float, worst: float = 0.0) -> list[str]:
-    return [f"{mean:.1f} ({low:.1f})", f"{worst:.1f}"]
-
-
-def _conditions(data: Record) -> set[str]:
-    return {r["condition"] for r in data["rows"]}
+def _pair(mean: float, low: float) -> str:
+    return f"{mean:.1f} ({low:.1f})"
 
 
 def quality_claims(data: Record) -> list[list[str]]:
     """Over all schedules; decibels have no noise: the same pictures come out each time."""
-    defaults = [r for r in data["rows"] if (r["condition"], r["setting"]) == (OURS, DEFAULT) and r["psnr"] is not None]
+    schedules = [rows for _, rows in panels(data) if of_default(rows)["psnr"] is not None]
+    if not schedules:
+        return []
     lines = []
     for text, name, least in (("mean", "psnr", 52.0), ("10th percentile", "p10", 50.0)):
-        values = [r[name] for r in defaults]
+        values = [of_default(rows)[name] for rows in schedules]
         lines.append([f"the default's PSNR, {text}", f"at least {least:g} dB", *_range(values, least)])
-    for rival in (GATE, PUBLISHED_PLAN, PEER, FEWER, DPM):
-        pairs = [
-            (at(rows, OURS, SHARE * rows[0]["steps"]), at(rows, rival, SHARE * rows[0]["steps"]))
-            for _, rows in panels(data)
-        ]
-        known = [(ours, its) for ours, its in pairs if ours and its and ours[0] <= its[0]]
-        for text, i in (("mean", 1), ("10th percentile", 2)) if known else ():
-            gains = [ours[i] - its[i] for ours, its in known]
-            lines.append([f"a tolerance above {rival}, {text}, no more steps", "at least 0 dB", *_range(gains, 0.0)])
+    for rival in (BUDGET, GATE, PUBLISHED_PLAN, PEER, FEWER, DPM):
+        pairs = [(ours := of_default(rows), at(rows, rival, ours["computed"])) for rows in schedules]
+        known = [(ours, its) for ours, its in pairs if its is not None]
+        for text, name, i in (("mean", "psnr", 1), ("10th percentile", "p10", 2)) if known else ():
+            gains = [ours[name] - its[i] for ours, its in known]
+            lines.append([f"the default above {rival}, {text}, no more steps", "at least 0 dB", *_range(gains, 0.0)])
     return lines
 
 
@@ -404,8 +402,7 @@ def _setting(row: Record) -> str:
 
 def report(data: Record) -> None:
     common.print_header(data)
-    share = f"where {SHARE:.0%} of the steps compute, or its fewest where it has more"
-    print(f"\nPSNR in dB, mean (10th percentile): by default with the steps that it computes; each {share}\n")
+    print("\nPSNR in dB, mean (10th percentile), with as many computed steps as the default, or the fewest if more\n")
     common.print_table(at_equal_steps(data), left=1)
     for panel, rows in panels(data):
         if common.MARKDOWN and (rows[0]["steps"], rows[0]["guidance"]) != IN_FULL:
