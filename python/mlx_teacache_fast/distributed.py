@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ._command import FAILED, PROG
-from .errors import TeaCacheError, TeaCacheValueError, TeaCacheWarning, shown
+from .errors import TeaCacheError, TeaCacheValueError, TeaCacheWarning, one_line, shown
 from .record.trace import Trace
 from .step.captured import Captured
 from .step.tap import Make, Step
@@ -68,7 +68,7 @@ def share(items: Iterable[T], group: Group | None = None) -> list[T]:
     Raises:
         TeaCacheError: MLX's engine does not start.
     """
-    group = group or world()
+    group = world() if group is None else group
     return list(items) if group is None else list(items)[group.rank() :: group.size()]
 
 
@@ -172,18 +172,19 @@ class Ranks:
         return self._mine
 
     def finish(self, code: int, traces: Sequence[Trace]) -> tuple[int, list[Trace]]:
-        """The exit code and the traces of all ranks, when all have ended; says which pictures are missing here.
-
-        Raises:
-            TeaCacheError: Another rank is gone.
-        """
+        """The exit code and the traces of all ranks, when all have ended; says what went wrong here."""
         if missing := list(self._mine[self._mine.n_done :]):
             code = code or FAILED
             named = ", ".join(map(str, missing))
-            print(f"{PROG} run: error: rank {self.group.rank()} has not made seeds {named}", file=sys.stderr)
+            _say(f"rank {self.group.rank()} has not made seeds {named}")
         if self._failed or not self._shares:
             return code, list(traces)
-        ends = self._gathered("end", [code, [trace.record for trace in traces]])
+        try:
+            ends = self._gathered("end", [code, [trace.record for trace in traces]])
+        except TeaCacheError as error:
+            if code == 0:
+                _say(str(error))
+            return code or FAILED, list(traces)
         codes, of_ranks = zip(*ends, strict=True)
         return code or max(codes), _together([list(map(Trace.of_record, records)) for records in of_ranks])
 
@@ -193,6 +194,10 @@ class Ranks:
         except TeaCacheError:
             self._failed = True  # nobody listens any more
             raise
+
+
+def _say(error: str) -> None:
+    print(f"{PROG} run: error: {one_line(error)}", file=sys.stderr)
 
 
 def _together(of_ranks: Sequence[Sequence[Trace]]) -> list[Trace]:
@@ -252,11 +257,12 @@ class Branches:
         """Rank 0's, on both."""
         return mx.distributed.all_gather(measured[None], group=self._group)[0]
 
-    def split(self, make: Make, transformer: Any, *, is_compiled: bool) -> Step:
+    def split(self, make: Make, get_transformer: Callable[[], Any], *, is_compiled: bool) -> Step:
         """mflux's step, where it is one function that calls the transformer for each branch."""
 
         def step(_: Any, arguments: dict[str, Any]) -> list[mx.array]:
             made: list[mx.array] = []
+            transformer = get_transformer()
 
             def note(*args: Any, **kwargs: Any) -> mx.array:
                 made.append(transformer(*args, **kwargs))

@@ -178,6 +178,8 @@ def run(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:  # mflux's own errors look as they do without this package
+        if ranks is not None and str(error).startswith("[ring]"):
+            raise TeaCacheError(f"another rank is gone: {error}") from error
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
         for handle in handles:

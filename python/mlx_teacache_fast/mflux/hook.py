@@ -201,7 +201,7 @@ class _Run:
                 if branches is not None and is_several:  # a message must not become a constant of a graph
                     ours, how["is_compiled"] = branches.exchanged(own), False
                 elif branches is not None:
-                    ours = branches.split(of, transformer, is_compiled=is_compiled)
+                    ours = branches.split(of, lambda: transformer, is_compiled=is_compiled)
                 steps.append(self._engines[-1].through(of, lambda: transformer, ours, **how))
             return steps[0](**dict(zip(self.hook.family.positional, by_place, strict=True)), **by_name)
 
@@ -223,7 +223,7 @@ class _Run:
             of = functools.partial(getattr, flux, family.transformer)
             now: Any = lambda **arguments: getattr(flux, name)(**arguments)  # noqa: E731
             if (branches := self.hook.branches) is not None:
-                now = branches.exchanged(now) if family.is_several else branches.split(make, of(), is_compiled=False)
+                now = branches.exchanged(now) if family.is_several else branches.split(make, of, is_compiled=False)
             self._steps[name] = self._engines[-1].through(make, of, now, is_traced=False, is_compiled=False)
         return self._steps[name](**given)
 
