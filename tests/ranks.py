@@ -76,8 +76,10 @@ def latents(group: Any) -> dict[str, dict[str, Any]]:
 def bytes_sent() -> int:
     """By all TCP connections of this process; 0 but on Linux."""
     total = 0
-    for name in os.listdir("/proc/self/fd") if sys.platform == "linux" else ():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+    for path in Path("/proc/self/fd").glob("*"):
+        if not os.path.realpath(path).rpartition("/")[2].startswith("socket:"):
+            continue
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(path.name))) as connection:
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
             total += int.from_bytes(info[200:208], sys.byteorder)  # tcp_info's tcpi_bytes_sent
     return total

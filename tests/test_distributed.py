@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def assert_equal(a, b):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """One process's pictures and what it printed."""
+    mx.set_default_device(mx.cpu)
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Flux2Initializer, "init", ranks._weights)
@@ -193,7 +195,12 @@ def test_mlx_launch_ends_the_others(tmp_path):
     jobs = json.dumps([["dies", 1, *command(tmp_path / "made", "--seed", *map(str, range(400)))]])
     launch = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2", "-p", port]
     argv = [*launch, "--backend", "ring", "--", sys.executable, HERE / "ranks.py", jobs, tmp_path]
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=200, stdin=subprocess.PIPE)
+    silent, end = os.pipe()
+    try:
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=200, stdin=silent)
+    finally:
+        os.close(silent)
+        os.close(end)
     assert "rank 1 exited with code -9" in result.stdout + result.stderr
     assert "apple_seed_1.png" in pictures(tmp_path / "made")  # reads all: none is cut off
     assert len(pictures(tmp_path / "made")) < 400
@@ -203,6 +210,13 @@ def test_mlx_launch_ends_the_others(tmp_path):
             break
         time.sleep(0.1)
     assert left == 0
+
+
+def test_sigterm_waits_while_a_picture_is_written():
+    script = "import os, signal; from mlx_teacache_fast.files import uninterrupted\nwith uninterrupted():\n"
+    script += "    os.kill(os.getpid(), signal.SIGTERM); print('written', flush=True)\nprint('not reached', flush=True)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "written\n")
 
 
 # ---- Guidance in parallel

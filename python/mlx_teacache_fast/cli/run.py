@@ -18,6 +18,7 @@ from ..pictures import read_metadata
 from ..policy import RULES, Policy, settings
 from ..record.metadata import KEY
 from ..record.trace import Trace
+from . import ranks
 from .shared import FILE, PROG, add_setting, quiet_logging, require_mflux, warnings_in_one_line
 
 HELP = "run one of mflux's commands with gating on"
@@ -121,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     branches = distributed.Branches(group) if arguments.guidance_parallel else None
     if arguments.trace is not None and (group is None or group.rank() == 0):
         check_writable(arguments.trace, force=arguments.force)
-    with quiet_logging(), distributed.said_once(group):
+    with quiet_logging(), ranks.said_once(group):
         require_mflux()
         from ..mflux import commands
 
@@ -147,29 +148,29 @@ def run(arguments: argparse.Namespace) -> int:
             )
     policy = replace(policy, **beside)
     handles: list[Handle] = []
-    code, ranks = FAILED, None
+    code, rank = FAILED, None
     if group is not None:
         command_line = shlex.join(arguments.mflux)
-        ranks = distributed.Ranks(group, shares=branches is None, command=command_line, **policy.flat)
+        rank = ranks.Rank(group, shares=branches is None, command=command_line, **policy.flat)
     try:
         with (
             warnings_in_one_line(),
-            distributed.said_once(group),
+            ranks.said_once(group),
             commands.called_as(arguments.mflux),
             commands.with_options_of(like, Path() if like is None else arguments.like.parent),
             commands.gating(
                 lambda flux: handles.append(gate(flux, policy, branches)),
                 policy,
                 only=None if like is None else like.pipeline,
-                seeds=None if ranks is None else ranks.seeds,
-                is_written=ranks is None or branches is None or ranks.is_first,
+                seeds=None if rank is None else rank.seeds,
+                is_written=rank is None or branches is None or rank.is_first,
             ),
         ):
             # None, as all of them return, is 0; --help and argparse raise SystemExit.
             code = int(commands.call(command) or 0)
         if not handles and arguments.mflux[0] not in commands.scripts():
             print(f"{PROG}: warning: no pipeline that can be gated was made, so nothing was skipped", file=sys.stderr)
-    except distributed.NothingToDo:
+    except ranks.NothingToDo:
         code = 0
     except TeaCacheError as error:
         if arguments.verbose and error.__cause__ is not None:
@@ -178,16 +179,16 @@ def run(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:  # mflux's own errors look as they do without this package
-        if ranks is not None and str(error).startswith("[ring]"):
+        if rank is not None and str(error).startswith("[ring]"):
             raise TeaCacheError(f"another rank is gone: {error}") from error
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
         for handle in handles:
             handle.restore()
         traces = [handle.trace for handle in handles]
-        if ranks is not None:
-            code, traces = ranks.finish(code, traces)
-        if ranks is None or ranks.is_first:
+        if rank is not None:
+            code, traces = rank.finish(code, traces)
+        if rank is None or rank.is_first:
             _report(traces, arguments.trace, force=arguments.force)
     return code
 
