@@ -241,13 +241,13 @@ def test_latents_are_those_of_one_process(family, case, of_one, together):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bytes of a connection are asked of Linux")
-@pytest.mark.parametrize(("family", "itemsize"), [("Flux2Klein", 4), ("QwenImage", 2)])
-def test_one_exchange_a_computed_step(family, itemsize, together):
+@pytest.mark.parametrize("family", ranks.FAMILIES)
+def test_one_exchange_a_computed_step(family, together):
     for jobs in together[1:]:
         rest = {}
-        for case in ("gate", "budget", "tolerance", "steps"):
+        for case in ranks.CASES:
             found = jobs[3][f"{family}, {case}"]
-            predictions = sum(kind != "skipped" for kind in found["kinds"]) * np.size(found["latents"]) * itemsize
+            predictions = sum(kind != "skipped" for kind in found["kinds"]) * np.size(found["latents"]) * 4  # float32
             decisions = {"gate": 8 * 4 * len(found["kinds"]), "tolerance": 2 * 4 * found["misses"]}.get(case, 0)
             rest[case] = found["sent"] - predictions - decisions
         assert len(set(rest.values())) == 1, rest  # what begins a generation
