@@ -47,7 +47,7 @@ if _installed not in _built:
     )
 __path__.append(str(_here / f"mlx_{_installed}"))
 
-from . import ops
+from . import distributed, ops
 from .errors import (
     AlreadyPatchedError,
     DisabledWarning,
@@ -92,12 +92,13 @@ __version__ = _version("mlx-teacache-fast")
 # fmt: off
 __all__ = [
     "MODES", "VARIANTS", "AlreadyPatchedError", "Budget", "DisabledWarning", "Family", "Gate", "GenerationStats",
-    "Handle", "IncompatibleModelError", "InternalStateError", "InvalidStepWindowError", "Metadata", "NoBenefitWarning",
-    "OutputError", "Pipeline", "Pipelines", "Policy", "Provenance", "Signal", "Stats", "StepDecision", "StepRecord",
-    "Steps", "Tap", "TeaCacheDisabledWarning", "TeaCacheError", "TeaCacheHandle", "TeaCacheNoBenefitWarning",
-    "TeaCacheStats", "TeaCacheUncalibratedCheckpointWarning", "TeaCacheUntestedMfluxWarning", "TeaCacheValueError",
-    "TeaCacheWarning", "Tolerance", "Trace", "UncalibratedWarning", "UntestedVersionWarning", "Variant", "VariantInfo",
-    "__version__", "apply", "apply_teacache", "check_step_window", "gate_all", "match_variant", "modulated", "ops",
+    "Handle", "IncompatibleModelError", "InternalStateError", "InvalidStepWindowError", "Metadata",
+    "NoBenefitWarning", "OutputError", "Pipeline", "Pipelines", "Policy", "Provenance", "Signal", "Stats",
+    "StepDecision", "StepRecord", "Steps", "Tap", "TeaCacheDisabledWarning", "TeaCacheError", "TeaCacheHandle",
+    "TeaCacheNoBenefitWarning", "TeaCacheStats", "TeaCacheUncalibratedCheckpointWarning",
+    "TeaCacheUntestedMfluxWarning", "TeaCacheValueError", "TeaCacheWarning", "Tolerance", "Trace",
+    "UncalibratedWarning", "UntestedVersionWarning", "Variant", "VariantInfo", "__version__", "apply",
+    "apply_teacache", "check_step_window", "distributed", "gate_all", "match_variant", "modulated", "ops",
     "read_metadata", "register", "replay", "supported",
 ]
 # fmt: on

@@ -123,19 +123,22 @@ def _restore(old: Path, target: Path) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C counts at the end of the block."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # it interrupts another thread, or nothing
+    """Ctrl-C counts at the end of the block, and SIGTERM, with which mlx.launch ends its processes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # it interrupts another thread
         return
-    came: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *how: came.append(how))
+    came: list[int] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for signum in before:
+        signal.signal(signum, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            before(*came[0])
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def check_writable(path: Path, *, force: bool, how: str = "--force", in_folder: bool = True) -> None:

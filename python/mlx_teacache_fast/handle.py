@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from .distributed import Branches, Group
 from .errors import (
     AlreadyPatchedError,
     DisabledWarning,
@@ -23,7 +24,7 @@ from .models import VARIANTS, Provenance, Variant
 from .pictures import read_policy
 from .plans import PublishedPlans, published_plans
 from .policy import MODES, RULES, Budget, Gate, Policy, Steps, Tolerance, described, settings
-from .record.stats import Stats, table
+from .record.stats import Stats
 from .record.trace import Trace
 from .support import require_mflux
 
@@ -86,7 +87,7 @@ class Handle:
 
     def summary(self) -> str:
         """The finished generations as a table to print: steps, distances, and seconds where they are known."""
-        return f"{self.variant_id}, {self.policy}\n{table(self.stats.finished)}"
+        return self.trace.summary()
 
     def __enter__(self) -> Self:
         if self._hook is None:
@@ -107,7 +108,7 @@ class Handle:
         return f"<Handle {self.variant_id}, {self.policy}, {live}>"
 
 
-def apply(flux: Any, policy: Policy | str | Path | None = None, **given: Any) -> Handle:
+def apply(flux: Any, policy: Policy | str | Path | None = None, *, group: Group | None = None, **given: Any) -> Handle:
     """Skip denoising steps of an mflux pipeline where a forecast of what they would compute is good enough.
 
     ``flux.generate_image`` is used as before, with all of its arguments, also in several threads. A computed step is
@@ -118,6 +119,8 @@ def apply(flux: Any, policy: Policy | str | Path | None = None, **given: Any) ->
         flux: A pipeline of mflux: ``print(supported())`` lists the classes and models.
         policy: A ``Policy``; or the path of one, as ``Policy.to_json`` and ``mlx-teacache-fast tune`` write them, or of
             a gated picture. Instead of it, settings:
+        group: Two processes that make each picture together, one for each branch of the guidance:
+            ``mx.distributed.init()`` under ``mlx.launch -n 2`` (docs/distributed.md).
         **given:
             {settings}
 
@@ -131,7 +134,7 @@ def apply(flux: Any, policy: Policy | str | Path | None = None, **given: Any) ->
         AlreadyPatchedError: ``flux`` is gated already; call ``restore()`` on its handle first.
         OSError: The file cannot be read.
     """
-    return gate(flux, policy_of(policy, given))
+    return gate(flux, policy_of(policy, given), None if group is None else Branches(group))
 
 
 def apply_teacache(flux: Any, **given: Any) -> Handle:
@@ -223,7 +226,7 @@ def policy_of(policy: Policy | str | Path | None, given: dict[str, Any]) -> Poli
     return policy
 
 
-def gate(flux: Any, policy: Policy) -> Handle:
+def gate(flux: Any, policy: Policy, branches: Branches | None = None) -> Handle:
     """``apply``, of a policy."""
     require_mflux()
     from .mflux import families, hook
@@ -248,8 +251,14 @@ def gate(flux: Any, policy: Policy) -> Handle:
         raise TeaCacheValueError(
             f'cache="residual" is not for {type(flux).__name__}, whose blocks cannot be left out alone: cache="output"'
         )
+    if branches is not None:
+        if not (family.is_several or family.factories or family.methods):
+            raise TeaCacheValueError(f"a step of {type(flux).__name__} is one call of its transformer: leave out group")
+        if policy.cache == "residual":
+            raise TeaCacheValueError('group is for cache="output": of the blocks\' residual nothing is exchanged')
+        branches.check_pipeline(flux, policy, getattr(flux, family.transformer))
     handle = Handle(policy, variant, calibrated, published_plans(getattr(flux, "model_config", None)))
-    handle._hook = hook.Hook(flux, family, handle)
+    handle._hook = hook.Hook(flux, family, handle, branches)
     if reason := policy.rule.skips_nothing:
         warn_caller(f"{reason}: every step computes", DisabledWarning)
     elif isinstance(policy.rule, Tolerance | Gate) and handle.provenance.source != "user":

@@ -1,6 +1,7 @@
 """``mlx-teacache-fast run``: one of mflux's commands with gating on."""
 
 import argparse
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+from .. import distributed
 from .._command import FAILED
 from ..errors import TeaCacheError, TeaCacheValueError, one_line
 from ..files import check_writable
@@ -15,6 +17,8 @@ from ..handle import Handle, gate, policy_of
 from ..pictures import read_metadata
 from ..policy import RULES, Policy, settings
 from ..record.metadata import KEY
+from ..record.trace import Trace
+from . import ranks
 from .shared import FILE, PROG, add_setting, quiet_logging, require_mflux, warnings_in_one_line
 
 HELP = "run one of mflux's commands with gating on"
@@ -80,6 +84,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="write every step of the finished pictures to FILE, as JSON for mlx_teacache_fast.Trace.from_json")
     # fmt: on
     parser.add_argument("--force", action="store_true", help="overwrite FILE where it exists")
+    parser.add_argument(
+        "--guidance-parallel",
+        action="store_true",
+        help="of two processes that mlx.launch starts, each computes one branch of the guidance; without it several "
+        "processes share the seeds",
+    )
     parser.add_argument("--verbose", action="store_true", help="of missing weights, show all that mflux says too")
     format_help = parser.format_help
 
@@ -108,9 +118,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise TeaCacheValueError(
             f'no mflux command: it goes after "--", as in {PROG} run -- mflux-generate-flux2 --prompt "a red apple"'
         )
-    if arguments.trace is not None:
+    group = distributed.world()
+    branches = distributed.Branches(group) if arguments.guidance_parallel else None
+    if arguments.trace is not None and (group is None or group.rank() == 0):
         check_writable(arguments.trace, force=arguments.force)
-    with quiet_logging():
+    with quiet_logging(), ranks.said_once(group):
         require_mflux()
         from ..mflux import commands
 
@@ -136,20 +148,30 @@ def run(arguments: argparse.Namespace) -> int:
             )
     policy = replace(policy, **beside)
     handles: list[Handle] = []
+    code, rank = FAILED, None
+    if group is not None:
+        command_line = shlex.join(arguments.mflux)
+        rank = ranks.Rank(group, shares=branches is None, command=command_line, **policy.flat)
     try:
         with (
             warnings_in_one_line(),
+            ranks.said_once(group),
             commands.called_as(arguments.mflux),
             commands.with_options_of(like, Path() if like is None else arguments.like.parent),
             commands.gating(
-                lambda flux: handles.append(gate(flux, policy)), policy, only=None if like is None else like.pipeline
+                lambda flux: handles.append(gate(flux, policy, branches)),
+                policy,
+                only=None if like is None else like.pipeline,
+                seeds=None if rank is None else rank.seeds,
+                is_written=rank is None or branches is None or rank.is_first,
             ),
         ):
             # None, as all of them return, is 0; --help and argparse raise SystemExit.
             code = int(commands.call(command) or 0)
         if not handles and arguments.mflux[0] not in commands.scripts():
             print(f"{PROG}: warning: no pipeline that can be gated was made, so nothing was skipped", file=sys.stderr)
-        return code
+    except ranks.NothingToDo:
+        code = 0
     except TeaCacheError as error:
         if arguments.verbose and error.__cause__ is not None:
             sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
@@ -157,24 +179,30 @@ def run(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:  # mflux's own errors look as they do without this package
+        if rank is not None and str(error).startswith("[ring]"):
+            raise TeaCacheError(f"another rank is gone: {error}") from error
         sys.excepthook(type(error), error, error.__traceback__)
-        return FAILED
     finally:
         for handle in handles:
             handle.restore()
-        _report(handles, arguments.trace, force=arguments.force)
+        traces = [handle.trace for handle in handles]
+        if rank is not None:
+            code, traces = rank.finish(code, traces)
+        if rank is None or rank.is_first:
+            _report(traces, arguments.trace, force=arguments.force)
+    return code
 
 
-def _report(handles: Sequence[Handle], trace: Path | None, *, force: bool) -> None:
+def _report(traces: Sequence[Trace], path: Path | None, *, force: bool) -> None:
     """Also after an error or Ctrl-C: earlier pictures of the same command are finished."""
-    finished = [handle for handle in handles if handle.stats.generations > 0]
+    finished = [trace for trace in traces if trace.generations]
     suffixes = ["" if i == 0 else f"-{i + 1}" for i in range(len(finished))]  # mflux's commands make one pipeline
-    paths = [] if trace is None else [trace.with_stem(trace.stem + suffix) for suffix in suffixes]
+    paths = [] if path is None else [path.with_stem(path.stem + suffix) for suffix in suffixes]
     try:
-        for path, handle in zip(paths, finished, strict=False):  # first: stdout may be closed
-            handle.trace.to_json(path, force=force)
+        for path, one in zip(paths, finished, strict=False):  # first: stdout may be closed
+            one.to_json(path, force=force)
     finally:
-        for handle in finished:
-            print(f"\n{handle.summary()}")
+        for one in finished:
+            print(f"\n{one.summary()}")
     for path in paths:
         print(f"wrote {path}")

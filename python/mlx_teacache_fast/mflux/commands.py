@@ -171,10 +171,17 @@ def _found(path: str, folder: Path, option: str) -> str:
 
 
 @contextmanager
-def gating(gate: Callable[[Any], object], policy: Policy, only: str | None = None) -> Iterator[None]:
+def gating(
+    gate: Callable[[Any], object],
+    policy: Policy,
+    only: str | None = None,
+    seeds: Callable[[list[int]], list[int]] | None = None,
+    is_written: bool = True,
+) -> Iterator[None]:
     """Until the end of the block, ``gate`` is called with every pipeline that is made and can be gated.
 
-    With ``only``, pipelines of other classes are refused.
+    With ``only``, pipelines of other classes are refused. ``seeds`` gives what a command takes for its seeds. Unless
+    ``is_written``, no picture is.
 
     A program makes its pipeline and uses it in one function, and no hook of mflux lies between. So ``__init__`` of the
     classes is wrapped for that time: the one place where classes are changed, not instances. (Another name in the
@@ -185,9 +192,10 @@ def gating(gate: Callable[[Any], object], policy: Policy, only: str | None = Non
     with ExitStack() as undo:
         save = vars(ImageUtil)["save_image"]
         undo.callback(setattr, ImageUtil, "save_image", save)
-        ImageUtil.save_image = staticmethod(uninterrupted()(save.__func__))
+        written = uninterrupted()(save.__func__) if is_written else lambda *args, **kwargs: None
+        ImageUtil.save_image = staticmethod(written)
         undo.callback(setattr, CommandLineParser, "parse_args", CommandLineParser.parse_args)
-        CommandLineParser.parse_args = _checked(CommandLineParser.parse_args, policy)
+        CommandLineParser.parse_args = _checked(CommandLineParser.parse_args, policy, seeds)
         gated = [kind for family in all_families() for kind in family.pipelines]
         for pipeline in dict.fromkeys((*gated, *REFUSED)):
             own = vars(pipeline).get("__init__")  # or a base class's
@@ -196,7 +204,7 @@ def gating(gate: Callable[[Any], object], policy: Policy, only: str | None = Non
         yield
 
 
-def _checked(parse_args: Any, policy: Policy) -> Callable[..., Any]:
+def _checked(parse_args: Any, policy: Policy, seeds: Callable[[list[int]], list[int]] | None) -> Callable[..., Any]:
     @functools.wraps(parse_args)
     def checked(*args: Any, **kwargs: Any) -> Any:
         namespace = parse_args(*args, **kwargs)
@@ -213,6 +221,8 @@ def _checked(parse_args: Any, policy: Policy) -> Callable[..., Any]:
                 config = Config(None, steps, image_path=getattr(namespace, "image_path", None), image_strength=strength)
                 left_out = config.init_time_step
             policy.rule.check_schedule(max(0, steps - left_out), steps)
+        if seeds is not None and isinstance(getattr(namespace, "seed", None), list):
+            namespace.seed = seeds(namespace.seed)
         return namespace
 
     return checked

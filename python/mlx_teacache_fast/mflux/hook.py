@@ -20,6 +20,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mflux.models.common.schedulers import FlowMatchEulerDiscreteScheduler, LinearScheduler, SeedVR2EulerScheduler
 
+from ..distributed import Branches
 from ..errors import (
     AlreadyPatchedError,
     IncompatibleModelError,
@@ -47,11 +48,14 @@ _HOOK = "_mlx_teacache_fast"  # the pipeline's attribute
 class Hook:
     """Gating of one pipeline, as its handle says, to whose stats finished generations are added.
 
+    With ``branches`` each of two processes computes one branch of the guidance.
+
     Set on the instance are ``generate_image``, and ``__getstate__``, by which copies of the pipeline are ungated.
     """
 
-    def __init__(self, flux: Any, family: Family, handle: Any) -> None:
+    def __init__(self, flux: Any, family: Family, handle: Any, branches: Branches | None = None) -> None:
         self.family = family
+        self.branches = branches
         self.handle = handle
         self.policy: Policy = handle.policy
         self.stats: Stats = handle.stats
@@ -185,6 +189,7 @@ class _Run:
         is_mfluxs = getattr(own, "__globals__", {}).get("__name__", "").startswith("mflux.")
         is_traced = type(own) is _COMPILED or not is_mfluxs
         is_compiled = type(own) is _COMPILED or (is_traced and self.hook.policy.cache == "residual")
+        branches, is_several = self.hook.branches, self.hook.family.is_several
         steps: list[Step] = []
 
         def step(*by_place: Any, **by_name: Any) -> mx.array:
@@ -192,7 +197,12 @@ class _Run:
                 return own(*by_place, **by_name)
             if not steps:  # the factory may be called before the loop begins
                 of, how = lambda t: make(t, *others), dict(is_traced=is_traced, is_compiled=is_compiled)
-                steps.append(self._engines[-1].through(of, lambda: transformer, own, **how))
+                ours = own
+                if branches is not None and is_several:  # a message must not become a constant of a graph
+                    ours, how["is_compiled"] = branches.exchanged(own), False
+                elif branches is not None:
+                    ours = branches.split(of, lambda: transformer, is_compiled=is_compiled)
+                steps.append(self._engines[-1].through(of, lambda: transformer, ours, **how))
             return steps[0](**dict(zip(self.hook.family.positional, by_place, strict=True)), **by_name)
 
         return step
@@ -212,6 +222,8 @@ class _Run:
         if name not in self._steps:
             of = functools.partial(getattr, flux, family.transformer)
             now: Any = lambda **arguments: getattr(flux, name)(**arguments)  # noqa: E731
+            if (branches := self.hook.branches) is not None:
+                now = branches.exchanged(now) if family.is_several else branches.split(make, of, is_compiled=False)
             self._steps[name] = self._engines[-1].through(make, of, now, is_traced=False, is_compiled=False)
         return self._steps[name](**given)
 
@@ -246,7 +258,12 @@ class _Run:
                 is_euler = getattr(type(getattr(config, "scheduler", None)), "step", None) in _EULER
             policy = replace(policy, corrector=policy.rho(getattr(config, "guidance", 1.0)) if is_euler else 0.0)
         num_tokens = getattr(config, "height", 1024) * getattr(config, "width", 1024) // 256
-        generation = Generation(policy, num_steps, sigmas, num_tokens=num_tokens, plans=hook.handle.plans)
+        more: Any = dict(num_tokens=num_tokens, plans=hook.handle.plans)
+        if (branches := hook.branches) is not None:
+            branches.check_arguments(self._given)
+            own_sigmas, sigmas = sigmas, lambda: branches.sigmas(own_sigmas())
+            more["decided"] = branches.decided
+        generation = Generation(policy, num_steps, sigmas, **more)
         self._steps = {}
         how: Any = dict(is_several=family.is_several, changes=family.changes, listener=hook.listener)
         self._engines.append(Engine(generation, family.tap, **how))
@@ -255,6 +272,8 @@ class _Run:
         """mflux's callback: a step is done."""
         if self._engines:
             self._engines[-1].end_step()
+            if self.hook.branches is not None:
+                self.hook.branches.end_step()
 
     def finish(self, image: Any, seconds: float) -> None:
         """Statistics and metadata of a finished picture, which is not lost, whatever happens here."""

@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import TeaCacheValueError, shown
 from ..files import from_json, members, to_json
 from ..policy import FLOAT32_MAX, Gate, Policy
-from .stats import KINDS, GenerationStats, StepRecord, step_record
+from .stats import KINDS, GenerationStats, StepRecord, step_record, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,24 @@ class Trace:
             TeaCacheValueError: The file exists and ``force`` is not set.
             OutputError: It cannot be written.
         """
-        record = {"variant_id": self.variant_id, "policy": self.policy.flat}
-        to_json(path, "trace", record | {"generations": list(map(asdict, self.generations))}, force=force)
+        to_json(path, "trace", self.record, force=force)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All of it in JSON's kinds, for ``of_record``."""
+        generations = list(map(asdict, self.generations))
+        return {"variant_id": self.variant_id, "policy": self.policy.flat, "generations": generations}
+
+    @classmethod
+    def of_record(cls, data: dict[str, Any]) -> Self:
+        """Of what ``record`` is; TeaCacheValueError if it is none."""
+        members(data, variant_id=str, policy=dict, generations=list)
+        generations = tuple(map(_generation, data["generations"]))
+        return cls(data["variant_id"], Policy.of(**data["policy"]), generations)
+
+    def summary(self) -> str:
+        """As a table to print: steps, distances, and seconds where they are known."""
+        return f"{self.variant_id}, {self.policy}\n{table(self.generations)}"
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
@@ -44,9 +60,7 @@ class Trace:
         """
         data = from_json(path, "trace")
         try:
-            members(data, variant_id=str, policy=dict, generations=list)
-            generations = tuple(map(_generation, data["generations"]))
-            return cls(data["variant_id"], Policy.of(**data["policy"]), generations)
+            return cls.of_record(data)
         except ValueError as error:
             raise TeaCacheValueError(f"{path} is not a trace: {error}") from error
 

@@ -228,6 +228,7 @@ class Engine:
                     and is_compiled
                     and not self._is_several
                     and self.in_graph
+                    and generation.decided is None
                     and self._anchor
                     and any(self._histories)
                 ):

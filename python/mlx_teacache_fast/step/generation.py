@@ -29,6 +29,7 @@ class Generation:
             set the schedule up.
         num_tokens: Of the picture.
         plans: Published for the model.
+        decided: Where several processes make the picture: what counts on all, of what each has measured.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Generation:
         *,
         num_tokens: int = 4096,
         plans: PublishedPlans | None = None,
+        decided: Callable[[mx.array], mx.array] | None = None,
     ) -> None:
         self.policy = policy
         self.num_steps = num_steps
         self._get_sigmas = sigmas
         self._num_tokens = num_tokens
         self._plans = plans
+        self.decided = decided
         self._known: list[int] = []  # computed steps whose results are kept, the latest first
         self._weights: list[float] = []  # of the forecast for the step that comes next
         self._gap: list[tuple[int, list[float]]] = []  # steps skipped since, and the weights of their forecasts
@@ -156,7 +159,8 @@ class Generation:
         """Read what was decided or measured of the last step, once; None if that is known already."""
         if self._last is None:
             return None
-        measured, self._last = cast(list[float], self._last.tolist()), None
+        last = self._last if self.decided is None else self.decided(self._last)
+        measured, self._last = cast(list[float], last.tolist()), None
         if len(measured) > 2:
             step = step_record(len(self._records), measured)
             self._add(step, is_kept=step.kind != "skipped")

@@ -1,0 +1,114 @@
+"""``run`` as one of several ranks: a part of the command's seeds, and what is said once."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any, cast
+
+from .._command import FAILED, PROG
+from ..distributed import Group, check_equal, gathered, installed, share
+from ..errors import TeaCacheError, TeaCacheWarning, one_line
+from ..record.trace import Trace
+
+
+@contextmanager
+def said_once(group: Group | None) -> Iterator[None]:
+    """Until the end of the block, stdout, progress bars and this package's warnings are rank 0's alone."""
+    with ExitStack() as undo:
+        if group is not None and group.rank() > 0:
+            os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+            undo.enter_context(redirect_stdout(undo.enter_context(open(os.devnull, "w"))))
+            undo.enter_context(warnings.catch_warnings(action="ignore", category=TeaCacheWarning))
+        yield
+
+
+class NothingToDo(BaseException):
+    """There are fewer seeds than ranks."""
+
+
+class _Seeds(list[int]):
+    """Of a loop that makes a picture of each."""
+
+    n_done = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.n_done = 0
+        for seed in super().__iter__():
+            yield seed
+            self.n_done += 1
+
+
+class Rank:
+    """What ``run`` does as one of several ranks.
+
+    Args:
+        group: All of them.
+        shares: Whether each makes some of the pictures; else all work on each.
+        **equal: What must be the same on all, beside the versions.
+
+    Attributes:
+        is_first: Whether this one writes what is said once.
+    """
+
+    def __init__(self, group: Group, shares: bool, **equal: Any) -> None:
+        self.group = group
+        self.is_first = group.rank() == 0
+        self._shares = shares
+        self._mine = _Seeds()
+        self._failed = False
+        check_equal(group, "start", **installed(), **equal)
+
+    def seeds(self, seeds: Sequence[int]) -> list[int]:
+        """This rank's; NothingToDo if there are none. Rank 0's count: the clock or chance may have chosen them."""
+        seeds = cast(list[int], self._gathered("seeds", list(seeds))[0])
+        if not self._shares:
+            return seeds
+        mine = set(share(dict.fromkeys(seeds), self.group))  # of equal ones mflux numbers the files: on one rank
+        self._mine = _Seeds(seed for seed in seeds if seed in mine)
+        if self.is_first:
+            print(f"{PROG} run: {len(seeds)} pictures on {self.group.size()} ranks", file=sys.stderr)
+        if not self._mine:
+            raise NothingToDo
+        return self._mine
+
+    def finish(self, code: int, traces: Sequence[Trace]) -> tuple[int, list[Trace]]:
+        """The exit code and the traces of all ranks, when all have ended; says what went wrong here."""
+        if missing := list(self._mine[self._mine.n_done :]):
+            code = code or FAILED
+            named = ", ".join(map(str, missing))
+            _say(f"rank {self.group.rank()} has not made seeds {named}")
+        if self._failed or not self._shares:
+            return code, list(traces)
+        try:
+            ends = self._gathered("end", [code, [trace.record for trace in traces]])
+        except TeaCacheError as error:
+            if code == 0:
+                _say(str(error))
+            return code or FAILED, list(traces)
+        codes, of_ranks = zip(*ends, strict=True)
+        return code or max(codes), _together([list(map(Trace.of_record, records)) for records in of_ranks])
+
+    def _gathered(self, stage: str, value: Any) -> list[Any]:
+        try:
+            return gathered(self.group, stage, value)
+        except TeaCacheError:
+            self._failed = True  # nobody listens any more
+            raise
+
+
+def _say(error: str) -> None:
+    print(f"{PROG} run: error: {one_line(error)}", file=sys.stderr)
+
+
+def _together(of_ranks: Sequence[Sequence[Trace]]) -> list[Trace]:
+    """The traces of each rank's pipelines, in the order in which one process would have made the pictures."""
+    merged = []
+    for traces in zip_longest(*of_ranks):
+        found = [trace for trace in traces if trace is not None]
+        rows = zip_longest(*(trace.generations for trace in found))
+        merged.append(replace(found[0], generations=tuple(g for row in rows for g in row if g is not None)))
+    return merged

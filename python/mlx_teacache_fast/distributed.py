@@ -1,0 +1,216 @@
+"""More than one machine, by MLX's own engine: pictures shared out, or the guidance's two branches side by side.
+
+``mlx.launch`` starts the processes and ``mx.distributed`` moves the data. docs/distributed.md says how.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .errors import TeaCacheError, TeaCacheValueError, shown
+from .step.captured import Captured
+from .step.tap import Make, Step
+
+Group = mx.distributed.Group
+T = TypeVar("T")
+
+
+# ---- The ranks
+
+# What mlx.launch and the two kinds of mpirun set.
+_LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+@functools.cache
+def world() -> Group | None:
+    """All ranks that ``mlx.launch`` or ``mpirun`` started; None in one process, where MLX's engine stays off.
+
+    Raises:
+        TeaCacheError: The engine does not start.
+    """
+    hosts = os.environ.get("MLX_HOSTFILE")
+    is_one = hosts is not None and Path(hosts).is_file() and not Path(hosts).read_text().strip()  # mlx.launch -n 1
+    if is_one or not any(name in os.environ for name in _LAUNCHED):
+        return None
+    try:
+        group = mx.distributed.init()
+    except RuntimeError as error:
+        raise TeaCacheError(f"MLX's distributed engine does not start: {error}") from error
+    return group if group.size() > 1 else None
+
+
+def share(items: Iterable[T], group: Group | None = None) -> list[T]:
+    """This rank's part of the items.
+
+    Args:
+        items: The same on all ranks.
+        group: Of ranks; left out: all that ``mlx.launch`` started.
+
+    Returns:
+        list: Of N items on R ranks those at ``rank, rank + R, rank + 2 R, ...``: N // R of them, or one more, and none
+            where there are fewer items than ranks. In one process all.
+
+    Raises:
+        TeaCacheError: MLX's engine does not start.
+    """
+    group = world() if group is None else group
+    return list(items) if group is None else list(items)[group.rank() :: group.size()]
+
+
+def gathered(group: Group, stage: str, value: Any) -> list[Any]:
+    """What each rank gives, of JSON's kinds, by rank. All must call this, at the same ``stage``.
+
+    Raises:
+        TeaCacheError: Another rank is gone, or is at another stage: there something failed.
+    """
+    text = json.dumps([stage, value]).encode()
+    try:
+        sizes = cast(list[int], mx.distributed.all_gather(mx.array([len(text)]), group=group).tolist())
+        padded = mx.array(list(text.ljust(max(sizes))), dtype=mx.uint8)
+        rows = mx.distributed.all_gather(padded[None], group=group)
+        given = [json.loads(bytes(cast(list[int], row.tolist()))) for row in rows]
+    except RuntimeError as error:
+        raise TeaCacheError(f"another rank is gone: {error}") from error
+    for rank, (its_stage, _) in enumerate(given):
+        if its_stage != stage:
+            raise TeaCacheError(f"rank {rank} failed, which its own message is about")
+    return [value for _, value in given]
+
+
+def check_equal(group: Group, stage: str, **values: Any) -> None:
+    """Raises TeaCacheValueError on all ranks where one has another value than rank 0."""
+    first, *others = gathered(group, stage, values)
+    for rank, other in enumerate(others, 1):
+        for name in first | other:
+            if (a := first.get(name)) != (b := other.get(name)):
+                raise TeaCacheValueError(
+                    f"{name} must be the same on all ranks, got {shown(a)} on rank 0 and {shown(b)} on rank {rank}"
+                )
+
+
+def installed() -> dict[str, str]:
+    """What must be the same on all machines."""
+    return {name: version(name) for name in ("mlx-teacache-fast", "mlx", "mflux")}
+
+
+# ---- Guidance in parallel: of each picture one branch on each of two ranks
+
+
+class Branches:
+    """The conditional branch on rank 0, the unconditional one on rank 1, and each gets the other's prediction.
+
+    What decides is rank 0's on both, so that no rank skips a step that the other computes.
+
+    Raises:
+        TeaCacheValueError: The group is not one of two ranks.
+    """
+
+    def __init__(self, group: Group | None) -> None:
+        if not isinstance(group, Group) or group.size() != 2:
+            got = f"{group.size()}" if isinstance(group, Group) else shown(group)
+            raise TeaCacheValueError(
+                f"guidance in parallel is for a group of 2 ranks, as mlx.launch -n 2 starts them, got {got}"
+            )
+        self._group = group
+        self._rank = group.rank()
+        self._n_calls = 0  # of the transformer, in this step
+        self._first: mx.array | None = None  # the first one's prediction
+
+    def check_pipeline(self, flux: Any, policy: Any, transformer: Any) -> None:
+        """TeaCacheValueError where the ranks have not the same to do."""
+        leaves = cast(list[tuple[str, mx.array]], tree_flatten(transformer.parameters()))
+        about = {
+            "pipeline": type(flux).__name__,
+            "model": getattr(getattr(flux, "model_config", None), "model_name", None),
+            "transformer": hashlib.sha256(repr([(n, a.shape, a.dtype) for n, a in leaves]).encode()).hexdigest()[:12],
+        }
+        check_equal(self._group, "apply", **installed(), **about, **policy.flat)
+
+    def check_arguments(self, given: dict[str, Any]) -> None:
+        """TeaCacheValueError where the ranks make different pictures."""
+        plain = {n: v for n, v in given.items() if isinstance(v, str | int | float | None)}
+        self._n_calls, self._first = 0, None
+        check_equal(self._group, "picture", **plain)
+
+    def sigmas(self, sigmas: Sequence[float]) -> list[float]:
+        """Rank 0's."""
+        return cast(list[float], gathered(self._group, "sigmas", [float(sigma) for sigma in sigmas])[0])
+
+    def decided(self, measured: mx.array) -> mx.array:
+        """Rank 0's, on both."""
+        return mx.distributed.all_gather(measured[None], group=self._group)[0]
+
+    def split(self, make: Make, get_transformer: Callable[[], Any], *, is_compiled: bool) -> Step:
+        """mflux's step, where it is one function that calls the transformer for each branch."""
+
+        def step(_: Any, arguments: dict[str, Any]) -> list[mx.array]:
+            made: list[mx.array] = []
+            transformer = get_transformer()
+
+            def note(*args: Any, **kwargs: Any) -> mx.array:
+                made.append(transformer(*args, **kwargs))
+                return made[-1]
+
+            make(_Stand(transformer, note))(**arguments)  # MLX is lazy: what nobody reads is not computed
+            self._check(len(made))
+            both = iter(mx.distributed.all_gather(made[self._rank][None], group=self._group))
+            return [make(_Stand(transformer, lambda *args, **kwargs: next(both)))(**arguments)]
+
+        run: Any = Captured(step) if is_compiled else step
+        return lambda **arguments: cast(mx.array, run([], arguments)[0])
+
+    def exchanged(self, own: Step) -> Step:
+        """mflux's call of the transformer for one branch, where a step is two of them. Lazy, but for its own."""
+
+        def call(**arguments: Any) -> mx.array:
+            prediction = own(**arguments)  # of the other's branch only its shape is read
+            branch, self._n_calls = self._n_calls, self._n_calls + 1
+            self._check(max(2, self._n_calls))
+            if branch == 0:
+                self._first = self._sent(branch, prediction)
+                return self._first
+            # One after the other, and the sender of the first one first: two that send at once may wait for ever.
+            mx.eval(prediction if self._rank == branch else [], self._first)
+            self._first = None
+            return self._sent(branch, prediction)
+
+        return call
+
+    def _sent(self, branch: int, prediction: mx.array) -> mx.array:
+        if branch == self._rank:
+            return mx.distributed.send(prediction, 1 - branch, group=self._group)
+        return mx.distributed.recv_like(prediction, branch, group=self._group)
+
+    def end_step(self) -> None:
+        """No call of it comes any more."""
+        n_calls, self._n_calls = self._n_calls, 0
+        self._check(n_calls or 2)
+
+    def _check(self, n_calls: int) -> None:
+        if n_calls != 2:
+            raise TeaCacheValueError(
+                f"guidance in parallel wants a step of 2 calls of the transformer, one for each branch, got {n_calls}: "
+                "without guidance (of 1) leave out group, or --guidance-parallel"
+            )
+
+
+class _Stand:
+    """Stands for a transformer that is called in another way."""
+
+    def __init__(self, transformer: Any, call: Callable[..., mx.array]) -> None:
+        self._transformer = transformer
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transformer, name)

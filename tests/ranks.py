@@ -1,0 +1,174 @@
+"""One process of several, for test_distributed.py: does what a file says, one job after the other.
+
+``python ranks.py JOBS FOLDER``: JOBS is JSON, a list of ``["run", arguments of mlx-teacache-fast ...]``, ``["dies", N,
+arguments ...]``, whose rank 1 kills itself after N pictures, ``["latents"]`` and ``["errors"]``. What came of them goes
+into FOLDER, for each rank. FLUX.2 has the embedded model's weights.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flux1_pipelines
+import mlx.core as mx
+import numpy as np
+import other_pipelines
+from mflux.models.flux.variants.txt2img.flux import Flux1
+from mflux.models.flux2.flux2_initializer import Flux2Initializer
+from mflux.utils.image_util import ImageUtil
+
+from mlx_teacache_fast import TeaCacheError, apply, cli, demo
+from mlx_teacache_fast.distributed import world
+from mlx_teacache_fast.mflux.pictures import ending
+
+POLYNOMIAL = {"coefficients": (0.0, 0.0, 0.0, 1.0, 0.0)}
+CASES: dict[str, dict[str, Any]] = {
+    "tolerance 0": {"tolerance": 0.0},
+    "threshold 0": {"rel_l1_thresh": 0.0, **POLYNOMIAL},
+    "gate": {"rel_l1_thresh": 1.0, **POLYNOMIAL},
+    "budget": {"budget": 0.5},
+    "tolerance": {"tolerance": 1.0},
+    "steps": {"steps": "11011001"},
+}
+FAMILIES = ("Flux2Klein", "QwenImage")
+
+
+@contextlib.contextmanager
+def pipeline(name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """And the arguments of its ``generate_image``."""
+    more = {"num_inference_steps": 8, "guidance": 4.0}
+    if name == "Flux2Klein":
+        yield demo.pipeline(), {"prompt": "red apple", "seed": 1, "height": 64, "width": 64} | more
+        return
+    small = next(p for p in other_pipelines.PIPELINES if str(p) == name)
+    with small.pipeline() as flux:
+        yield flux, small.arguments(Path("no photo")) | more
+
+
+def latents(group: Any) -> dict[str, dict[str, Any]]:
+    """Of each family and case: the kinds of the steps, the misses that were measured, the latents, bytes sent."""
+    found = {}
+    for family in FAMILIES:
+        with pipeline(family) as (flux, given):
+            for case, settings in CASES.items():
+                with apply(flux, group=group, **settings) as handle, ending(flux) as end:
+                    before = bytes_sent()
+                    flux.generate_image(**given)
+                    sent = bytes_sent() - before
+                steps = handle.stats.last_generation.steps
+                found[f"{family}, {case}"] = {
+                    "kinds": [step.kind for step in steps],
+                    "misses": sum(step.rel_l1 is not None for step in steps),
+                    "latents": np.array(end.latents.astype(mx.float32)).tolist(),
+                    "sent": sent,
+                }
+    return found
+
+
+def bytes_sent() -> int:
+    """By all TCP connections of this process; 0 but on Linux."""
+    total = 0
+    for path in Path("/proc/self/fd").glob("*"):
+        if not os.path.realpath(path).rpartition("/")[2].startswith("socket:"):
+            continue
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(path.name))) as connection:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+            total += int.from_bytes(info[200:208], sys.byteorder)  # tcp_info's tcpi_bytes_sent
+    return total
+
+
+def errors(group: Any) -> list[str]:
+    """What is refused, in two processes."""
+    said = []
+
+    def refused(function: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except TeaCacheError as error:
+            said.append(f"{type(error).__name__}: {error}")
+        else:
+            said.append("nothing")
+
+    flux = demo.pipeline()
+    refused(apply, flux, group=group, cache="residual")
+    flux1 = flux1_pipelines.pipeline(Flux1, flux1_pipelines.transformer(flux1_pipelines.CONFIGS[Flux1]()))
+    refused(apply, flux1, group=group)
+    refused(apply, flux, group=group, budget=0.5 if group.rank() else 0.4)
+    with apply(flux, group=group) as handle:
+        given = dict(num_inference_steps=8, height=64, width=64)
+        refused(flux.generate_image, 1, "red apple", guidance=1.0, **given)
+        refused(flux.generate_image, 1, f"apple of rank {group.rank()}", guidance=4.0, **given)
+        said.append(str(handle.stats.generations))
+        flux.generate_image(1, "red apple", guidance=4.0, **given)  # is as if nothing had been
+        said.append(str(handle.stats.generations))
+    return said
+
+
+def _run(arguments: list[str]) -> dict[str, Any]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+@contextlib.contextmanager
+def _dying(after: int) -> Iterator[None]:
+    """Rank 1, after so many pictures."""
+    save, made = ImageUtil.save_image, []
+
+    def saved(*args: Any, **kwargs: Any) -> Any:
+        save(*args, **kwargs)
+        made.append(args)
+        if len(made) == after and os.environ["MLX_RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ImageUtil.save_image = staticmethod(saved)
+    try:
+        yield
+    finally:
+        ImageUtil.save_image = staticmethod(save)
+
+
+def _weights(model: Any, model_config: Any, **_: Any) -> None:
+    tiny = demo.pipeline()
+    Flux2Initializer._init_config(model, model_config)
+    model.tokenizers = {}
+    model.bits = model.lora_paths = model.lora_scales = None
+    if hasattr(tiny, "compute_precision"):  # from mflux 0.22 on
+        model.compute_precision = tiny.compute_precision
+    model.small_decoder = model.small_text_encoder = False
+    model.vae, model.transformer, model.text_encoder = tiny.vae, tiny.transformer, tiny.text_encoder
+    model._encode_prompt_pair = tiny._encode_prompt_pair
+
+
+def _do(kind: str, *given: Any) -> Any:
+    match kind:
+        case "run":
+            return _run(["run", *given])
+        case "dies":
+            with _dying(given[0]):
+                return _run(["run", *given[1:]])
+        case "latents":
+            return latents(world())
+        case "errors":
+            return errors(world())
+
+
+if __name__ == "__main__":
+    mx.set_default_device(mx.cpu)
+    warnings.simplefilter("ignore")
+    Flux2Initializer.init = _weights
+    done = [_do(*job) for job in json.loads(sys.argv[1])]
+    Path(sys.argv[2], f"rank{os.environ['MLX_RANK']}.json").write_text(json.dumps(done))
+    sys.exit(max((job["code"] for job in done if "code" in job), default=0))

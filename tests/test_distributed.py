@@ -1,0 +1,277 @@
+"""Several processes on this machine, by MLX's ring over loopback: pictures shared out, and guidance in parallel."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytest.importorskip("mflux", reason="the pipelines are mflux's")
+
+import ranks
+from mflux.models.flux2.flux2_initializer import Flux2Initializer
+from PIL import Image
+from test_cli import run
+
+import mlx_teacache_fast
+from mlx_teacache_fast import TeaCacheValueError, Trace, distributed
+
+HERE = Path(__file__).parent
+GENERATE = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt", "red apple"]
+GENERATE += ["--width", "64", "--height", "64", "--steps", "8"]
+SEEDS = [*range(1, 11), 2**63, 7]  # of two equal ones mflux numbers the second file
+
+
+def command(folder, *options, own=()):
+    return [*own, "--", *GENERATE, *options, "--output", str(folder / "apple.png")]
+
+
+def hosts(folder, n):
+    """A file for MLX_HOSTFILE, with ports that are free."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(n)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        addresses = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
+    path = folder / "hosts.json"
+    path.write_text(json.dumps(addresses))
+    return path
+
+
+def launched(n, folder, *jobs):
+    """What each of n processes wrote of its jobs (None if it did not come to that), and their exit codes."""
+    folder.mkdir(exist_ok=True)
+    env = os.environ | {"MLX_HOSTFILE": str(hosts(folder, n)), "TQDM_DISABLE": "1"}
+    argv = [sys.executable, HERE / "ranks.py", json.dumps(jobs), folder]
+    processes = []
+    try:
+        for rank in range(n):
+            log = (folder / f"log{rank}").open("w")
+            processes.append(subprocess.Popen(argv, env=env | {"MLX_RANK": str(rank)}, stdout=log, stderr=log))
+        codes = [process.wait(200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    written = [folder / f"rank{rank}.json" for rank in range(n)]
+    return [json.loads(path.read_text()) if path.exists() else None for path in written], codes
+
+
+def pictures(folder):
+    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process's pictures and what it printed."""
+    mx.set_default_device(mx.cpu)
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flux2Initializer, "init", ranks._weights)
+        seeds = ["--seed", *map(str, SEEDS)]
+        result = run("run", *command(folder, *seeds, own=["--trace", folder / "trace.json"]))
+        assert result.code == 0, result.err
+        guided = run("run", *command(folder, "--seed", "99", "--guidance", "4"))
+        assert guided.code == 0, guided.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Two processes, which do everything that this file looks at, and their exit codes."""
+    folder = tmp_path_factory.mktemp("together")
+    for name in ("shared", "guided", "failed"):
+        (folder / name).mkdir()
+    (folder / "failed" / "6").write_text("a file where a folder is wanted")
+    seeds = ["--seed", *map(str, SEEDS)]
+    failing = ["--seed", "5", "6", "7", "8", "--output", str(folder / "failed" / "{seed}" / "apple.png")]
+    (jobs, other), _ = launched(
+        2,
+        folder,
+        ["run", *command(folder / "shared", *seeds, own=["--trace", str(folder / "trace.json")])],
+        ["run", *command(folder / "guided", "--seed", "99", "--guidance", "4", own=["--guidance-parallel"])],
+        ["run", "--", *GENERATE, *failing],
+        ["latents"],
+        ["errors"],
+    )
+    return folder, jobs, other
+
+
+# ---- One process
+
+
+def test_one_process_knows_nothing_of_it(monkeypatch):
+    monkeypatch.setattr(mx.distributed, "init", lambda *_, **__: pytest.fail("MLX's engine is started"))
+    assert distributed.world() is None
+    assert distributed.share("abc") == ["a", "b", "c"]
+
+
+def test_a_group_of_two_is_wanted(flux):
+    for group, got in ((mx.distributed.init(), "1"), (2, "2")):
+        message = f"guidance in parallel is for a group of 2 ranks, as mlx.launch -n 2 starts them, got {got}"
+        with pytest.raises(TeaCacheValueError, match=re.escape(message)):
+            mlx_teacache_fast.apply(flux, group=group)
+
+
+def test_guidance_parallel_wants_two_processes():
+    result = run("run", "--guidance-parallel", "--", *GENERATE)
+    assert result.code == 2
+    assert "guidance in parallel is for a group of 2 ranks" in result.err
+
+
+# ---- Pictures shared out
+
+
+def test_two_ranks_make_the_pictures_of_one(alone, together):
+    folder, (job, *_), (other, *_) = together
+    assert (job["code"], other["code"]) == (0, 0), job["err"] + other["err"]
+    expected = {name: picture for name, picture in pictures(alone).items() if "seed" in name}
+    assert len(expected) == len(SEEDS)
+    assert_equal(pictures(folder / "shared"), expected)
+
+
+def test_what_is_said_once(alone, together):
+    folder, (job, *_), (other, *_) = together
+    of_one, of_both = (Trace.from_json(path / "trace.json") for path in (alone, folder))
+    assert len(of_both.generations) == len(SEEDS)
+    key = lambda generation: repr([(s.kind, s.rel_l1) for s in generation.steps])  # noqa: E731
+    assert sorted(map(key, of_both.generations)) == sorted(map(key, of_one.generations))
+    assert "12 pictures on 2 ranks" in job["err"]
+    assert f"generations     {len(SEEDS)}\n" in job["out"]
+    assert other["out"] == ""
+    assert "pictures on" not in other["err"]
+
+
+def test_three_ranks(alone, tmp_path):
+    (tmp_path / "shared").mkdir()
+    seeds = ["--seed", *map(str, SEEDS)]
+    jobs = ["run", *command(tmp_path / "shared", *seeds)], ["run", *command(tmp_path / "shared", "--seed", "77")]
+    done, codes = launched(3, tmp_path, *jobs)
+    assert codes == [0, 0, 0], [path.read_text() for path in tmp_path.glob("log*")]
+    made = pictures(tmp_path / "shared")
+    assert made.pop("apple.png").shape == (64, 64, 3)  # which the two others had nothing to do for
+    assert_equal(made, {name: picture for name, picture in pictures(alone).items() if "seed" in name})
+    assert [job["out"] == "" for job, _ in done] == [False, True, True]
+
+
+def test_a_rank_that_fails(together):
+    folder, (_, _, job, *_), (_, _, other, *_) = together
+    assert (job["code"], other["code"]) == (1, 1)
+    assert sorted(path.parent.name for path in (folder / "failed").glob("*/*.png")) == ["5", "7"]
+    assert "rank 1 has not made seeds 6, 8" in other["err"]
+    assert "has not made" not in job["err"]
+    assert "generations     3\n" in job["out"]  # of which one could not be written
+
+
+def test_a_rank_that_is_killed(tmp_path):
+    """Without mlx.launch, which would end the other: that one makes its part."""
+    (tmp_path / "made").mkdir()
+    (job, nothing), codes = launched(
+        2, tmp_path, ["dies", 1, *command(tmp_path / "made", "--seed", "1", "2", "3", "4")]
+    )
+    assert codes == [1, -9]
+    assert nothing is None
+    assert sorted(pictures(tmp_path / "made")) == ["apple_seed_1.png", "apple_seed_2.png", "apple_seed_3.png"]
+    assert "error: another rank is gone" in job[0]["err"]
+
+
+def test_mlx_launch_ends_the_others(tmp_path):
+    (tmp_path / "made").mkdir()
+    port = re.search(r":(\d+)", hosts(tmp_path, 1).read_text())[1]
+    jobs = json.dumps([["dies", 1, *command(tmp_path / "made", "--seed", *map(str, range(400)))]])
+    launch = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2", "-p", port]
+    argv = [*launch, "--backend", "ring", "--", sys.executable, HERE / "ranks.py", jobs, tmp_path]
+    silent, end = os.pipe()
+    try:
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=200, stdin=silent)
+    finally:
+        os.close(silent)
+        os.close(end)
+    assert "rank 1 exited with code -9" in result.stdout + result.stderr
+    assert "apple_seed_1.png" in pictures(tmp_path / "made")  # reads all: none is cut off
+    assert len(pictures(tmp_path / "made")) < 400
+    for _ in range(100):
+        left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.count(str(tmp_path))
+        if left == 0:
+            break
+        time.sleep(0.1)
+    assert left == 0
+
+
+def test_sigterm_waits_while_a_picture_is_written():
+    script = "import os, signal; from mlx_teacache_fast.files import uninterrupted\nwith uninterrupted():\n"
+    script += "    os.kill(os.getpid(), signal.SIGTERM); print('written', flush=True)\nprint('not reached', flush=True)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "written\n")
+
+
+# ---- Guidance in parallel
+
+
+@pytest.fixture(scope="module")
+def of_one():
+    mx.set_default_device(mx.cpu)
+    return ranks.latents(None)
+
+
+@pytest.mark.parametrize("case", ranks.CASES)
+@pytest.mark.parametrize("family", ranks.FAMILIES)
+def test_latents_are_those_of_one_process(family, case, of_one, together):
+    expected = of_one[f"{family}, {case}"]
+    if case not in ("tolerance 0", "threshold 0"):
+        assert {"skipped", "computed"} <= set(expected["kinds"])
+    for jobs in together[1:]:
+        found = jobs[3][f"{family}, {case}"]
+        assert found["kinds"] == expected["kinds"]
+        np.testing.assert_array_equal(found["latents"], expected["latents"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bytes of a connection are asked of Linux")
+@pytest.mark.parametrize("family", ranks.FAMILIES)
+def test_one_exchange_a_computed_step(family, together):
+    for jobs in together[1:]:
+        rest = {}
+        for case in ranks.CASES:
+            found = jobs[3][f"{family}, {case}"]
+            predictions = sum(kind != "skipped" for kind in found["kinds"]) * np.size(found["latents"]) * 4  # float32
+            decisions = {"gate": 8 * 4 * len(found["kinds"]), "tolerance": 2 * 4 * found["misses"]}.get(case, 0)
+            rest[case] = found["sent"] - predictions - decisions
+        assert len(set(rest.values())) == 1, rest  # what begins a generation
+        assert 0 < rest["steps"] < 2000
+
+
+def test_a_picture_with_guidance_in_parallel(alone, together):
+    folder, (_, job, *_), (_, other, *_) = together
+    assert (job["code"], other["code"]) == (0, 0), job["err"] + other["err"]
+    assert_equal(pictures(folder / "guided"), {"apple.png": pictures(alone)["apple.png"]})  # written once
+    assert "generations     1\n" in job["out"]
+    assert other["out"] == ""
+
+
+def test_what_is_refused(together):
+    for *_, said in together[1:]:
+        assert said == [
+            'TeaCacheValueError: group is for cache="output": of the blocks\' residual nothing is exchanged',
+            "TeaCacheValueError: a step of Flux1 is one call of its transformer: leave out group",
+            "TeaCacheValueError: budget must be the same on all ranks, got 0.4 on rank 0 and 0.5 on rank 1",
+            "TeaCacheValueError: guidance in parallel wants a step of 2 calls of the transformer, one for each branch, "
+            "got 1: without guidance (of 1) leave out group, or --guidance-parallel",
+            "TeaCacheValueError: prompt must be the same on all ranks, got 'apple of rank 0' on rank 0 and "
+            "'apple of rank 1' on rank 1",
+            "0",
+            "1",
+        ]
