@@ -2,7 +2,7 @@
 
 ``python ranks.py JOBS FOLDER``: JOBS is JSON, a list of ``["run", arguments of mlx-teacache-fast ...]``, ``["dies", N,
 arguments ...]``, whose rank 1 kills itself after N pictures, ``["latents"]`` and ``["errors"]``. What came of them goes
-into FOLDER, for each rank. FLUX.2 has the embedded model's weights.
+into FOLDER, for each rank. ["latents", NAME ...] is of other families. FLUX.2 has the embedded model's weights.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,13 @@ def pipeline(name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         return
     small = next(p for p in other_pipelines.PIPELINES if str(p) == name)
     with small.pipeline() as flux:
-        yield flux, small.arguments(Path("no photo")) | more
+        yield flux, small.arguments(Path(__file__).parents[1] / "docs" / "demo.png") | more
 
 
-def latents(group: Any) -> dict[str, dict[str, Any]]:
+def latents(group: Any, families: Sequence[str] = FAMILIES) -> dict[str, dict[str, Any]]:
     """Of each family and case: the kinds of the steps, the misses that were measured, the latents, bytes sent."""
     found = {}
-    for family in FAMILIES:
+    for family in families:
         with pipeline(family) as (flux, given):
             for case, settings in CASES.items():
                 with apply(flux, group=group, **settings) as handle, ending(flux) as end:
@@ -160,7 +160,7 @@ def _do(kind: str, *given: Any) -> Any:
             with _dying(given[0]):
                 return _run(["run", *given[1:]])
         case "latents":
-            return latents(world())
+            return latents(world(), given or FAMILIES)
         case "errors":
             return errors(world())
 

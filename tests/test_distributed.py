@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("mflux", reason="the pipelines are mflux's")
 
+import other_pipelines
 import ranks
 from mflux.models.flux2.flux2_initializer import Flux2Initializer
 from PIL import Image
@@ -238,6 +239,20 @@ def test_latents_are_those_of_one_process(family, case, of_one, together):
         found = jobs[3][f"{family}, {case}"]
         assert found["kinds"] == expected["kinds"]
         np.testing.assert_array_equal(found["latents"], expected["latents"])
+
+
+OTHERS = [str(small) for small in other_pipelines.PIPELINES if str(small) not in (*ranks.FAMILIES, "FIBO", "FIBOEdit")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERS)
+def test_latents_of_every_family(family, tmp_path):
+    done, codes = launched(2, tmp_path, ["latents", family])
+    assert codes == [0, 0], (tmp_path / "log0").read_text()
+    for case, expected in ranks.latents(None, [family]).items():
+        for (found,) in done:
+            assert found[case]["kinds"] == expected["kinds"], case
+            np.testing.assert_array_equal(found[case]["latents"], expected["latents"], err_msg=case)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bytes of a connection are asked of Linux")
