@@ -6,7 +6,7 @@ steps, in turn:
     plain mflux             all steps: the reference of time and quality
     mlx-teacache            at each threshold
     ours, as mlx-teacache   the same gate and thresholds: a skipped step reuses the last residual
-    ours, gate              the gate with the model's own polynomial, at parts of its threshold, and forecasts
+    ours, gate              the gate with the model's own polynomial, at multiples of its threshold, and forecasts
     ours                    as apply() is without arguments, at each tolerance
     ours, budget            steps planned by apply(budget=...)
     klein's plan            as many steps, those that were published for FLUX.2 klein base 9B
@@ -68,7 +68,7 @@ BUDGET, PUBLISHED_PLAN, REUSED, FEWER, DPM = PLANNED = [
     "DPM-Solver++",
 ]
 DEFAULT = MODES[DEFAULT_MODE]  # tolerance
-PARTS = [1.0, 2.0, 3.0]  # of the model's own threshold
+MULTIPLES = [1.0, 2.0, 3.0]  # of the model's own threshold
 IN_FULL = 50, 4.0  # steps and guidance of the tables that the page shows: --from has the others
 
 FULL = {"n_prompts": 10, "n_seeds": 2, "steps": [50, 25], "guidance": [1.0, 4.0], "thresholds": [0.17, 0.25, 0.4]}
@@ -133,7 +133,7 @@ def turns(args: argparse.Namespace) -> list[list[int]]:
 def cases(args: argparse.Namespace, steps: int) -> list[tuple[str, Any]]:
     """Each condition with each of its settings."""
     counts = sorted({max(2, math.floor(b * steps + 1e-9)) for b in args.budgets}, reverse=True)
-    settings = dict.fromkeys((PEER, REUSE), args.thresholds) | {GATE: PARTS, OURS: args.tolerances}
+    settings = dict.fromkeys((PEER, REUSE), args.thresholds) | {GATE: MULTIPLES, OURS: args.tolerances}
     settings |= dict.fromkeys((BUDGET, PUBLISHED_PLAN, REUSED), args.budgets)
     settings |= dict.fromkeys((FEWER, DPM), counts)
     only = args.only or list(settings)
@@ -308,34 +308,39 @@ def claims(data: Record) -> list[list[str]]:
 def at(rows: list[Record], condition: str, count: float) -> tuple[float, float, float] | None:
     """Computed steps, mean PSNR and 10th percentile of a condition at ``count`` computed steps, between its settings.
 
-    Its fewest steps where these are more; None where all of its settings compute fewer.
+    Where none of its settings computes as many, or as few, those of the nearest. Settings of which a picture is
+    identical are left out, for they have no PSNR.
     """
-    found = [r for r in rows if r["condition"] == condition and r["psnr"] is not None]
-    points = sorted((r["computed"], r["psnr"], r["p10"]) for r in found)
-    if not points or points[-1][0] < count:
+    found = [r for r in rows if r["condition"] == condition and r["identical"] == 0]
+    if not found:
         return None
+    points = sorted((r["computed"], r["psnr"], r["p10"]) for r in found)
     steps, mean, low = zip(*points, strict=True)
-    n = max(count, steps[0])
+    n = min(max(count, steps[0]), steps[-1])
     return n, float(np.interp(n, steps, mean)), float(np.interp(n, steps, low))
 
 
-def of_default(rows: list[Record]) -> Record:
-    return next(r for r in rows if (r["condition"], r["setting"]) == (OURS, DEFAULT))
+def of_default(rows: list[Record]) -> Record | None:
+    """Of a schedule's rows; None where it was not measured, or skipped nothing."""
+    return next((r for r in rows if (r["condition"], r["setting"]) == (OURS, DEFAULT) and r["psnr"] is not None), None)
+
+
+RIVALS = (BUDGET, GATE, PUBLISHED_PLAN, PEER, FEWER, DPM)
 
 
 def at_equal_steps(data: Record) -> list[list[str]]:
     """A line for each schedule: the default, and what the others give with as many computed steps."""
-    measured = {r["condition"] for r in data["rows"]}
-    rivals = [name for name in (BUDGET, GATE, PUBLISHED_PLAN, PEER, FEWER, DPM) if name in measured]
+    rivals = [name for name in RIVALS if name in {r["condition"] for r in data["rows"]}]
     lines = [["regime", "steps", "guidance", "computed", "by default", "worst", *rivals]]
     for _, rows in panels(data):
-        r = of_default(rows)
-        cells = ["", ""] if r["psnr"] is None else [_pair(r["psnr"], r["p10"]), f"{r['worst']:.1f}"]
+        if (r := of_default(rows)) is None:
+            continue
+        cells = [f"{r['computed']:.1f}", _pair(r["psnr"], r["p10"]), f"{r['worst']:.1f}"]
         for name in rivals:
             found = at(rows, name, r["computed"])
-            more = "" if found is None or found[0] <= r["computed"] else f"{found[0]:.1f}: "
-            cells.append("" if found is None else more + _pair(*found[1:]))
-        lines.append([r["regime"], str(r["steps"]), f"{r['guidance']:g}", f"{r['computed']:.1f}", *cells])
+            other = "" if found is None or found[0] == r["computed"] else f"{found[0]:.1f}: "
+            cells.append("" if found is None else other + _pair(*found[1:]))
+        lines.append([r["regime"], str(r["steps"]), f"{r['guidance']:g}", *cells])
     return lines
 
 
@@ -345,25 +350,28 @@ def _pair(mean: float, low: float) -> str:
 
 def quality_claims(data: Record) -> list[list[str]]:
     """Over all schedules; decibels have no noise: the same pictures come out each time."""
-    schedules = [rows for _, rows in panels(data) if of_default(rows)["psnr"] is not None]
-    if not schedules:
-        return []
+    schedules = [(rows, ours) for _, rows in panels(data) if (ours := of_default(rows)) is not None]
     lines = []
     for text, name, least in (("mean", "psnr", 52.0), ("10th percentile", "p10", 50.0)):
-        values = [of_default(rows)[name] for rows in schedules]
-        lines.append([f"the default's PSNR, {text}", f"at least {least:g} dB", *_range(values, least)])
-    for rival in (BUDGET, GATE, PUBLISHED_PLAN, PEER, FEWER, DPM):
-        pairs = [(ours := of_default(rows), at(rows, rival, ours["computed"])) for rows in schedules]
-        known = [(ours, its) for ours, its in pairs if its is not None]
-        for text, name, i in (("mean", "psnr", 1), ("10th percentile", "p10", 2)) if known else ():
-            gains = [ours[name] - its[i] for ours, its in known]
-            lines.append([f"the default above {rival}, {text}, no more steps", "at least 0 dB", *_range(gains, 0.0)])
+        if schedules and data["model"] is None:
+            values = [ours[name] for _, ours in schedules]
+            lines.append([f"the default's PSNR, {text}", f"at least {least:g} dB", *_range(values, least)])
+    for rival in RIVALS:
+        pairs = [(ours, its) for rows, ours in schedules if (its := at(rows, rival, ours["computed"])) is not None]
+        for text, name, i in (("mean", "psnr", 1), ("10th percentile", "p10", 2)):
+            # One that computes fewer steps than the default says something only where it is better.
+            gains = [ours[name] - its[i] for ours, its in pairs if its[0] >= ours["computed"] or its[i] > ours[name]]
+            if gains:
+                lines.append(
+                    [f"the default above {rival}, {text}, no more steps", "at least 0 dB", *_range(gains, 0.0)]
+                )
     return lines
 
 
 def _range(values: list[float], least: float) -> list[str]:
     n = sum(v >= least for v in values)
-    return [f"{min(values):.1f} to {max(values):.1f} dB", f"{_holds(n == len(values))}: {n} of {len(values)} schedules"]
+    verdict = f"{_holds(n == len(values))}: {n} of {len(values)} schedules compared"
+    return [f"{min(values):.1f} to {max(values):.1f} dB", verdict]
 
 
 def _holds(is_so: bool) -> str:
@@ -380,7 +388,8 @@ def verdict(data: Record) -> list[str]:
     better: dict[str, list[bool]] = {}
     for key, peer in of.items():
         if key[:2] == (PEER, threshold):
-            ours = of[OURS, DEFAULT, *key[2:]]
+            if (ours := of.get((OURS, DEFAULT, *key[2:]))) is None:
+                continue
             closer = (ours["psnr"] or math.inf) >= (peer["psnr"] or math.inf)
             better.setdefault(peer["regime"], []).append(closer and ours["computed"] <= peer["computed"])
     counts = [f"{sum(good)} of {len(good)} pictures ({regime})" for regime, good in better.items()]
@@ -402,8 +411,11 @@ def _setting(row: Record) -> str:
 
 def report(data: Record) -> None:
     common.print_header(data)
-    print("\nPSNR in dB, mean (10th percentile), with as many computed steps as the default, or the fewest if more\n")
-    common.print_table(at_equal_steps(data), left=1)
+    if len(lines := at_equal_steps(data)) > 1:
+        print(
+            "\nPSNR in dB, mean (10th percentile): as many computed steps as by default, or the nearest to that: dB\n"
+        )
+        common.print_table(lines, left=1)
     for panel, rows in panels(data):
         if common.MARKDOWN and (rows[0]["steps"], rows[0]["guidance"]) != IN_FULL:
             continue

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # In the order of the page; the question that each answers.
 QUESTIONS = {
     "bench_generation": "What do skipped steps give for a whole picture, and what would fewer steps have given?",
-    "bench_forecast": "What does the guard of forecasts do, and where do the computed steps of a budget belong?",
+    "bench_forecast": "Which forecast, what does its guard do, and where do the computed steps of a budget belong?",
     "bench_step": "What does one step cost?",
     "bench_families": "What does a step cost in mflux's other pipelines?",
     "bench_gate": "What does the gate cost, beside other gates and the fewest bytes?",
@@ -32,8 +32,6 @@ NOTES = {
     "bench_gate": "In float16, which no FLUX pipeline of mflux uses, this package's CPU gate is bound by conversions, "
     "not by memory. Where memory is returned after each use, a float32 result of this size (50 MB) is mapped anew at "
     "each step; below 32 MB glibc keeps it.",
-    "bench_forecast": "The budgets' plans here are those of an earlier rule, in the model's own regime, and nothing is "
-    "corrected: what the table says of forecasts and their guard holds for given steps.",
     "bench_step": "What is left of a skipped step is mflux's prelude up to block 0, of which block 0's modulation is "
     "the largest part in a wide model, the gate, one read and a graph. That does not grow with the number of blocks. A "
     "step that a plan skips is the forecast alone.",

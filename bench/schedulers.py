@@ -30,7 +30,7 @@ class OwnOrShifted(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # mf
 
 
 class DPMSolver(OwnOrShifted):
-    """DPM-Solver++ 2M (Lu et al., arXiv 2211.01095, algorithm 2); the first and the last step are of first order."""
+    """DPM-Solver++ 2M (Lu et al. arXiv 2211.01095, algorithm 2), of first order in the first two steps and the last."""
 
     _last: tuple[mx.array, float] | None = None  # x0, and the log signal-to-noise ratio at which it is
 

@@ -167,7 +167,7 @@ def test_bad_families(what: Any, message: str) -> None:
         (tc.Tap(at="unused", signal=tc.modulated(0)), "a step did not call block 0 of the transformer"),
         (
             tc.Tap(at="blocks.0", signal=tc.modulated("hidden_states")),
-            "Block has no argument 'hidden_states', which its family's tap takes: it is called with 0, 1",
+            "tap must take an argument that Block is called with (by place or name: 0, 1), got 'hidden_states'",
         ),
     ],
     ids=["no list", "no block", "never called", "no argument"],

@@ -40,6 +40,8 @@ _here = _Path(__file__).parent
 _built = [
     r for r in _json.loads((_here / "mlx_releases.json").read_text())["releases"] if (_here / f"mlx_{r}").is_dir()
 ]
+if not _built:
+    raise ImportError(f"mlx_teacache_fast has no extension beside {_here.name}/: install it, with pip install .")
 if _installed not in _built:
     raise ImportError(
         f"mlx_teacache_fast was built for mlx {', '.join(_built)}, but mlx {_installed} is installed. "

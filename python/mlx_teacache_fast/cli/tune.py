@@ -1,6 +1,7 @@
 """``mlx-teacache-fast tune``: the best policy for a model, number of steps, size and guidance of the user's own."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(path, force=arguments.force or arguments.resume)
     if arguments.resume and output.exists():
         Tuned.from_json(output)
+    elif arguments.resume:
+        print(f"{output} is not there: nothing to go on with, it begins anew", file=sys.stderr)
     with quiet_logging():
         require_mflux()
         _check(arguments)

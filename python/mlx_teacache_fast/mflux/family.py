@@ -27,8 +27,8 @@ def modulated(argument: int | str) -> Callable[..., Signal]:
         given = dict(enumerate(args)) | kwargs
         if argument not in given:
             raise InternalStateError(
-                f"{type(attention).__name__} has no argument {argument!r}, which its family's tap takes: it is called "
-                f"with {', '.join(map(repr, given))}"
+                f"the family's tap must take an argument that {type(attention).__name__} is called with (by place or "
+                f"name: {', '.join(map(str, given)) or 'none'}), got {argument!r}"
             )
         return Signal(given[argument])
 

@@ -53,7 +53,7 @@ def _row(path: str, models: str, commands: str = "", image_to_image: bool = Fals
 
 def _qwen_signal(block: Any, **given: Any) -> Signal:
     """What block 0's attention is given, after the norm and the modulation."""
-    x = reached(block, "attn", lambda b: b(**given), lambda **to_attn: to_attn["img_modulated"])
+    x = reached(block, "attn", lambda b: b(**given), lambda _, **to_attn: to_attn["img_modulated"])
     return Signal(x, entered=given["hidden_states"])
 
 
@@ -69,7 +69,7 @@ def _qwen21_signal(
         forward.__self__,
         "attn.forward_reference",
         lambda block: block.forward_reference(x, modulation, mask, layout, *others, **more),
-        lambda to_attn, *_, **__: to_attn,
+        lambda _, to_attn, *__, **___: to_attn,
     )
     return Signal(x[:, -layout.target_tokens :])
 

@@ -90,7 +90,7 @@ class Engine:
             made: Arrays = []
 
             def note(call: int, entered: Signal, left: mx.array) -> mx.array:
-                n = tap.n_tokens(arguments)
+                n = tap.n_first(arguments)
                 made.append(left[:, :n] - entered.tokens[:, :n])
                 return left
 
@@ -102,7 +102,7 @@ class Engine:
             weights, *history = arrays
             if not keeps_residual:
                 return [combined(weights, history).astype(history[0].dtype)]
-            n, residuals = tap.n_tokens(arguments), self._of_each_call(history)
+            n, residuals = tap.n_first(arguments), self._of_each_call(history)
 
             def again(call: int, entered: Signal, left: mx.array) -> mx.array:
                 return reuse(entered.tokens[:, :n], weights, residuals[call])

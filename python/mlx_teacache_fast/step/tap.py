@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..errors import InternalStateError
+from ..errors import InternalStateError, TeaCacheValueError
 from .captured import Arguments
 
 Step = Callable[..., mx.array]  # called with them by name
@@ -51,7 +51,7 @@ class Tap:
         methods: Of that, which end it as its call does.
         signal: Of that, and of what it is called with.
         n_tokens: Of the latents, from the step's arguments; tokens of reference images are behind them. Negative:
-            others are before them. None: of all tokens.
+            others are before them, and the blocks cannot be left out. None: of all tokens.
         idle: For each list of blocks what stands for one of them in a step that leaves the blocks out: called as they
             are, it returns what they return, unchanged and in arrays of its own. Empty where that cannot be.
         tail: Path of the layer after all blocks, called with the tokens.
@@ -68,15 +68,17 @@ class Tap:
     makes_cache: Callable[[Arguments], bool] = lambda arguments: False
     traced: dict[str, str] = field(default_factory=dict)
 
+    def n_first(self, arguments: Arguments) -> int | None:
+        """``n_tokens``, where a residual of that many first tokens is kept."""
+        n = self.n_tokens(arguments)
+        if n is not None and n <= 0:
+            raise TeaCacheValueError(f"n_tokens must be above 0 for a tap with idle blocks, got {n}")
+        return n
+
     def measured(self, make: Make, transformer: Any, arguments: Arguments) -> Signal:
         """mflux's own prelude, up to block 0: the signal of the latents' tokens."""
-        part = at(transformer, self.at)
         signal: Signal = reached(
-            transformer,
-            self.at,
-            lambda t: make(self._untraced(t))(**arguments),
-            lambda *a, **k: self.signal(part, *a, **k),
-            self.methods,
+            transformer, self.at, lambda t: make(self._untraced(t))(**arguments), self.signal, self.methods
         )
         return signal.of(self.n_tokens(arguments))
 
@@ -129,7 +131,7 @@ class _Stop:
         self._part, self._methods, self._found = part, methods, found
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise _Reached(self._found(*args, **kwargs))
+        raise _Reached(self._found(self._part, *args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return self if name in self._methods else getattr(self._part, name)
@@ -138,7 +140,7 @@ class _Stop:
 def reached(
     root: Any, path: str, run: Callable[[Any], Any], found: Callable[..., Any], methods: Sequence[str] = ()
 ) -> Any:
-    """``found(*args, **kwargs)`` of what the part at ``path`` is called with when ``run`` has such a ``root``.
+    """``found(part, *args, **kwargs)`` of the part at ``path`` and its arguments when ``run`` has such a ``root``.
 
     ``methods`` are those of the part that count as its call.
     """
