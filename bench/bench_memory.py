@@ -112,7 +112,7 @@ def report(data: dict[str, Any]) -> None:
         common.print_table(lines, left=1)
     claims = []
     for row in data["rows"]:
-        if row["kind"] in ("computed", "forecast"):
+        if row["kind"] in ("watched computed", "computed", "forecast"):
             above = row["peak_above"] - LATENT_CHANNELS / data["channels"]
             what = f"{row['size']} pixels, guidance {row['guidance']:g}: {KINDS[row['kind']]}"
             verdict = "holds" if above <= 1.01 else "does not hold"

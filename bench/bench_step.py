@@ -41,7 +41,6 @@ KINDS = common.KINDS | {
     "host computed": "ours, computed, decided on the host",
     "host forecast": "ours, skipped, decided on the host",
     "planned": "ours, skipped by a plan",
-    "watched computed": "ours, computed, a tolerance",
     "watched": "ours, skipped by a tolerance",
     "no blocks": "mflux's prelude and tail",
     "prelude": "mflux's prelude up to block 0",
@@ -220,10 +219,7 @@ def measure(
     if is_before:
         contexts = {kind: contexts[kind] for kind in dict.fromkeys((*COMPARED, *map(LIMITS.get, COMPARED)))}
     else:
-        contexts |= {
-            "watched computed": lambda: tc.apply(flux, tolerance=1e-9),
-            "watched": lambda: tc.apply(flux, tolerance=1.0),
-        }
+        contexts["watched"] = lambda: tc.apply(flux, tolerance=1.0)
         contexts |= {
             f"host {kind}": functools.partial(on_the_host, contexts[kind]) for kind in ("computed", "forecast")
         }

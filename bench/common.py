@@ -88,6 +88,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
     "mflux": "mflux",
     "off": "ours, threshold 0",
+    "watched computed": "ours, computed, a tolerance",
     "computed": "ours, gated and computed",
     "kept": "ours, computed, residual kept",
     "forecast": "ours, skipped",
@@ -109,6 +110,7 @@ def contexts(flux: Any) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     return {
         "mflux": nullcontext,
         "off": lambda: tc.apply_teacache(flux, rel_l1_thresh=0.0),
+        "watched computed": lambda: tc.apply(flux, tolerance=1e-9),
         "computed": lambda: tc.apply(flux, rel_l1_thresh=1e-9),
         "kept": lambda: tc.apply_teacache(flux, rel_l1_thresh=1e-9),
         "forecast": lambda: tc.apply(flux, **always),  # of the output, as by default
