@@ -297,7 +297,6 @@ def test_a_failing_body_is_an_error_and_not_a_wait(body: str) -> None:
     program = f"""
         import mlx.core as mx
         from mlx_teacache_fast import ops
-from mlx_teacache_fast.cli import checks
 
         new_kernel = mx.fast.metal_kernel if mx.metal.is_available() else mx.fast.cuda_kernel
         kernel = new_kernel("failing", ["x"], ["y"], "this is no kernel;")
