@@ -22,6 +22,7 @@ from mflux.models.common.lora.layer.linear_lora_layer import LoRALinear
 from mlx import nn
 
 import mlx_teacache_fast as tc
+from mlx_teacache_fast.errors import version_of
 
 Generate = Callable[..., np.ndarray]
 MFLUX = tuple(int(part) for part in version("mflux").split(".")[:2])
@@ -457,8 +458,9 @@ def test_distilled_variants_warn(flux: Any, monkeypatch: pytest.MonkeyPatch, nam
     assert warned[0].filename == __file__
 
 
-def test_a_finetune_warns(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig.from_name("somebody/finetune", base_model="flux2-klein-base-4b")
+@pytest.mark.parametrize("base", ["flux2-klein-base-4b", "flux2-klein-base-9b"])
+def test_a_finetune_warns(flux: Any, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.from_name("somebody/finetune", base_model=base)
     monkeypatch.setattr(flux, "model_config", config)
     with pytest.warns(tc.UncalibratedWarning) as warned:
         tc.apply_teacache(flux).restore()
@@ -466,8 +468,8 @@ def test_a_finetune_warns(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("error")
         tc.apply_teacache(flux, coefficients=[0, 0, 0, 1, 0]).restore()
     assert str(warned[0].message) == (
-        "somebody/finetune is used with the coefficients of flux2-klein-base-4b, fitted on "
-        "black-forest-labs/FLUX.2-klein-base-4B: they may not fit it, compare a few pictures with ungated ones"
+        f"somebody/finetune is used with the coefficients of {base}, fitted on "
+        "flux2-klein-base-4b in text-to-image: they may not fit it, compare a few pictures with ungated ones"
     )
 
 
@@ -480,7 +482,7 @@ def test_base_9b_is_known(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_newer_mflux_warns_once(monkeypatch: pytest.MonkeyPatch, flux: Any) -> None:
     from mlx_teacache_fast.mflux import hook
 
-    monkeypatch.setattr(hook, "version", lambda name: "0.25.0")
+    monkeypatch.setattr(hook, "version_of", lambda name: "0.25.0")
     hook.warn_if_untested.cache_clear()
     try:
         with pytest.warns(tc.UntestedVersionWarning, match=r"mflux 0\.25\.0 is newer than 0\.24\.0") as warned:
@@ -496,7 +498,7 @@ def test_a_newer_mflux_warns_once(monkeypatch: pytest.MonkeyPatch, flux: Any) ->
 def test_a_fork_in_the_place_of_mflux_warns(monkeypatch: pytest.MonkeyPatch, flux: Any) -> None:
     from mlx_teacache_fast.mflux import hook
 
-    monkeypatch.setattr(hook, "version", lambda name: version("no-mflux"))
+    monkeypatch.setattr(hook, "version_of", lambda name: version_of("no-mflux"))
     hook.warn_if_untested.cache_clear()
     try:
         with pytest.warns(tc.UntestedVersionWarning, match="^no package of the name mflux is installed: a fork that "):

@@ -249,16 +249,16 @@ def test_each_missing_package_of_the_extra(command, package, tmp_path):
 
 def test_how_to_install(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert how_to_install("demo") == 'pip install "mlx-teacache-fast[demo]"'
+    assert how_to_install("demo") == 'pip install ".[demo]", in a checkout'
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(errors, "version", lambda _: "0.32.2")
-    assert how_to_install("mflux") == 'pip install "mlx-teacache-fast[mflux,cuda]"'
+    assert how_to_install("mflux") == 'pip install ".[mflux,cuda]", in a checkout'
 
     def missing(name):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(errors, "version", missing)
-    assert how_to_install("demo").startswith("uv sync --extra demo, in a checkout (pip install uv; ")
+    assert how_to_install("demo").startswith("uv sync --inexact --extra demo, in a checkout (pip install uv; ")
 
 
 # ---- What goes wrong on the way

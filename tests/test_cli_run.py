@@ -421,6 +421,15 @@ def test_commands_are_all_of_mflux_s_generating_commands():
     assert set(COMMANDS) <= made
 
 
+def test_the_commands_of_a_fork_under_another_name(tmp_path, monkeypatch):
+    about = tmp_path / "fork-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: fork\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[console_scripts]\nmflux-generate-fork = mflux.fork:main\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert commands.scripts()["mflux-generate-fork"].value == "mflux.fork:main"
+
+
 def test_each_command_makes_its_pipeline():
     for name, command in COMMANDS.items():
         module = importlib.import_module(commands.scripts()[name].module)

@@ -1,11 +1,15 @@
-"""``report``: every check runs and can fail, none ends another, and the files do not say whose machine it is."""
+"""``report``: every check runs, each that decides can fail, none ends another, and the files do not say whose machine
+it is."""
 
 import getpass
+import itertools
 import json
 import platform
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -13,21 +17,25 @@ from test_cli import Result, run
 
 pytest.importorskip("mflux", reason="report needs mflux")
 
-from mlx_teacache_fast import ops
-from mlx_teacache_fast.cli import checks, report
+from mlx_teacache_fast import apply, demo, errors, ops
+from mlx_teacache_fast.cli import checks, report, shared
 from mlx_teacache_fast.cli.checks import Settings, WrongError
+from mlx_teacache_fast.distributed import installed
 from mlx_teacache_fast.errors import TeaCacheValueError
+from mlx_teacache_fast.mflux import names, pictures
 
 QUICK = Settings("cpu", quick=True)
 OF_A_GPU = [name for name, check in checks.CHECKS.items() if check.needs_gpu]
-ON_CPU = [name for name in checks.CHECKS if name not in (*OF_A_GPU, "real_model")]
+RUN_HERE = ["demo_is_mfluxs", "step_time"]  # not by a real run: in a process of its own each imports mflux again
+ON_CPU = [name for name in checks.CHECKS if name not in (*OF_A_GPU, *RUN_HERE, "real_model")]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     """A real run on the CPU."""
     folder = tmp_path_factory.mktemp("report")
-    return run("report", "--quick", "--device", "cpu", "--output", folder / "mine.json"), folder
+    chosen = [*ON_CPU, *OF_A_GPU, "real_model"]
+    return run("report", "--quick", "--device", "cpu", "--checks", *chosen, "--output", folder / "mine.json"), folder
 
 
 def test_a_run(finished: tuple[Result, Path]) -> None:
@@ -39,8 +47,8 @@ def test_a_run(finished: tuple[Result, Path]) -> None:
     assert results == dict.fromkeys(ON_CPU, "passed") | dict.fromkeys([*OF_A_GPU, "real_model"], "not possible here")
     assert all(check["rows"] and check["why"] is None for check in data["checks"] if check["name"] in ON_CPU)
     assert all(check["why"] for check in data["checks"] if check["name"] not in ON_CPU)
-    rules = {row["rule"]: row["computed steps"] for row in data["checks"][list(checks.CHECKS).index(
-        "demo_by_each_rule")]["rows"]}  # fmt: skip
+    (rows,) = (check["rows"] for check in data["checks"] if check["name"] == "demo_by_each_rule")
+    rules = {row["rule"]: row["computed steps"] for row in rows}
     assert rules["mflux"] == 50
     assert rules["budget"] == 20
     assert rules["steps"] == 23
@@ -67,15 +75,18 @@ def test_nothing_personal(finished: tuple[Result, Path]) -> None:
             assert not re.search(rf"\b{re.escape(own)}\b", text)
 
 
-@pytest.mark.parametrize("name", OF_A_GPU)
-def test_a_check_of_the_gpus_where_the_cpu_stands_in(name: str) -> None:
+@pytest.mark.parametrize("name", RUN_HERE + OF_A_GPU)
+@pytest.mark.filterwarnings("ignore::mlx_teacache_fast.DisabledWarning")
+def test_a_check_by_itself_where_the_cpu_stands_in_for_a_gpu(name: str) -> None:
     assert list(checks.CHECKS[name].run(QUICK))
 
 
 def test_what_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_TEACACHE_FAST_NUM_THREADS", "none")  # which the gate refuses
-    names = ["gates_in_flight", "branch_taken_and_skipped"]
-    result = run("report", "--quick", "--device", "cpu", "--checks", *names, "--output", tmp_path / "report.json")
+    monkeypatch.chdir(tmp_path)
+    Path("random.py").write_text("raise SystemExit('not the standard library')")
+    chosen = ["gates_in_flight", "branch_taken_and_skipped"]
+    result = run("report", "--quick", "--device", "cpu", "--checks", *chosen, "--output", tmp_path / "report.json")
     assert result.code == 1
     failed, passed = json.loads((tmp_path / "report.json").read_text())["checks"]
     assert (failed["result"], passed["result"]) == ("failed", "passed")
@@ -89,7 +100,8 @@ def test_what_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ("import os; os.abort()", 60, "its process ended with exit code -6"),
         ("import time; time.sleep(60)", 1, "it did not end within 1 s"),
-        ("import sys; sys.exit('a\\nno /home/jane/x/kernel.metal')", 60, "exit code 1: no .../kernel.metal"),
+        ("import sys; sys.exit('a\\nno kernel')", 60, "its process ended with exit code 1: no kernel"),
+        (f"import os; print({checks.RECORD!r} + '{{\"b', flush=True, end=''); os._exit(0)", 60, "with exit code 0"),
     ],
 )
 def test_a_process_that_crashes_or_hangs(program: str, limit: float, why: str) -> None:
@@ -100,12 +112,43 @@ def test_a_process_that_crashes_or_hangs(program: str, limit: float, why: str) -
     assert said.endswith(why)
 
 
-def test_paths_and_names() -> None:
-    home, user = Path.home(), getpass.getuser()
-    said = (
-        f"no {home}/weights/a.safetensors of {user} on {platform.node()}, see https://example.org/a/b and '/opt/x/y z'"
-    )
-    assert report.anonymous(said) == "no .../a.safetensors of ... on ..., see https://example.org/a/b and '.../y z'"
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ("no /Volumes/Jane Doe/models/a", "no ..."),
+        ("no '/Volumes/Jane's Disk/hub/a'", "no '..."),
+        ("no /mnt/Müller Bilder/a/b", "no ..."),
+        ("no (/data/jane,doe/x/y)", "no (..."),
+        ("no ~/jane, no ~jane/x", "no ..."),
+        ("no ~jane/x", "no ..."),
+        ("/jane-secret", "..."),
+        ("no b:/data/jane/x", "no b:..."),
+        ("no https://example.org/jane/my-finetune", "no https:..."),
+        ("no jane/my-finetune in models--jane--my-finetune", "no ... in models--...--..."),
+        ("3 of 4 kernels/s and/or input/output", "3 of 4 kernels/s and/or input/output"),
+    ],
+)
+def test_paths_and_names(said: str, left: str) -> None:
+    own = report.own_names("jane/my-finetune")
+    assert report.anonymous(f"of {getpass.getuser()} on {platform.node()}: {said}", own) == f"of ... on ...: {left}"
+
+
+def test_a_user_without_name_or_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 501")
+
+    monkeypatch.setattr(getpass, "getuser", unknown)
+    monkeypatch.setattr(platform, "node", lambda: "janes-mac.local")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert report.own_names("") == ["janes-mac.local", "janes-mac"]
+
+
+def test_a_fork_in_the_place_of_mflux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "version", lambda name: version("no-mflux" if name == "mflux" else name))
+    assert report.machine(QUICK)["mflux"] == "not installed"
+    assert installed()["mflux"] is None
+    assert installed()["mlx"] == version("mlx")
 
 
 # ---- Each check can fail
@@ -133,9 +176,54 @@ def test_a_branch_that_computes_always(monkeypatch: pytest.MonkeyPatch) -> None:
             list(check(QUICK))
 
 
+def test_a_gate_that_others_disturb(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, calls = ops.gate, itertools.count()
+
+    def disturbed(**given: Any) -> list[Any]:
+        *most, state = gate(**given)
+        return [*most, state + (next(calls) == 100)]
+
+    monkeypatch.setattr(ops, "gate", disturbed)
+    with pytest.raises(WrongError, match="must give what each gives alone"):
+        list(checks.gates_in_flight(QUICK))
+
+
+@pytest.mark.parametrize("name", ["branch_far_reader", "branch_large_body"])
+def test_a_branch_that_is_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "branch", lambda skip, on_skip, body, inputs: [x + 1.0 for x in on_skip])
+    with pytest.raises(WrongError):
+        list(checks.CHECKS[name].run(QUICK))
+
+
+def test_pictures_that_are_not_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, darker = pictures.generate, itertools.cycle((0, 4))
+    monkeypatch.setattr(pictures, "generate", lambda *given: generate(*given) // 2 + next(darker))
+    with pytest.raises(WrongError, match="tolerance: the GPU's picture must be the CPU's"):
+        list(checks.demo_is_the_cpus(QUICK))
+
+
+def test_a_real_model_of_which_nothing_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fault: what a tolerance skips of it nobody knows."""
+    monkeypatch.setattr(names, "load", lambda name, quantize: demo.pipeline())
+    monkeypatch.setattr(checks, "apply", lambda flux, **how: apply(flux, tolerance=1e-9))
+    _, row = checks.real_model(Settings("cpu", quick=True, model="dev"))
+    assert (row["rule"], row["computed steps"], row["PSNR, dB"]) == ("tolerance", 8, "identical")
+
+
+def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setenv(checks.DISPATCHES, "2")
+    rows = [(row, checks.os.environ[checks.DISPATCHES]) for row in checks._dispatches(Settings("gpu"))]
+    name = "dispatches asked for"
+    assert rows == [({name: "1 where the system allows"}, "1"), ({name: "2"}, "2")]
+    monkeypatch.delenv(checks.DISPATCHES)
+    list(checks._dispatches(Settings("gpu")))
+    assert checks.DISPATCHES not in checks.os.environ
+
+
 def test_pictures_that_are_not_mfluxs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(checks.WAYS, "threshold 0", {"steps": "1" * 10 + "01"})
-    with pytest.raises(WrongError, match=r"to the bit: threshold 0, guidance 1, .*; threshold 0, guidance 4, "):
+    with pytest.raises(WrongError, match=r"to the bit: threshold 0, guidance 4, "):
         list(checks.demo_is_mfluxs(QUICK))
     monkeypatch.setitem(checks.RULES, "steps", {"steps": "1" * 50})
     with pytest.raises(WrongError, match="steps: some steps must be skipped"):
@@ -161,6 +249,10 @@ def test_an_existing_file(tmp_path: Path, name: str) -> None:
         (["--model", "flux2-klein-base-9b"], "the weights of flux2-klein-base-9b are not in Hugging Face's cache"),
         (["--model", "flux2-klein-base-4c"], "mflux knows no model 'flux2-klein-base-4c'; did you mean"),
         (["--checks", "gate"], "argument --checks: invalid choice: 'gate'"),
+        (["--quantize", "7"], "argument --quantize/-q: invalid choice: 7 (choose from "),
+        (["-q", "-1"], "argument --quantize/-q: invalid choice: -1 (choose from "),
+        (["--output", "."], "--output must be the path of a file, got '.'"),
+        (["--output", ""], "--output must be the path of a file, got '.'"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +264,12 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_quantize_takes_what_mflux_takes() -> None:
+    from mflux.cli.defaults.defaults import QUANTIZE_CHOICES
+
+    assert set(shared.QUANTIZE["choices"]) == set(QUANTIZE_CHOICES)
+
+
 def test_a_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is found there, and taken if it fits."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -179,6 +277,7 @@ def test_a_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     snapshot.mkdir(parents=True)
     weights = snapshot / "a.safetensors"
     weights.write_bytes(b"no weights")
+    (snapshot / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     arguments = report_arguments("--device", "gpu")
     assert report._model(arguments) == ("flux2-klein-base-4b", None)
     with weights.open("r+b") as file:
@@ -187,6 +286,10 @@ def test_a_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert name is None
     assert why is not None
     assert why.startswith("flux2-klein-base-4b needs about 10997 GB")
+    asked = []
+    monkeypatch.setattr(mx, "device_info", lambda device: asked.append(device) or {"total_memory": 2e13})  # as of CUDA
+    assert report._model(arguments) == ("flux2-klein-base-4b", None)
+    assert asked == [mx.gpu]
     with pytest.raises(TeaCacheValueError, match="the weights of dev are not in"):
         report._model(report_arguments("--model", "dev"))
 
@@ -198,7 +301,7 @@ def test_a_model_that_is_not_all_there(tmp_path: Path, monkeypatch: pytest.Monke
     assert (result, rows) == ("not possible here", [])
     assert why is not None
     assert why.startswith("flux2-klein-base-4b is not all in the cache: ")
-    assert str(tmp_path) not in why
+    assert str(tmp_path) not in report.anonymous(why, [])
 
 
 def report_arguments(*given: str):

@@ -601,6 +601,7 @@ def test_a_signal_at_any_moment(tmp_path: Path, command: list[Any], number: int,
             "flux2-klein-base-4B?; for a checkpoint of another name, --base-model says what it was made from",
         ),
         (["demo", "--quantize", "8"], "the demonstration model takes no --quantize"),
+        (["demo", "--output", "."], "--output must be the path of a file, got '.'"),
         (["dev", "--regime", "own"], "dev takes no --regime"),
         (["demo", "--held-out", "12"], "12 prompts, and --held-out 12 leaves none of them"),
         (["dev", "--held-out", "8"], "8 prompts, and --held-out 8 leaves none of them"),
@@ -612,7 +613,7 @@ def test_a_signal_at_any_moment(tmp_path: Path, command: list[Any], number: int,
     ],
 )
 def test_bad_options(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = run("tune", *arguments, "--output", tmp_path / "x.json")
+    result = run("tune", "--output", tmp_path / "x.json", *arguments)
     assert result.code == (1 if "missing.txt" in arguments else 2)
     assert result.err == f"mlx-teacache-fast tune: error: {message}\n"
     assert not list(tmp_path.iterdir())

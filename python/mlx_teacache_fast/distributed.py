@@ -8,14 +8,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from .errors import TeaCacheError, TeaCacheValueError, shown
+from .errors import TeaCacheError, TeaCacheValueError, shown, version_of
 from .step.captured import Captured
 from .step.tap import Make, Step
 
@@ -96,9 +95,9 @@ def check_equal(group: Group, stage: str, **values: Any) -> None:
                 )
 
 
-def installed() -> dict[str, str]:
+def installed() -> dict[str, str | None]:
     """What must be the same on all machines."""
-    return {name: version(name) for name in ("mlx-teacache-fast", "mlx", "mflux")}
+    return {name: version_of(name) for name in ("mlx-teacache-fast", "mlx", "mflux")}
 
 
 # ---- Guidance in parallel: of each picture one branch on each of two ranks

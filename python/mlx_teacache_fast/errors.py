@@ -52,12 +52,18 @@ class OutputError(TeaCacheError):
 def how_to_install(extra: str) -> str:
     """The command for an extra of this package. On Linux mflux asks pip for MLX's CUDA build and for torch."""
     if sys.platform != "linux":
-        return f'pip install "mlx-teacache-fast[{extra}]"'
+        return f'pip install ".[{extra}]", in a checkout'
+    if version_of("mlx-cuda-13") is None:
+        return f"uv sync --inexact --extra {extra}, in a checkout (pip install uv; pip would add gigabytes of CUDA)"
+    return f'pip install ".[{extra},cuda]", in a checkout'
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed under that name, as mflux where a fork has its place."""
     try:
-        version("mlx-cuda-13")
+        return version(package)
     except PackageNotFoundError:
-        return f"uv sync --extra {extra}, in a checkout (pip install uv; pip itself would add gigabytes of CUDA)"
-    return f'pip install "mlx-teacache-fast[{extra},cuda]"'
+        return None
 
 
 def one_line(message: object) -> str:

@@ -66,6 +66,7 @@ class Variant:
         fit: Where the polynomial comes from, but for the threshold.
         distilled: Trained for a few steps, of which none can be skipped.
         published: What others measured.
+        fitted_on: The ``variant_id`` of another model that the coefficients were fitted on; None where it is this one.
     """
 
     variant_id: str
@@ -76,17 +77,12 @@ class Variant:
     fit: Provenance | None = None
     distilled: bool = False
     published: tuple[Published, ...] = ()
+    fitted_on: str | None = None
 
     @property
     def default_thresh(self) -> float | None:
         """``rel_l1_thresh``; None for a distilled model, which has none of its own."""
         return None if self.distilled else self.rel_l1_thresh
-
-    @property
-    def fitted_on(self) -> str | None:
-        """The ``variant_id`` of another model that the coefficients were fitted on; None where it is this one."""
-        first = next((v for v in _ALL if v.coefficients == self.coefficients is not None), self)
-        return None if first.variant_id == self.variant_id else first.variant_id
 
     @property
     def provenance(self) -> Provenance:
@@ -115,7 +111,8 @@ _ALL = (
         "flux1-dev", "FLUX.1 dev", _FLUX1, None, 0.20, _UPSTREAM, published=(
             Published(25, 6, 0.20, 3.5),
             Published(25, 11, 0.25, 3.5, "https://github.com/IonDen/mlx-teacache#threshold-guide"))),
-    Variant("flux1-schnell", "FLUX.1 schnell", _FLUX1, None, 0.20, _UPSTREAM, distilled=True),
+    Variant(
+        "flux1-schnell", "FLUX.1 schnell", _FLUX1, None, 0.20, _UPSTREAM, distilled=True, fitted_on="flux1-dev"),
     Variant(
         "flux1-krea-dev", "FLUX.1 Krea dev",
         (24.18037744588824, -45.41912128506917, 26.20213376107934, -3.579234954660995, 0.40140693642366004), None, 0.30,
@@ -139,7 +136,7 @@ _ALL = (
         published=(Published(50, 8, 0.17, 4.0),)),
     Variant(
         "flux2-klein-base-9b", "FLUX.2 klein base 9B", _KLEIN_BASE, _KLEIN_BASE_RANGE, 0.17, _KLEIN_BASE_4B_FIT,
-        published=(Published(50, 13, 0.17, 4.0),)),
+        published=(Published(50, 13, 0.17, 4.0),), fitted_on="flux2-klein-base-4b"),
     Variant(
         "qwen-image", "Qwen-Image",
         (-12.954226906135869, 8.883805167578382, -0.9363839862290331, 1.4538816050570036, 0.0),

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,10 +20,10 @@ import mlx.core as mx
 
 from .. import _ext, ops
 from .._command import FAILED
-from ..errors import TeaCacheValueError, one_line
+from ..errors import TeaCacheValueError, one_line, version_of
 from ..files import check_writable, write_files
 from .checks import CHECKS, RECORD, Row, Settings
-from .shared import FILE, PROG, quiet_logging
+from .shared import FILE, PROG, QUANTIZE, beside, quiet_logging
 
 HELP = "check this package on your machine, and time it: two files to send"
 
@@ -73,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="NAME",
         help="a model for the last check, by a name that mflux's --model takes; its weights must be in Hugging Face's "
         "cache (default: on a GPU the smallest one there that takes gating)")
-    parser.add_argument("--quantize", "-q", metavar="BITS", type=int, help="its weights' bits, as for mflux")
+    parser.add_argument("--quantize", "-q", **QUANTIZE, help="its weights' bits, as for mflux")
     parser.add_argument("--quick", action="store_true", help="small pictures and few repetitions: the times say little")
     parser.add_argument(
         "--checks", metavar="NAME", nargs="+", choices=CHECKS, default=list(CHECKS),
@@ -83,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    output, page = arguments.output, arguments.output.with_suffix(".md")
+    output, page = arguments.output, beside(arguments.output, ".md")
     if page == output:
         raise TeaCacheValueError(f"{output} is to be the page beside the JSON: give the JSON another name")
     for path in (output, page):
@@ -92,10 +91,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise TeaCacheValueError("--device gpu: MLX has none here")
     with quiet_logging():
         from ..demo import report  # noqa: F401  # before the work: is all there?
+        from ..mflux import names
     from tqdm import tqdm
 
     model, why_none = _model(arguments)
     settings = Settings(arguments.device, arguments.quick, model, arguments.quantize)
+    is_own = arguments.model is not None and not names.is_known(arguments.model)
+    own = own_names(arguments.model if is_own else "")
+    about = machine(settings)
     outcomes = []
     with tqdm(arguments.checks, bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}: {desc}") as bar:
         for name in bar:
@@ -109,9 +112,10 @@ def run(arguments: argparse.Namespace) -> int:
             result: Result = "not possible here"
             if why_not is None:
                 result, why_not, rows = outcome(command(name, settings), check.limit)
-            outcomes.append(Outcome(name, check.title, result, why_not, time.perf_counter() - start, rows))
-    about = machine(settings)
-    data = {"format": f"{PROG} report", "version": 1, "machine": about, "settings": asdict(settings)}
+            why = why_not and anonymous(why_not, own)
+            outcomes.append(Outcome(name, check.title, result, why, time.perf_counter() - start, rows))
+    asked = asdict(settings) | ({"model": "a model of your own"} if is_own else {})
+    data = {"format": f"{PROG} report", "version": 1, "machine": about, "settings": asked}
     data["checks"] = [o._asdict() for o in outcomes]
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     write_files({output: text.encode(), page: markdown(about, outcomes).encode()}, force=arguments.force)
@@ -128,12 +132,12 @@ def command(name: str, settings: Settings) -> list[str]:
     """A process of its own for it."""
     program = "import json, sys; from mlx_teacache_fast.cli import checks as c; "
     program += "c.main(sys.argv[1], c.Settings(**json.loads(sys.argv[2])))"
-    return [sys.executable, "-c", program, name, json.dumps(asdict(settings))]
+    return [sys.executable, "-P", "-c", program, name, json.dumps(asdict(settings))]
 
 
 def outcome(command: Sequence[str], limit: float) -> tuple[Result, str | None, list[Row]]:
     """Also where the process hangs or crashes: its result, why, and rows. ``limit`` is in seconds."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         try:
             code = subprocess.run(command, stdout=out, stderr=err, timeout=limit, env=environment).returncode
@@ -142,24 +146,29 @@ def outcome(command: Sequence[str], limit: float) -> tuple[Result, str | None, l
             why = f"it did not end within {limit:g} s"
         out.seek(0)
         err.seek(0)
-        rows = [json.loads(record.partition("\n")[0]) for record in out.read().split(RECORD)[1:]]
+        records = [record.partition("\n") for record in out.read().split(RECORD)[1:]]
+        rows = [json.loads(line) for line, end, _ in records if end]  # the last one may be cut off
         last = one_line((err.read().splitlines() or [""])[-1])
     if rows and "result" in rows[-1]:
         end = rows.pop()
-        return end["result"], end["why"] and anonymous(end["why"]), rows
-    return "failed", anonymous(f"{why}: {last}" if last else why), rows
+        return end["result"], end["why"], rows
+    return "failed", f"{why}: {last}" if last else why, rows
 
 
-def anonymous(text: str) -> str:
-    """Without paths, but for the last part of each, and without the names of user and host."""
-    for place in (Path(__file__).parents[2], Path.cwd(), Path.home(), Path(sys.prefix), Path(tempfile.gettempdir())):
-        if place != Path(place.anchor):
-            text = text.replace(f"{place}", "...")
-    text = re.sub(r"(?<![\w:/])(?:~|\.\.\.)?/(?:[^\s/'\":,;()]+/)+", ".../", text)
-    with contextlib.suppress(OSError, KeyError):  # a user without a name
-        for own in (getpass.getuser(), platform.node(), platform.node().partition(".")[0]):
-            text = re.sub(rf"\b{re.escape(own)}\b", "...", text) if own else text
-    return text
+def own_names(model: str) -> list[str]:
+    """Of user and host, and of ``model``: one that is none of mflux's, or "" for none."""
+    found = [model, *model.split("/")]
+    for ask in (getpass.getuser, lambda: Path.home().name, platform.node):
+        with contextlib.suppress(ImportError, KeyError, OSError, RuntimeError):  # a user without a name or home
+            found += [ask(), ask().partition(".")[0]]
+    return sorted(filter(None, found), key=len, reverse=True)
+
+
+def anonymous(text: str, own: Sequence[str]) -> str:
+    """Without ``own`` names, and without what follows the first path: where one ends nobody can tell."""
+    for name in own:
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "...", text)
+    return re.sub(r"(?:~[\w.-]*|(?<!\w))/.*", "...", text, count=1, flags=re.S)
 
 
 # ---- The real model
@@ -188,7 +197,8 @@ def _model(arguments: argparse.Namespace) -> tuple[str | None, str | None]:
     if not size:
         return None, "no model that can be gated is in Hugging Face's cache"
     needed = 1.25 * size * (arguments.quantize or 16) / 16 + 2e9  # some weights twice while they load; activations
-    usable = float(mx.device_info().get("max_recommended_working_set_size", 0.75 * MEMORY))
+    info = mx.device_info(mx.gpu if arguments.device == "gpu" else mx.cpu)  # Metal's key, CUDA's
+    usable = float(info.get("max_recommended_working_set_size", info.get("total_memory", MEMORY)))
     if needed > usable:
         return None, f"{name} needs about {needed / 1e9:.0f} GB of {usable / 1e9:.0f}: --quantize 8 takes less"
     return name, None
@@ -199,7 +209,8 @@ def _cached(hub_name: str) -> int:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE) / f"models--{hub_name.replace('/', '--')}" / "snapshots"
-    return max((sum(f.stat().st_size for f in s.rglob("*.safetensors")) for s in folder.glob("*")), default=0)
+    snapshots = [[f for f in s.rglob("*.safetensors") if f.is_file()] for s in folder.glob("*")]
+    return max((sum(f.stat().st_size for f in files) for files in snapshots), default=0)
 
 
 # ---- The machine and the page
@@ -211,15 +222,15 @@ def machine(settings: Settings) -> Row:
     """System, chip, versions: nothing that tells one machine of its kind from another."""
     extension = Path(str(_ext.__file__))
     about = {"system": f"{platform.system()} {platform.machine()}", "chip": platform.machine()}
-    if sys.platform == "darwin":
-        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        about["system"] = f"macOS {platform.mac_ver()[0]}"
-        about["chip"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-    else:
-        with contextlib.suppress(OSError, KeyError):
+    with contextlib.suppress(OSError, KeyError):
+        if sys.platform == "darwin":
+            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            about["system"] = f"macOS {platform.mac_ver()[0]}"
+            about["chip"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or about["chip"]
+        else:
             about["system"] = f"{platform.freedesktop_os_release()['PRETTY_NAME']} {platform.machine()}"
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.M):
-            about["chip"] = found[1]
+            if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.M):
+                about["chip"] = found[1]
     if settings.device == "gpu":
         about["GPU"] = " ".join(str(mx.device_info(mx.gpu).get(key, "")) for key in ("device_name", "architecture"))
     return {
@@ -229,7 +240,7 @@ def machine(settings: Settings) -> Row:
         "device": settings.device + ", --quick" * settings.quick,
         "MLX's backend": "Metal" if mx.metal.is_available() else "CUDA" if ops.gpu_supported() else "CPU",
         "Python": platform.python_version(),
-        **{name: version(name) for name in ("mlx", "mflux", "mlx-teacache-fast")},
+        **{name: version_of(name) or "not installed" for name in ("mlx", "mflux", "mlx-teacache-fast")},
         "extension": f"{extension.parent.name}/{extension.name}",
     }
 

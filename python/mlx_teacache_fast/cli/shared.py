@@ -50,6 +50,15 @@ SEED: dict[str, Any] = dict(
     metavar="N", type=number(int, "a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64), default=1
 )
 
+QUANTIZE: dict[str, Any] = dict(metavar="BITS", type=int, choices=(3, 4, 5, 6, 8))  # mflux's
+
+
+def beside(output: Path, suffix: str) -> Path:
+    """The file of ``--output``'s name with another ending. Raises TeaCacheValueError if it has no name."""
+    if not output.name:
+        raise TeaCacheValueError(f"--output must be the path of a file, got '{output}'")
+    return output.with_suffix(suffix)
+
 
 def flag(setting: Field[Any]) -> str:
     return setting.metadata["flag"] or f"--{setting.name.replace('_', '-')}"

@@ -17,8 +17,10 @@ from .shared import (
     FILE,
     GUIDANCE,
     PROG,
+    QUANTIZE,
     SEED,
     add_setting,
+    beside,
     number,
     quiet_logging,
     require_mflux,
@@ -90,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"a name that mflux's --model takes, such as flux2-klein-base-4b, or a path; or {DEMO}, the one in here; "
         "or a FILE.json of this command")
     parser.add_argument("--base-model", metavar="NAME", help="the model that a checkpoint was made from, as for mflux")
-    parser.add_argument("--quantize", "-q", metavar="BITS", type=int, help="the weights' bits, as for mflux")
+    parser.add_argument("--quantize", "-q", **QUANTIZE, help="the weights' bits, as for mflux")
     parser.add_argument("--lora-paths", metavar="FILE", nargs="+", help="as for mflux")
     parser.add_argument("--lora-scales", metavar="S", nargs="+", type=float, help="as for mflux")
     parser.add_argument("--steps", **COUNT, default=50, help="of a picture (default: %(default)s)")
@@ -123,7 +125,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    output, plot = arguments.output, arguments.output.with_suffix(".png")
+    output, plot = arguments.output, beside(arguments.output, ".png")
     if arguments.resume and arguments.force:
         raise TeaCacheValueError("--resume goes on with FILE and --force begins anew: leave out either")
     if plot == output:

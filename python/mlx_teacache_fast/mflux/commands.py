@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import EntryPoint, distribution, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path, PurePath
 from typing import Any, cast
 
@@ -115,8 +115,9 @@ def call(command: Callable[[], Any]) -> Any:
 
 
 def scripts() -> dict[str, EntryPoint]:
-    """mflux's commands by name."""
-    return {e.name: e for e in distribution("mflux").entry_points.select(group="console_scripts")}
+    """mflux's commands by name, or those of a fork in its place."""
+    found = entry_points(group="console_scripts")
+    return {e.name: e for e in found if e.module.partition(".")[0] == "mflux"}
 
 
 @contextmanager

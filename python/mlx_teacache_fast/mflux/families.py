@@ -46,7 +46,7 @@ class Match(NamedTuple):
 
     family: Family
     variant: Variant
-    calibrated: bool  # whether the coefficients were fitted on this model, in text-to-image
+    calibrated: bool  # whether the coefficients are published for this model, in text-to-image
 
 
 def match(model_config: Any, pipeline_class: type, by_name: bool = False) -> Match:
@@ -85,9 +85,9 @@ def match(model_config: Any, pipeline_class: type, by_name: bool = False) -> Mat
 def uncalibrated_message(flux: Any, variant: Variant) -> str:
     """What to say of coefficients that were fitted on something else."""
     model, base = flux.model_config.model_name, getattr(flux.model_config, "base_model", None)
-    fitted_on = base if base is not None else f"{variant.variant_id} in text-to-image"
     used_in = model if base is not None else f"{type(flux).__name__} with {model}"
     return (
-        f"{used_in} is used with the coefficients of {variant.variant_id}, fitted on {fitted_on}: "
+        f"{used_in} is used with the coefficients of {variant.variant_id}, fitted on "
+        f"{variant.fitted_on or variant.variant_id} in text-to-image: "
         "they may not fit it, compare a few pictures with ungated ones"
     )

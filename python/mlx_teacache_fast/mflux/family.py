@@ -56,7 +56,7 @@ class Model:
 
     Attributes:
         variant: What it is gated as.
-        fitted: Whether the variant's coefficients were fitted on it, in text-to-image.
+        fitted: Whether the variant's coefficients are published for it, in text-to-image.
         text_to_image: Whether the family's text-to-image pipeline runs it.
     """
 

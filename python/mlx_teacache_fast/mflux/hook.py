@@ -13,7 +13,6 @@ import types
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 from typing import Any, cast
 
@@ -29,6 +28,7 @@ from ..errors import (
     TeaCacheValueError,
     TeaCacheWarning,
     UntestedVersionWarning,
+    version_of,
     warn_caller,
 )
 from ..policy import Policy
@@ -429,15 +429,13 @@ def _on_view(function: Any, view: Any) -> Any:
 @functools.cache
 def warn_if_untested() -> None:
     """Once in a process, if mflux is newer than what was verified, or another package has its place."""
-    try:
-        installed = version("mflux")
-    except PackageNotFoundError:
+    installed = version_of("mflux")
+    if installed is None:
         warn_caller(
             "no package of the name mflux is installed: a fork that has its place was not verified with this package",
             UntestedVersionWarning,
         )
-        return
-    if _numbers(installed) > _numbers(NEWEST_VERIFIED_MFLUX):
+    elif _numbers(installed) > _numbers(NEWEST_VERIFIED_MFLUX):
         warn_caller(
             f"mflux {installed} is newer than {NEWEST_VERIFIED_MFLUX}, the newest that was verified with this package",
             UntestedVersionWarning,

@@ -20,7 +20,7 @@ def find(name: str, base_model: str | None = None) -> tuple[ModelConfig, Match]:
     """
     if base_model is None:
         check_spelling(name)
-    elif not _is_known(base_model):  # mflux does not look at it where it knows the name
+    elif not is_known(base_model):  # mflux does not look at it where it knows the name
         raise _unknown(base_model)
     try:
         config = ModelConfig.from_name(name, base_model)
@@ -66,7 +66,7 @@ def check_spelling(name: str) -> None:
 
     mflux would take it for a checkpoint made from the model whose name it contains, a distilled one maybe.
     """
-    if _is_known(name) or os.path.isdir(os.path.expanduser(name)):
+    if is_known(name) or os.path.isdir(os.path.expanduser(name)):
         return
     is_hub_name = name.count("/") == 1 and name[0] not in "./~"  # as mflux has it
     if not is_hub_name or difflib.get_close_matches(name.lower(), map(str.lower, _hub_names()), cutoff=0.97):
@@ -77,7 +77,8 @@ def _hub_names() -> list[str]:
     return sorted({config.model_name for config in AVAILABLE_MODELS.values()})
 
 
-def _is_known(name: str) -> bool:
+def is_known(name: str) -> bool:
+    """By a name or hub name of mflux's own models."""
     return name in model_choices() or name.lower() in map(str.lower, _hub_names())
 
 
