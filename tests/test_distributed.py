@@ -213,11 +213,31 @@ def test_mlx_launch_ends_the_others(tmp_path):
     assert left == 0
 
 
-def test_sigterm_waits_while_a_picture_is_written():
-    script = "import os, signal; from mlx_teacache_fast.files import uninterrupted\nwith uninterrupted():\n"
-    script += "    os.kill(os.getpid(), signal.SIGTERM); print('written', flush=True)\nprint('not reached', flush=True)"
+WRITING = "import os, signal\nfrom mlx_teacache_fast.files import uninterrupted\nme = os.getpid()\n"
+
+
+@pytest.mark.parametrize("came", [("SIGTERM",), ("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
+def test_sigterm_waits_while_a_picture_is_written(came):
+    script = f"{WRITING}with uninterrupted():\n    for name in {came}: os.kill(me, getattr(signal, name))\n"
+    script += "    print('written', flush=True)\nprint('not reached', flush=True)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "written\n")
+
+
+def test_ctrl_c_while_the_handlers_are_put_back():
+    script = f"""{WRITING}
+put = signal.signal
+def put_and_come(*given):
+    put(*given)
+    os.kill(me, signal.SIGINT)
+try:
+    with uninterrupted():
+        signal.signal = put_and_come
+except KeyboardInterrupt:
+    print(signal.getsignal(signal.SIGTERM).name, signal.getsignal(signal.SIGINT).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert done.stdout == "SIG_DFL default_int_handler\n", done.stderr
 
 
 # ---- Guidance in parallel
