@@ -133,7 +133,9 @@ def _together(of_ranks: Sequence[tuple[Sequence[int], Sequence[Trace]]]) -> list
     merged = []
     for traces in zip_longest(*(traces for _, traces in of_ranks)):
         found = [(places, trace) for (places, _), trace in zip(of_ranks, traces, strict=True) if trace is not None]
-        placed = [pair for places, t in found for pair in zip(chain(places, repeat(math.inf)), t.generations)]
+        placed = []
+        for places, trace in found:
+            placed += zip(chain(places, repeat(math.inf)), trace.generations, strict=False)
         generations = tuple(generation for _, generation in sorted(placed, key=itemgetter(0)))
         merged.append(replace(found[0][1], generations=generations))
     return merged
