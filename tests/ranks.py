@@ -2,8 +2,8 @@
 
 ``python ranks.py JOBS FOLDER``: JOBS is JSON, a list of ``["run", arguments of mlx-teacache-fast ...]``, ``["dies", N,
 arguments ...]``, whose rank 1 kills itself after N pictures, ``["latents"]``, ``["errors"]`` and ``["gone"]``. What
-came of them goes into FOLDER, for each rank. In arguments ``RANK`` is the rank's number. ["latents", NAME ...] is of other
-families. FLUX.2 has the embedded model's weights.
+came of them goes into FOLDER, for each rank. In arguments ``RANK`` is the rank's number. ["latents", NAME ...] is of
+other families. FLUX.2 has the embedded model's weights.
 """
 
 import contextlib

@@ -21,6 +21,7 @@ from ..errors import (
     UntestedVersionWarning,
     one_line,
 )
+from ..record.stats import GenerationStats
 from ..record.trace import Trace
 
 
@@ -133,7 +134,7 @@ def _together(of_ranks: Sequence[tuple[Sequence[int], Sequence[Trace]]]) -> list
     merged = []
     for traces in zip_longest(*(traces for _, traces in of_ranks)):
         found = [(places, trace) for (places, _), trace in zip(of_ranks, traces, strict=True) if trace is not None]
-        placed = []
+        placed: list[tuple[float, GenerationStats]] = []
         for places, trace in found:
             placed += zip(chain(places, repeat(math.inf)), trace.generations, strict=False)
         generations = tuple(generation for _, generation in sorted(placed, key=itemgetter(0)))
