@@ -1,8 +1,9 @@
 """One process of several, for test_distributed.py: does what a file says, one job after the other.
 
 ``python ranks.py JOBS FOLDER``: JOBS is JSON, a list of ``["run", arguments of mlx-teacache-fast ...]``, ``["dies", N,
-arguments ...]``, whose rank 1 kills itself after N pictures, ``["latents"]`` and ``["errors"]``. What came of them goes
-into FOLDER, for each rank. ["latents", NAME ...] is of other families. FLUX.2 has the embedded model's weights.
+arguments ...]``, whose rank 1 kills itself after N pictures, ``["latents"]``, ``["errors"]`` and ``["gone"]``. What
+came of them goes into FOLDER, for each rank. In arguments ``RANK`` is the rank's number. ["latents", NAME ...] is of
+other families. FLUX.2 has the embedded model's weights.
 """
 
 import contextlib
@@ -12,21 +13,20 @@ import os
 import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import flux1_pipelines
 import mlx.core as mx
 import numpy as np
-import other_pipelines
-from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.flux2_initializer import Flux2Initializer
 from mflux.utils.image_util import ImageUtil
 
 from mlx_teacache_fast import TeaCacheError, apply, cli, demo
-from mlx_teacache_fast.distributed import world
+from mlx_teacache_fast.distributed import Branches, world
 from mlx_teacache_fast.mflux.pictures import ending
 
 POLYNOMIAL = {"coefficients": (0.0, 0.0, 0.0, 1.0, 0.0)}
@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "steps": {"steps": "11011001"},
 }
 FAMILIES = ("Flux2Klein", "QwenImage")
+ONE_CALL = ("ErnieImage", "Iris")  # whose guidance is a batch, as FIBO's is
 
 
 @contextlib.contextmanager
@@ -48,6 +49,8 @@ def pipeline(name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     if name == "Flux2Klein":
         yield demo.pipeline(), {"prompt": "red apple", "seed": 1, "height": 64, "width": 64} | more
         return
+    import other_pipelines  # takes seconds
+
     small = next(p for p in other_pipelines.PIPELINES if str(p) == name)
     with small.pipeline() as flux:
         yield flux, small.arguments(Path(__file__).parents[1] / "docs" / "demo.png") | more
@@ -74,34 +77,45 @@ def latents(group: Any, families: Sequence[str] = FAMILIES) -> dict[str, dict[st
 
 
 def bytes_sent() -> int:
-    """By all TCP connections of this process; 0 but on Linux."""
+    """Given to all TCP connections of this process; 0 but on Linux."""
     total = 0
     for path in Path("/proc/self/fd").glob("*"):
         if not os.path.realpath(path).rpartition("/")[2].startswith("socket:"):
             continue
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(path.name))) as connection:
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
-            total += int.from_bytes(info[200:208], sys.byteorder)  # tcp_info's tcpi_bytes_sent
+            member = lambda begin, end: int.from_bytes(info[begin:end], sys.byteorder)  # noqa: B023, E731
+            total += member(200, 208) - member(208, 216) + member(144, 148)  # sent, sent again, and not yet sent
     return total
+
+
+def error_of(function: Any, *args: Any, **kwargs: Any) -> str:
+    try:
+        function(*args, **kwargs)
+    except TeaCacheError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def errors(group: Any) -> list[str]:
     """What is refused, in two processes."""
+    import flux1_pipelines
+    from mflux.models.flux.variants.txt2img.flux import Flux1
+
     said = []
 
     def refused(function: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except TeaCacheError as error:
-            said.append(f"{type(error).__name__}: {error}")
-        else:
-            said.append("nothing")
+        said.append(error_of(function, *args, **kwargs))
 
     flux = demo.pipeline()
     refused(apply, flux, group=group, cache="residual")
     flux1 = flux1_pipelines.pipeline(Flux1, flux1_pipelines.transformer(flux1_pipelines.CONFIGS[Flux1]()))
     refused(apply, flux1, group=group)
+    for name in ONE_CALL:
+        with pipeline(name) as (other, _):
+            refused(apply, other, group=group)
     refused(apply, flux, group=group, budget=0.5 if group.rank() else 0.4)
+    refused(Branches(group).check_arguments, {"image_paths": [Path("same.png"), Path(f"{group.rank()}.png")]})
     with apply(flux, group=group) as handle:
         given = dict(num_inference_steps=8, height=64, width=64)
         refused(flux.generate_image, 1, "red apple", guidance=1.0, **given)
@@ -112,14 +126,24 @@ def errors(group: Any) -> list[str]:
     return said
 
 
+def gone(group: Any) -> str:
+    """Rank 1 dies in a step of a picture that both make: what rank 0 says."""
+    flux = demo.pipeline()
+    if group.rank() == 1:
+        flux.callbacks.register(SimpleNamespace(call_in_loop=lambda **_: os.kill(os.getpid(), signal.SIGKILL)))
+    with apply(flux, group=group):
+        return error_of(flux.generate_image, 1, "apple", num_inference_steps=8, height=64, width=64, guidance=4.0)
+
+
 def _run(arguments: list[str]) -> dict[str, Any]:
+    arguments = [argument.replace("RANK", os.environ["MLX_RANK"]) for argument in arguments]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = cli.main(arguments)
         except SystemExit as stop:
             code = stop.code
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "ended": time.time_ns()}
 
 
 @contextlib.contextmanager
@@ -163,12 +187,16 @@ def _do(kind: str, *given: Any) -> Any:
             return latents(world(), given or FAMILIES)
         case "errors":
             return errors(world())
+        case "gone":
+            return gone(world())
 
 
 if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
     warnings.simplefilter("ignore")
     Flux2Initializer.init = _weights
-    done = [_do(*job) for job in json.loads(sys.argv[1])]
-    Path(sys.argv[2], f"rank{os.environ['MLX_RANK']}.json").write_text(json.dumps(done))
+    done = []
+    for job in json.loads(sys.argv[1]):
+        done.append(_do(*job))
+        Path(sys.argv[2], f"rank{os.environ['MLX_RANK']}.json").write_text(json.dumps(done))
     sys.exit(max((job["code"] for job in done if "code" in job), default=0))

@@ -24,12 +24,12 @@ from PIL import Image
 from test_cli import run
 
 import mlx_teacache_fast
-from mlx_teacache_fast import TeaCacheValueError, Trace, distributed
+from mlx_teacache_fast import TeaCacheError, TeaCacheValueError, Trace, distributed
 
 HERE = Path(__file__).parent
 GENERATE = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt", "red apple"]
-GENERATE += ["--width", "64", "--height", "64", "--steps", "8"]
-SEEDS = [*range(1, 11), 2**63, 7]  # of two equal ones mflux numbers the second file
+GENERATE += ["--width", "32", "--height", "32", "--steps", "6"]
+SEEDS = [*range(10), 2**63, 7]  # of two equal ones mflux numbers the second file
 
 
 def command(folder, *options, own=()):
@@ -49,9 +49,9 @@ def hosts(folder, n):
 
 
 def launched(n, folder, *jobs):
-    """What each of n processes wrote of its jobs (None if it did not come to that), and their exit codes."""
+    """What each of n processes wrote of the jobs that it came to the end of, and their exit codes."""
     folder.mkdir(exist_ok=True)
-    env = os.environ | {"MLX_HOSTFILE": str(hosts(folder, n)), "TQDM_DISABLE": "1"}
+    env = os.environ | {"MLX_HOSTFILE": str(hosts(folder, n))}
     argv = [sys.executable, HERE / "ranks.py", json.dumps(jobs), folder]
     processes = []
     try:
@@ -63,7 +63,7 @@ def launched(n, folder, *jobs):
         for process in processes:
             process.kill()
     written = [folder / f"rank{rank}.json" for rank in range(n)]
-    return [json.loads(path.read_text()) if path.exists() else None for path in written], codes
+    return [json.loads(path.read_text()) for path in written], codes
 
 
 def pictures(folder):
@@ -92,23 +92,31 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """Two processes, which do everything that this file looks at, and their exit codes."""
+def together(alone, tmp_path_factory):
+    """Two processes, which do everything that this file looks at."""
     folder = tmp_path_factory.mktemp("together")
     for name in ("shared", "guided", "failed"):
         (folder / name).mkdir()
     (folder / "failed" / "6").write_text("a file where a folder is wanted")
     seeds = ["--seed", *map(str, SEEDS)]
     failing = ["--seed", "5", "6", "7", "8", "--output", str(folder / "failed" / "{seed}" / "apple.png")]
-    (jobs, other), _ = launched(
+    ending = folder / "ending.py"
+    ending.write_text(
+        "import os, sys\nprint('a reason')\nsys.exit('rank 1 has enough' if os.environ['MLX_RANK'] == '1' else None)"
+    )
+    (jobs, other), codes = launched(
         2,
         folder,
         ["run", *command(folder / "shared", *seeds, own=["--trace", str(folder / "trace.json")])],
         ["run", *command(folder / "guided", "--seed", "99", "--guidance", "4", own=["--guidance-parallel"])],
-        ["run", "--", *GENERATE, *failing],
+        ["run", "--trace", str(folder / "failed.json"), "--", *GENERATE, *failing],
         ["latents"],
         ["errors"],
+        ["run", "--", str(ending)],
+        ["run", "--like", str(alone / "apple_seed_RANK.png"), "--", "mflux-generate-flux2"],
+        ["gone"],
     )
+    assert codes == [2, -signal.SIGKILL], [path.read_text() for path in folder.glob("log*")]
     return folder, jobs, other
 
 
@@ -119,6 +127,31 @@ def test_one_process_knows_nothing_of_it(monkeypatch):
     monkeypatch.setattr(mx.distributed, "init", lambda *_, **__: pytest.fail("MLX's engine is started"))
     assert distributed.world() is None
     assert distributed.share("abc") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD", "PMI"])
+def test_mpirun_without_mpi(name, monkeypatch):
+    monkeypatch.setenv(f"{name}_RANK", "0")
+    assert distributed.world.__wrapped__() is None  # a batch system sets it for one process too
+    monkeypatch.setenv(f"{name}_SIZE", "3")
+    with pytest.raises(TeaCacheError, match="mpirun has started 3 processes, and MLX's engine finds only this one"):
+        distributed.world.__wrapped__()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_progress_bars_are_rank_0s(rank):
+    script = f"""import os, sys, types
+from mlx_teacache_fast.cli import ranks
+with ranks.said_once(types.SimpleNamespace(rank=lambda: {rank})):
+    import tqdm
+    list(tqdm.tqdm(range(3)))
+    print("said")
+print(os.environ.get("TQDM_DISABLE"), file=sys.stderr)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, env=env)
+    assert done.stderr.endswith("None\n"), done.stderr
+    assert ("3/3" in done.stderr, done.stdout == "said\n") == (rank == 0, rank == 0)
 
 
 def test_a_group_of_two_is_wanted(flux):
@@ -150,23 +183,54 @@ def test_what_is_said_once(alone, together):
     of_one, of_both = (Trace.from_json(path / "trace.json") for path in (alone, folder))
     assert len(of_both.generations) == len(SEEDS)
     key = lambda generation: repr([(s.kind, s.rel_l1) for s in generation.steps])  # noqa: E731
-    assert sorted(map(key, of_both.generations)) == sorted(map(key, of_one.generations))
+    assert list(map(key, of_both.generations)) == list(map(key, of_one.generations))
     assert "12 pictures on 2 ranks" in job["err"]
     assert f"generations     {len(SEEDS)}\n" in job["out"]
     assert other["out"] == ""
     assert "pictures on" not in other["err"]
 
 
-def test_three_ranks(alone, tmp_path):
-    (tmp_path / "shared").mkdir()
-    seeds = ["--seed", *map(str, SEEDS)]
-    jobs = ["run", *command(tmp_path / "shared", *seeds)], ["run", *command(tmp_path / "shared", "--seed", "77")]
-    done, codes = launched(3, tmp_path, *jobs)
-    assert codes == [0, 0, 0], [path.read_text() for path in tmp_path.glob("log*")]
-    made = pictures(tmp_path / "shared")
-    assert made.pop("apple.png").shape == (64, 64, 3)  # which the two others had nothing to do for
+# mlx.launch, whose threads do not ask all the time whether they could write to the ranks.
+LAUNCH = "import mlx._distributed_utils.launch as of_mlx, select; own = select.select\n"
+LAUNCH += "of_mlx.select = lambda read, write, *others: own(read, [], *others)\nof_mlx.main()"
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Three processes of mlx.launch, of which one is killed at the end; what they wrote, and what mlx.launch said."""
+    folder = tmp_path_factory.mktemp("three")
+    for name in ("shared", "made"):
+        (folder / name).mkdir()
+    jobs = [
+        ["run", *command(folder / "shared", "--seed", *map(str, SEEDS))],
+        ["run", *command(folder / "shared", "--seed", "77")],
+        ["dies", 1, *command(folder / "made", "--seed", *map(str, range(600)))],
+    ]
+    port = re.search(r":(\d+)", hosts(folder, 1).read_text())[1]
+    argv = [sys.executable, "-c", LAUNCH, "-n", "3", "-p", port, "--backend", "ring", "--"]
+    silent, end = os.pipe()
+    try:
+        result = subprocess.run(
+            [*argv, sys.executable, HERE / "ranks.py", json.dumps(jobs), folder],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            stdin=silent,
+        )
+    finally:
+        os.close(silent)
+        os.close(end)
+    said = result.stdout + result.stderr
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(3)], said
+
+
+def test_three_ranks(alone, three):
+    folder, done, _ = three
+    assert [[job["code"] for job in jobs[:2]] for jobs in done] == [[0, 0]] * 3, done
+    made = pictures(folder / "shared")
+    assert made.pop("apple.png").shape == (32, 32, 3)  # which the two others had nothing to do for
     assert_equal(made, {name: picture for name, picture in pictures(alone).items() if "seed" in name})
-    assert [job["out"] == "" for job, _ in done] == [False, True, True]
+    assert [jobs[0]["out"] == "" for jobs in done] == [False, True, True]
 
 
 def test_a_rank_that_fails(together):
@@ -176,48 +240,73 @@ def test_a_rank_that_fails(together):
     assert "rank 1 has not made seeds 6, 8" in other["err"]
     assert "has not made" not in job["err"]
     assert "generations     3\n" in job["out"]  # of which one could not be written
+    assert (folder / "failed.json").stat().st_mtime_ns <= other["ended"]  # mlx.launch would end rank 0 before
 
 
+def test_the_exit_code_of_a_program_is_that_of_all_ranks(together):
+    _, jobs, other = together
+    assert (jobs[5]["code"], other[5]["code"]) == (1, 1)
+    assert (jobs[5]["out"], other[5]["out"]) == ("a reason\n", "")
+    assert other[5]["err"].startswith("a reason\nrank 1 has enough\n")  # mflux's commands print why they failed
+
+
+def test_ranks_that_repeat_different_pictures(together):
+    for jobs in together[1:]:
+        assert jobs[6]["code"] == 2
+        assert "error: like must be the same on all ranks" in jobs[6]["err"]
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_killed(tmp_path):
     """Without mlx.launch, which would end the other: that one makes its part."""
     (tmp_path / "made").mkdir()
-    (job, nothing), codes = launched(
-        2, tmp_path, ["dies", 1, *command(tmp_path / "made", "--seed", "1", "2", "3", "4")]
+    first = ["run", *command(tmp_path / "made", "--seed", "9")]
+    (job, other), codes = launched(
+        2, tmp_path, first, ["dies", 1, *command(tmp_path / "made", "--seed", "1", "2", "3", "4")]
     )
-    assert codes == [1, -9]
-    assert nothing is None
-    assert sorted(pictures(tmp_path / "made")) == ["apple_seed_1.png", "apple_seed_2.png", "apple_seed_3.png"]
-    assert "error: another rank is gone" in job[0]["err"]
+    assert codes == [1, -signal.SIGKILL]
+    assert len(other) == 1
+    assert sorted(pictures(tmp_path / "made")) == ["apple.png", *(f"apple_seed_{seed}.png" for seed in (1, 2, 3))]
+    assert "error: another rank is gone" in job[1]["err"]
 
 
-def test_mlx_launch_ends_the_others(tmp_path):
-    (tmp_path / "made").mkdir()
-    port = re.search(r":(\d+)", hosts(tmp_path, 1).read_text())[1]
-    jobs = json.dumps([["dies", 1, *command(tmp_path / "made", "--seed", *map(str, range(400)))]])
-    launch = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2", "-p", port]
-    argv = [*launch, "--backend", "ring", "--", sys.executable, HERE / "ranks.py", jobs, tmp_path]
-    silent, end = os.pipe()
-    try:
-        result = subprocess.run(argv, capture_output=True, text=True, timeout=200, stdin=silent)
-    finally:
-        os.close(silent)
-        os.close(end)
-    assert "rank 1 exited with code -9" in result.stdout + result.stderr
-    assert "apple_seed_1.png" in pictures(tmp_path / "made")  # reads all: none is cut off
-    assert len(pictures(tmp_path / "made")) < 400
-    for _ in range(100):
-        left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.count(str(tmp_path))
-        if left == 0:
-            break
+def test_mlx_launch_ends_the_others(three):
+    folder, done, said = three
+    assert "rank 1 exited with code -9" in said
+    assert [len(jobs) for jobs in done] == [2, 2, 2]
+    assert "apple_seed_1.png" in pictures(folder / "made")  # reads all: none of the others' is cut off
+    assert len(pictures(folder / "made")) < 600
+    end = time.monotonic() + 200
+    while str(folder) in subprocess.run(["ps", "-axww", "-o", "args"], capture_output=True, text=True).stdout:
+        assert time.monotonic() < end, "the ranks are still there"
         time.sleep(0.1)
-    assert left == 0
 
 
-def test_sigterm_waits_while_a_picture_is_written():
-    script = "import os, signal; from mlx_teacache_fast.files import uninterrupted\nwith uninterrupted():\n"
-    script += "    os.kill(os.getpid(), signal.SIGTERM); print('written', flush=True)\nprint('not reached', flush=True)"
+WRITING = "import os, signal\nfrom mlx_teacache_fast.files import uninterrupted\nme = os.getpid()\n"
+
+
+@pytest.mark.parametrize("came", [("SIGTERM",), ("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
+def test_sigterm_waits_while_a_picture_is_written(came):
+    script = f"{WRITING}with uninterrupted():\n    for name in {came}: os.kill(me, getattr(signal, name))\n"
+    script += "    print('written', flush=True)\nprint('not reached', flush=True)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "written\n")
+
+
+def test_ctrl_c_while_the_handlers_are_put_back():
+    script = f"""{WRITING}
+put = signal.signal
+def put_and_come(*given):
+    put(*given)
+    os.kill(me, signal.SIGINT)
+try:
+    with uninterrupted():
+        signal.signal = put_and_come
+except KeyboardInterrupt:
+    print(signal.getsignal(signal.SIGTERM).name, signal.getsignal(signal.SIGINT).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert done.stdout == "SIG_DFL default_int_handler\n", done.stderr
 
 
 # ---- Guidance in parallel
@@ -241,7 +330,8 @@ def test_latents_are_those_of_one_process(family, case, of_one, together):
         np.testing.assert_array_equal(found["latents"], expected["latents"])
 
 
-OTHERS = [str(small) for small in other_pipelines.PIPELINES if str(small) not in (*ranks.FAMILIES, "FIBO", "FIBOEdit")]
+NOT_TRIED = (*ranks.FAMILIES, *ranks.ONE_CALL, "FIBO", "FIBOEdit")  # above, or refused
+OTHERS = [str(small) for small in other_pipelines.PIPELINES if str(small) not in NOT_TRIED]
 
 
 @pytest.mark.slow
@@ -278,11 +368,17 @@ def test_a_picture_with_guidance_in_parallel(alone, together):
 
 
 def test_what_is_refused(together):
-    for *_, said in together[1:]:
-        assert said == [
+    for jobs in together[1:]:
+        assert jobs[4] == [
             'TeaCacheValueError: group is for cache="output": of the blocks\' residual nothing is exchanged',
             "TeaCacheValueError: a step of Flux1 is one call of its transformer: leave out group",
+            *(
+                f"TeaCacheValueError: a step of {n} is one call of its transformer: leave out group"
+                for n in ranks.ONE_CALL
+            ),
             "TeaCacheValueError: budget must be the same on all ranks, got 0.4 on rank 0 and 0.5 on rank 1",
+            "TeaCacheValueError: image_paths must be the same on all ranks, got ['same.png', '0.png'] on rank 0 and "
+            "['same.png', '1.png'] on rank 1",
             "TeaCacheValueError: guidance in parallel wants a step of 2 calls of the transformer, one for each branch, "
             "got 1: without guidance (of 1) leave out group, or --guidance-parallel",
             "TeaCacheValueError: prompt must be the same on all ranks, got 'apple of rank 0' on rank 0 and "
@@ -290,3 +386,9 @@ def test_what_is_refused(together):
             "0",
             "1",
         ]
+
+
+def test_a_rank_that_is_gone_in_a_picture(together):
+    _, jobs, other = together
+    assert jobs[7].startswith("TeaCacheError: another rank is gone: [ring]")
+    assert len(other) == 7

@@ -7,7 +7,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,8 +25,10 @@ T = TypeVar("T")
 
 # ---- The ranks
 
-# What mlx.launch and the two kinds of mpirun set.
-_LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# Of how many processes the two kinds of mpirun say that they have started. mlx.launch sets MLX_RANK.
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# MLX's errors begin with the backend's name.
+_BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
 
 
 @functools.cache
@@ -33,17 +36,31 @@ def world() -> Group | None:
     """All ranks that ``mlx.launch`` or ``mpirun`` started; None in one process, where MLX's engine stays off.
 
     Raises:
-        TeaCacheError: The engine does not start.
+        TeaCacheError: The engine does not start, or not with mpirun's other processes.
     """
     hosts = os.environ.get("MLX_HOSTFILE")
     is_one = hosts is not None and Path(hosts).is_file() and not Path(hosts).read_text().strip()  # mlx.launch -n 1
-    if is_one or not any(name in os.environ for name in _LAUNCHED):
+    n_started = max(int(size) if (size := os.environ.get(name, "")).isdecimal() else 1 for name in _SIZES)
+    if is_one or (n_started == 1 and "MLX_RANK" not in os.environ):
         return None
     try:
         group = mx.distributed.init()
     except RuntimeError as error:
         raise TeaCacheError(f"MLX's distributed engine does not start: {error}") from error
+    if group.size() == 1 and n_started > 1:  # each would make all pictures, in the same files
+        raise TeaCacheError(f"mpirun has started {n_started} processes, and MLX's engine finds only this one")
     return group if group.size() > 1 else None
+
+
+@contextmanager
+def others_wanted() -> Iterator[None]:
+    """Raises TeaCacheError where MLX finds that another rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(_BACKENDS):
+            raise
+        raise TeaCacheError(f"another rank is gone: {error}") from error
 
 
 def share(items: Iterable[T], group: Group | None = None) -> list[T]:
@@ -71,13 +88,11 @@ def gathered(group: Group, stage: str, value: Any) -> list[Any]:
         TeaCacheError: Another rank is gone, or is at another stage: there something failed.
     """
     text = json.dumps([stage, value]).encode()
-    try:
+    with others_wanted():
         sizes = cast(list[int], mx.distributed.all_gather(mx.array([len(text)]), group=group).tolist())
         padded = mx.array(list(text.ljust(max(sizes))), dtype=mx.uint8)
         rows = mx.distributed.all_gather(padded[None], group=group)
         given = [json.loads(bytes(cast(list[int], row.tolist()))) for row in rows]
-    except RuntimeError as error:
-        raise TeaCacheError(f"another rank is gone: {error}") from error
     for rank, (its_stage, _) in enumerate(given):
         if its_stage != stage:
             raise TeaCacheError(f"rank {rank} failed, which its own message is about")
@@ -129,15 +144,16 @@ class Branches:
         about = {
             "pipeline": type(flux).__name__,
             "model": getattr(getattr(flux, "model_config", None), "model_name", None),
+            "LoRAs": [Path(path).name for path in getattr(flux, "lora_paths", None) or ()],
+            "LoRAs' scales": _plain(getattr(flux, "lora_scales", None)),
             "transformer": hashlib.sha256(repr([(n, a.shape, a.dtype) for n, a in leaves]).encode()).hexdigest()[:12],
         }
         check_equal(self._group, "apply", **installed(), **about, **policy.flat)
 
     def check_arguments(self, given: dict[str, Any]) -> None:
         """TeaCacheValueError where the ranks make different pictures."""
-        plain = {n: v for n, v in given.items() if isinstance(v, str | int | float | None)}
         self._n_calls, self._first = 0, None
-        check_equal(self._group, "picture", **plain)
+        check_equal(self._group, "picture", **{name: _plain(value) for name, value in given.items()})
 
     def sigmas(self, sigmas: Sequence[float]) -> list[float]:
         """Rank 0's."""
@@ -199,6 +215,15 @@ class Branches:
                 f"guidance in parallel wants a step of 2 calls of the transformer, one for each branch, got {n_calls}: "
                 "without guidance (of 1) leave out group, or --guidance-parallel"
             )
+
+
+def _plain(value: Any) -> Any:
+    """Of JSON's kinds, the same for values that are the same on all ranks; of a picture in memory only its class."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, str | int | float | None):
+        return value
+    return str(value) if isinstance(value, Path) else type(value).__name__
 
 
 class _Stand:

@@ -127,18 +127,19 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # it interrupts another thread
         return
-    came: list[int] = []
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    came: set[int] = set()
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     before = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for signum in before:
-        signal.signal(signum, lambda number, _: came.append(number))
     try:
+        for signum in before:
+            signal.signal(signum, lambda number, _: came.add(number))
         yield
     finally:
-        for signum, handler in before.items():
+        for signum, handler in before.items():  # SIGINT's last: it may raise at once
             signal.signal(signum, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)
+        for signum in before:
+            if signum in came:
+                signal.raise_signal(signum)
 
 
 def check_writable(path: Path, *, force: bool, how: str = "--force", in_folder: bool = True) -> None:

@@ -132,6 +132,7 @@ def apply(flux: Any, policy: Policy | str | Path | None = None, *, group: Group 
             too).
         IncompatibleModelError: ``flux`` is not a pipeline that can be gated (a ``TypeError`` too).
         AlreadyPatchedError: ``flux`` is gated already; call ``restore()`` on its handle first.
+        TeaCacheError: With ``group``, another process is gone.
         OSError: The file cannot be read.
     """
     return gate(flux, policy_of(policy, given), None if group is None else Branches(group))
@@ -252,7 +253,7 @@ def gate(flux: Any, policy: Policy, branches: Branches | None = None) -> Handle:
             f'cache="residual" is not for {type(flux).__name__}, whose blocks cannot be left out alone: cache="output"'
         )
     if branches is not None:
-        if not (family.is_several or family.factories or family.methods):
+        if family.is_one_call or not (family.is_several or family.factories or family.methods):
             raise TeaCacheValueError(f"a step of {type(flux).__name__} is one call of its transformer: leave out group")
         if policy.cache == "residual":
             raise TeaCacheValueError('group is for cache="output": of the blocks\' residual nothing is exchanged')

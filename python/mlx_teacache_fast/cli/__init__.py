@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 
 from .._command import BAD_INPUT, CLOSED_PIPE, FAILED, INTERRUPTED, PROG, finish, imported, interrupted_at_once
@@ -44,10 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             other programs in a pipe); of ``run``, what mflux's command returns. Messages go to stderr, one line each,
             but for mflux's own.
     Raises:
-        SystemExit: For ``--help`` and ``--version`` (0), for what the parser refuses (2), and when mflux's command
-            raises it.
+        SystemExit: For ``--help`` and ``--version`` (0), for what the parser refuses (2), and in one process when
+            mflux's command raises it.
     """
     imported()
+    with ExitStack() as at_end:  # when all is said
+        return _main(argv, at_end)
+
+
+def _main(argv: Sequence[str] | None, at_end: ExitStack) -> int:
     command, code = PROG, 0
     messages: list[str] = []
     ending: SystemExit | None = None
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser = _parser()
             own, mflux_command = run.split(sys.argv[1:] if argv is None else argv)
             arguments = parser.parse_args(own)
-            arguments.mflux = mflux_command
+            arguments.mflux, arguments.at_end = mflux_command, at_end
             if arguments.command is None:
                 parser.print_help()
             else:

@@ -1,28 +1,42 @@
 """``run`` as one of several ranks: a part of the command's seeds, and what is said once."""
 
+import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
+from operator import itemgetter
 from typing import Any, cast
 
 from .._command import FAILED, PROG
 from ..distributed import Group, check_equal, gathered, installed, share
-from ..errors import TeaCacheError, TeaCacheWarning, one_line
+from ..errors import (
+    DisabledWarning,
+    NoBenefitWarning,
+    TeaCacheError,
+    UncalibratedWarning,
+    UntestedVersionWarning,
+    one_line,
+)
+from ..record.stats import GenerationStats
 from ..record.trace import Trace
 
 
 @contextmanager
 def said_once(group: Group | None) -> Iterator[None]:
-    """Until the end of the block, stdout, progress bars and this package's warnings are rank 0's alone."""
+    """Until the end of the block, stdout, progress bars and warnings that all ranks have are rank 0's alone."""
     with ExitStack() as undo:
         if group is not None and group.rank() > 0:
-            os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
-            undo.enter_context(redirect_stdout(undo.enter_context(open(os.devnull, "w"))))
-            undo.enter_context(warnings.catch_warnings(action="ignore", category=TeaCacheWarning))
+            if "TQDM_DISABLE" not in os.environ:
+                os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+                undo.callback(os.environ.pop, "TQDM_DISABLE", None)
+            undo.enter_context(redirect_stdout(sys.stderr))  # where mflux says why it failed
+            undo.enter_context(warnings.catch_warnings())
+            for category in (DisabledWarning, NoBenefitWarning, UncalibratedWarning, UntestedVersionWarning):
+                warnings.simplefilter("ignore", category)
         yield
 
 
@@ -59,6 +73,7 @@ class Rank:
         self.is_first = group.rank() == 0
         self._shares = shares
         self._mine = _Seeds()
+        self._places: list[int] = []  # of this rank's seeds among all
         self._failed = False
         check_equal(group, "start", **installed(), **equal)
 
@@ -68,7 +83,8 @@ class Rank:
         if not self._shares:
             return seeds
         mine = set(share(dict.fromkeys(seeds), self.group))  # of equal ones mflux numbers the files: on one rank
-        self._mine = _Seeds(seed for seed in seeds if seed in mine)
+        self._places = [i for i, seed in enumerate(seeds) if seed in mine]
+        self._mine = _Seeds(seeds[i] for i in self._places)
         if self.is_first:
             print(f"{PROG} run: {len(seeds)} pictures on {self.group.size()} ranks", file=sys.stderr)
         if not self._mine:
@@ -84,13 +100,19 @@ class Rank:
         if self._failed or not self._shares:
             return code, list(traces)
         try:
-            ends = self._gathered("end", [code, [trace.record for trace in traces]])
+            ends = self._gathered("end", [code, self._places, [trace.record for trace in traces]])
         except TeaCacheError as error:
             if code == 0:
                 _say(str(error))
             return code or FAILED, list(traces)
-        codes, of_ranks = zip(*ends, strict=True)
-        return code or max(codes), _together([list(map(Trace.of_record, records)) for records in of_ranks])
+        code = code or max(code for code, _, _ in ends)
+        return code, _together([(places, list(map(Trace.of_record, records))) for _, places, records in ends])
+
+    def leave(self) -> None:
+        """When all is said here: mlx.launch ends the others as soon as one rank has ended with a code that is not 0."""
+        if self._shares and not self._failed:
+            with suppress(TeaCacheError):
+                self._gathered("said", None)
 
     def _gathered(self, stage: str, value: Any) -> list[Any]:
         try:
@@ -104,11 +126,17 @@ def _say(error: str) -> None:
     print(f"{PROG} run: error: {one_line(error)}", file=sys.stderr)
 
 
-def _together(of_ranks: Sequence[Sequence[Trace]]) -> list[Trace]:
-    """The traces of each rank's pipelines, in the order in which one process would have made the pictures."""
+def _together(of_ranks: Sequence[tuple[Sequence[int], Sequence[Trace]]]) -> list[Trace]:
+    """Of each rank its pictures' places and its pipelines' traces: in the order in which one process would make them.
+
+    What has no place, as of a program that did not ask for seeds, is behind, by rank.
+    """
     merged = []
-    for traces in zip_longest(*of_ranks):
-        found = [trace for trace in traces if trace is not None]
-        rows = zip_longest(*(trace.generations for trace in found))
-        merged.append(replace(found[0], generations=tuple(g for row in rows for g in row if g is not None)))
+    for traces in zip_longest(*(traces for _, traces in of_ranks)):
+        found = [(places, trace) for (places, _), trace in zip(of_ranks, traces, strict=True) if trace is not None]
+        placed: list[tuple[float, GenerationStats]] = []
+        for places, trace in found:
+            placed += zip(chain(places, repeat(math.inf)), trace.generations, strict=False)
+        generations = tuple(generation for _, generation in sorted(placed, key=itemgetter(0)))
+        merged.append(replace(found[0][1], generations=generations))
     return merged

@@ -151,7 +151,9 @@ def run(arguments: argparse.Namespace) -> int:
     code, rank = FAILED, None
     if group is not None:
         command_line = shlex.join(arguments.mflux)
-        rank = ranks.Rank(group, shares=branches is None, command=command_line, **policy.flat)
+        shown = None if like is None else like.mflux
+        rank = ranks.Rank(group, shares=branches is None, command=command_line, like=shown, **policy.flat)
+        arguments.at_end.callback(rank.leave)
     try:
         with (
             warnings_in_one_line(),
@@ -172,6 +174,12 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{PROG}: warning: no pipeline that can be gated was made, so nothing was skipped", file=sys.stderr)
     except ranks.NothingToDo:
         code = 0
+    except SystemExit as stop:
+        if rank is None:
+            raise
+        code = stop.code or 0 if isinstance(stop.code, int | None) else FAILED
+        if not isinstance(stop.code, int | None):
+            print(stop.code, file=sys.stderr)  # as Python does
     except TeaCacheError as error:
         if arguments.verbose and error.__cause__ is not None:
             sys.excepthook(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
@@ -179,8 +187,6 @@ def run(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:  # mflux's own errors look as they do without this package
-        if rank is not None and str(error).startswith("[ring]"):
-            raise TeaCacheError(f"another rank is gone: {error}") from error
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
         for handle in handles:

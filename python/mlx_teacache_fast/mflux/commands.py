@@ -182,7 +182,7 @@ def gating(
     """Until the end of the block, ``gate`` is called with every pipeline that is made and can be gated.
 
     With ``only``, pipelines of other classes are refused. ``seeds`` gives what a command takes for its seeds. Unless
-    ``is_written``, no picture is.
+    ``is_written``, no picture is that mflux writes by ``ImageUtil``: the stepwise handler's composites are.
 
     A program makes its pipeline and uses it in one function, and no hook of mflux lies between. So ``__init__`` of the
     classes is wrapped for that time: the one place where classes are changed, not instances. (Another name in the

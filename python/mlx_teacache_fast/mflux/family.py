@@ -82,6 +82,7 @@ class Family:
         module: The pipeline's attribute that is called for a step.
         transformer: The pipeline's attribute that the tap's paths begin at.
         is_several: Whether a step is several calls: one for each branch of the guidance.
+        is_one_call: Whether it is one with guidance too, of a batch of both branches: they cannot be shared out.
         is_on_class: Whether ``generate_image`` looks its factories up on the class, by the class's name.
         positional: Names of the arguments that a factory's function is called with by place.
         changes: Names of the arguments of a step: with other ones what was computed before is of no use.
@@ -103,6 +104,7 @@ class Family:
     module: str = "transformer"
     transformer: str = "transformer"
     is_several: bool = False
+    is_one_call: bool = False
     is_on_class: bool = False
     positional: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, cast
@@ -19,7 +20,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mflux.models.common.schedulers import FlowMatchEulerDiscreteScheduler, LinearScheduler, SeedVR2EulerScheduler
 
-from ..distributed import Branches
+from ..distributed import Branches, others_wanted
 from ..errors import (
     AlreadyPatchedError,
     IncompatibleModelError,
@@ -128,7 +129,8 @@ class Hook:
         if self.family.schedule is not None:
             sigmas = [float(sigma) for sigma in self.family.schedule(flux, given)]
             run.begin(len(sigmas) - 1, len(sigmas) - 1, lambda: sigmas)
-        image = generate_image(view, *args, **kwargs)
+        with nullcontext() if self.branches is None else others_wanted():
+            image = generate_image(view, *args, **kwargs)
         run.finish(image, perf_counter() - started)
         return image
 

@@ -114,7 +114,9 @@ _FLUX3: dict[str, Any] = dict(
     tap=Tap(at="mode_blocks.image.0.attn", signal=modulated(0)),
     sigmas=_flux3_sigmas,
 )
-_FIBO: dict[str, Any] = dict(tap=Tap(at="transformer_blocks.0.attn", signal=modulated("hidden_states")))
+_FIBO: dict[str, Any] = dict(
+    is_one_call=True, tap=Tap(at="transformer_blocks.0.attn", signal=modulated("hidden_states"))
+)
 # Their sampler er_sde adds noise; to extrapolate the velocity is as good there as to extrapolate the clean picture.
 _KREA2: dict[str, Any] = dict(
     factories=("_predict",), tap=Tap(at="blocks.0.attn", signal=modulated(0)), is_euler=_asks_for_euler
@@ -162,6 +164,7 @@ _ROWS = (
         "ernie-image ernie-image-turbo",
         image_to_image=True,
         factories=("_predict",),
+        is_one_call=True,
         tap=Tap(at="layers.0.self_attention", signal=modulated(0)),
     ),
     _row("krea2.variants.txt2img.krea2:Krea2", "krea-2-raw krea-2", "krea2", image_to_image=True, **_KREA2),
@@ -197,6 +200,7 @@ _ROWS = (
         "iris-3b-base iris-3b",
         "iris",
         methods=("_predict", "_predict_cfg"),
+        is_one_call=True,
         tap=Tap(at="blocks.0.attn", signal=modulated(0)),
         sigmas=_iris_sigmas,
         is_euler=lambda given: False,
