@@ -294,14 +294,22 @@ def test_a_model_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         report._model(report_arguments("--model", "dev"))
 
 
-def test_a_model_that_is_not_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    command = report.command("real_model", Settings("cpu", quick=True, model="flux2-klein-base-4b"))
-    result, why, rows = report.outcome(command, 60)
-    assert (result, rows) == ("not possible here", [])
-    assert why is not None
-    assert why.startswith("flux2-klein-base-4b is not all in the cache: ")
-    assert str(tmp_path) not in report.anonymous(why, [])
+def test_a_model_of_ones_own_that_is_not_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub" / "models--jane--my-flux2-klein-base-4b" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.safetensors").write_bytes(b"no weights")
+    output = tmp_path / "mine.json"
+    chosen = ["--device", "cpu", "--quick", "--checks", "real_model", "--model", "jane/my-flux2-klein-base-4b"]
+    assert run("report", *chosen, "--output", output).code == 0
+    data = json.loads(output.read_text())
+    assert data["settings"]["model"] == "a model of your own"
+    (check,) = data["checks"]
+    assert (check["result"], check["rows"]) == ("not possible here", [])
+    assert check["why"].startswith("... is not all in the cache: ")
+    for path in (output, output.with_suffix(".md")):
+        assert not re.search(f"jane|my-flux2|{re.escape(str(tmp_path))}", path.read_text())
 
 
 def report_arguments(*given: str):
