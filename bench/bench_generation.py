@@ -413,7 +413,7 @@ def report(data: Record) -> None:
     common.print_header(data)
     if len(lines := at_equal_steps(data)) > 1:
         print(
-            "\nPSNR in dB, mean (10th percentile): as many computed steps as by default, or the nearest to that: dB\n"
+            "\nPSNR in dB, mean (10th percentile): as many computed steps as by default, or the nearest to that\n"
         )
         common.print_table(lines, left=1)
     for panel, rows in panels(data):
