@@ -412,9 +412,7 @@ def _setting(row: Record) -> str:
 def report(data: Record) -> None:
     common.print_header(data)
     if len(lines := at_equal_steps(data)) > 1:
-        print(
-            "\nPSNR in dB, mean (10th percentile): as many computed steps as by default, or the nearest to that\n"
-        )
+        print("\nPSNR in dB, mean (10th percentile): as many computed steps as by default, or the nearest to that\n")
         common.print_table(lines, left=1)
     for panel, rows in panels(data):
         if common.MARKDOWN and (rows[0]["steps"], rows[0]["guidance"]) != IN_FULL:
@@ -441,6 +439,8 @@ def report(data: Record) -> None:
             cells = [r["regime"], r["condition"], _setting(r), f"{r['seconds']:.2f}", time, f"{1 / r['bound']:.2f}"]
             lines.append([*cells, f"{r['computed']:.1f} of {r['steps']}", *psnr, f"{r['ssim']:.4f}"])
         common.print_table(lines, left=2)
+    if common.MARKDOWN:
+        print("\nAll schedules' tables: `bench_generation.py --from FILE`, of the file in results/.")
     print("\nSteps, PSNR in dB and SSIM: means, PSNR without identical pictures; its 10th percentile, and the worst.")
     print(common.NOISE_NOTE)
     print("\n" + "\n".join(verdict(data)))
@@ -454,24 +454,31 @@ STYLES: dict[str, Record] = {
     PEER: {"color": "#555555", "marker": "o", "fillstyle": "none"},
     PUBLISHED_PLAN: {"color": "#f08a24", "marker": "s", "linestyle": "--"},
     FEWER: {"color": "#3a8f4d", "marker": "^"},
+    DPM: {"color": "#3a8f4d", "marker": "v", "linestyle": "--"},
 }
 
 
 def plot(data: Record, path: Path) -> None:
-    """Mean PSNR against mean computed steps: a row for each regime, a column for each number of steps and guidance."""
+    """Mean PSNR against mean computed steps: a column for each regime, a row for each number of steps and guidance.
+
+    Of more than four of these the ones that are IN_FULL.
+    """
     from matplotlib.figure import Figure
 
     found = {(rows[0]["regime"], rows[0]["steps"], rows[0]["guidance"]): rows for _, rows in panels(data)}
-    regimes, columns = (list(dict.fromkeys(part)) for part in ((key[0] for key in found), (key[1:] for key in found)))
-    size = (max(9.0, 1 + 3.6 * len(columns)), 1.2 + 3 * len(regimes))
+    if len({key[1:] for key in found}) > 4:
+        found = {key: rows for key, rows in found.items() if key[1:] == IN_FULL}
+    regimes, counts = (list(dict.fromkeys(part)) for part in ((key[0] for key in found), (key[1:] for key in found)))
+    size = (max(9.0, 1 + 3.6 * len(regimes)), 1.2 + 3 * len(counts))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     figure.suptitle(f"{data['model'] or 'TinyKlein'}: pictures against plain mflux's with all steps (higher is closer)")
-    grid = figure.subplots(len(regimes), len(columns), squeeze=False, sharey=True)
-    for (i, regime), (j, (steps, guidance)) in itertools.product(enumerate(regimes), enumerate(columns)):
+    grid = figure.subplots(len(counts), len(regimes), squeeze=False, sharey=True)
+    for (i, (steps, guidance)), (j, regime) in itertools.product(enumerate(counts), enumerate(regimes)):
         axes, rows = grid[i, j], found.get((regime, steps, guidance))
         axes.set_visible(rows is not None)
         for condition, style in STYLES.items() if rows else ():
-            axes.plot(*zip(*curve(rows or [], condition), strict=True), label=condition, **style)
+            if points := curve(rows or [], condition):
+                axes.plot(*zip(*points, strict=True), label=condition, **style)
         axes.set_title(f"{regime}, {steps} steps, guidance {guidance:g}", fontsize=11)
         axes.set_xlabel("computed steps, mean")
         axes.grid(axis="y", color="#eeeeee")
