@@ -31,8 +31,19 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(
+            case,
+            dtype,
+            marks=[pytest.mark.slow] if dtype == mx.float32 and "Edit" in str(case) else [],
+            id=f"{case}-{str(dtype).rpartition('.')[2]}",
+        )
+        for case in CASES
+        for dtype in (mx.float32, mx.bfloat16)
+    ],
+)
 def test_nothing_skipped_is_bit_equal(case: Case, dtype: mx.Dtype, photo: Path, mask: Path) -> None:
     given = case.arguments(photo, mask)
     guidances = [1.0, 4.0] if case.is_flux2 and dtype == mx.float32 else [4.0]

@@ -440,8 +440,9 @@ with case.pipeline(mx.float32) as flux:  # the CPU's fastest
             gated = generate()
             lines = Lines()
             generate(lines)
-            # Each line once, and where it stands in a loop or a step once more, further on.
-            hits = sorted({*lines.seen, *range(1, lines.count, max(1, lines.count // int(sys.argv[4])))})
+            # Each line once, or one of so many, and some once more, further on in a loop or in a step.
+            more, one_of = map(int, sys.argv[4:])
+            hits = sorted({*lines.seen[::one_of], *range(1, lines.count, max(1, lines.count // more))})
             swallowed = 0
             for n in hits:
                 counted, tracer = handle.stats.generations, Lines(n)
@@ -474,20 +475,18 @@ def program(text: str, *arguments: object, timeout: float) -> str:
 
 
 @pytest.mark.parametrize(
-    ("which", "more"),
+    ("which", "more", "one_of"),
     [
-        *[pytest.param(case, 3, marks=[] if not case.how else [pytest.mark.slow], id=str(case)) for case in FEW],
-        *[pytest.param(case, 600, marks=pytest.mark.slow, id=f"{case} more") for case in FEW],
-        *[pytest.param(small, 3, marks=pytest.mark.slow, id=str(small)) for small in OTHERS],
+        *[pytest.param(case, 3, 5, id=str(case)) for case in FEW if not case.how],
+        *[pytest.param(case, 600, 1, marks=pytest.mark.slow, id=f"{case}, all") for case in FEW],
+        *[pytest.param(small, 3, 1, marks=pytest.mark.slow, id=f"{small}, all") for small in OTHERS],
     ],
 )
 def test_ctrl_c_at_every_line(
-    which: Case | Small, photo: Path, mask: Path, more: int, record_property: Callable[[str, object], None]
+    which: Case | Small, photo: Path, mask: Path, more: int, one_of: int, record_property: Callable[[str, object], None]
 ) -> None:
-    """Every line of the package that a generation runs; ``more`` at others of the times that it does."""
-    out = program(
-        INTERRUPTED, which, photo, mask, more, timeout=390 if isinstance(which, Case) and more < 100 else 3600
-    )
+    """Every line of the package that a generation runs, or ``one_of``; ``more`` at others of the times that it does."""
+    out = program(INTERRUPTED, which, photo, mask, more, one_of, timeout=390 if one_of > 1 else 3600)
     assert out.count("interrupts") == len(WAYS) + getattr(which, "has_residual", True)
     record_property("ctrl_c", f"{which}: {', '.join(out.splitlines())}")
 

@@ -159,7 +159,7 @@ def test_no_step_at_all(flux: Any, photo: Path, tmp_path: Path) -> None:
     assert tc.read_metadata(tmp_path / "a.png").steps == ""
 
 
-NAMES = ", ".join(inspect.signature(tc.apply).parameters).removeprefix("flux, policy, ")
+NAMES = ", ".join(inspect.signature(tc.apply).parameters).removeprefix("flux, policy, group, ")
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_every_setting_is_an_option_and_is_documented() -> None:
     help_text = run("run", "--help").out
     documentation = " ".join((tc.apply.__doc__ or "").split())
     parameters = inspect.signature(tc.apply).parameters
-    assert {f.name for f in fields} == set(parameters) - {"flux", "policy"}
+    assert {f.name for f in fields} == set(parameters) - {"flux", "policy", "group"}
     for f in fields:
         text = f.metadata["says"]
         assert re.search(rf"^  {flag(f)} ", help_text, re.MULTILINE)

@@ -81,7 +81,7 @@ PROMPTS = (
 N_DEMO_PROMPTS = 12
 
 _WEIGHTS = ("quantize", "lora_paths", "lora_scales")  # options of mflux's classes
-_PICKING = ("command", "run", "mflux", "model", "budget", "output", "force")  # what counts beside a file
+_PICKING = ("model", "budget", "output", "force")  # what counts beside a file
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +187,7 @@ def _check(arguments: argparse.Namespace) -> None:
         defaults = argparse.ArgumentParser()
         add_options(defaults)
         given = vars(defaults.parse_args([arguments.model, "--output", ""]))
-        if wrong := [n for n, v in vars(arguments).items() if n not in _PICKING and given.get(n) != v]:
+        if wrong := [n for n, v in given.items() if n not in _PICKING and getattr(arguments, n) != v]:
             raise TeaCacheValueError(f"{arguments.model} has its own --{wrong[0].replace('_', '-')}")
         return
     if arguments.prompts is not None or arguments.model != DEMO:
