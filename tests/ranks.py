@@ -164,7 +164,8 @@ def _dying(after: int) -> Iterator[None]:
         ImageUtil.save_image = staticmethod(save)
 
 
-def _weights(model: Any, model_config: Any, **_: Any) -> None:
+def embedded(model: Any, model_config: Any, **_: Any) -> None:
+    """In place of mflux's initialiser of FLUX.2: the embedded model's parts."""
     tiny = demo.pipeline()
     Flux2Initializer._init_config(model, model_config)
     model.tokenizers = {}
@@ -194,7 +195,7 @@ def _do(kind: str, *given: Any) -> Any:
 if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
     warnings.simplefilter("ignore")
-    Flux2Initializer.init = _weights
+    Flux2Initializer.init = embedded
     done = []
     for job in json.loads(sys.argv[1]):
         done.append(_do(*job))

@@ -21,6 +21,7 @@ import pytest
 pytest.importorskip("mflux", reason="the commands are mflux's")
 
 import flux1_pipelines
+import ranks
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.flux.flux_initializer import FluxInitializer
@@ -59,16 +60,8 @@ def weights(monkeypatch):
     """mflux's initialiser of FLUX.2 takes the embedded model's parts. A list of the pipelines that it has filled."""
     made = []
 
-    def init(model, model_config, **_):
-        tiny = demo.pipeline()
-        Flux2Initializer._init_config(model, model_config)
-        model.tokenizers = {}
-        model.bits = model.lora_paths = model.lora_scales = None
-        if hasattr(tiny, "compute_precision"):  # from mflux 0.22 on
-            model.compute_precision = tiny.compute_precision
-        model.small_decoder = model.small_text_encoder = False
-        model.vae, model.transformer, model.text_encoder = tiny.vae, tiny.transformer, tiny.text_encoder
-        model._encode_prompt_pair = tiny._encode_prompt_pair
+    def init(model, *given, **more):
+        ranks.embedded(model, *given, **more)
         made.append(model)
 
     monkeypatch.setattr(Flux2Initializer, "init", init)

@@ -82,7 +82,7 @@ def alone(tmp_path_factory):
     mx.set_default_device(mx.cpu)
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Flux2Initializer, "init", ranks._weights)
+        patch.setattr(Flux2Initializer, "init", ranks.embedded)
         seeds = ["--seed", *map(str, SEEDS)]
         result = run("run", *command(folder, *seeds, own=["--trace", folder / "trace.json"]))
         assert result.code == 0, result.err
