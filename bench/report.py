@@ -29,6 +29,8 @@ QUESTIONS = {
 
 # What a table of the files in results/ alone does not say. The page's only words by hand.
 NOTES = {
+    "bench_generation": "The file in results/ is of five runs: 20 captions at 50 steps with guidance 4, 12 and fewer "
+    "settings at all else; other work was on the machine's second core.",
     "bench_gate": "In float16, which no FLUX pipeline of mflux uses, this package's CPU gate is bound by conversions, "
     "not by memory. Where memory is returned after each use, a float32 result of this size (50 MB) is mapped anew at "
     "each step; below 32 MB glibc keeps it.",
