@@ -667,10 +667,7 @@ def test_a_transformer_that_a_callback_replaces(case: Case, flux: Any, given: di
 
 @pytest.mark.parametrize("is_hidden", [False, True], ids=["mflux's function", "a function around it"])
 def test_blocks_that_evaluate(is_hidden: bool, photo: Path, mask: Path) -> None:
-    """As with compressed weights, which are unpacked block by block: such packages keep mflux from compiling a step.
-
-    Around mflux's function, which may hide a compiled one, residuals are of a graph, in which nothing can be evaluated.
-    """
+    """As with compressed weights, which are unpacked block by block: such packages keep mflux from compiling a step."""
     case = Case(every.Flux2Klein)
     given = case.arguments(photo, mask) | dict(guidance=4.0)
     with case.pipeline() as flux:
@@ -696,11 +693,10 @@ def test_blocks_that_evaluate(is_hidden: bool, photo: Path, mask: Path) -> None:
             block.__class__ = Evaluates
         flux.__class__ = Own
         plain = run(flux, given)
-        more = {} if is_hidden else RESIDUAL
-        for how in (NEVER, NEVER | more, dict(tolerance=1e-9), dict(steps="11111")):
+        for how in (NEVER, NEVER | RESIDUAL, dict(tolerance=1e-9), dict(steps="11111")):
             with tc.apply(flux, **how):
                 assert same(run(flux, given), plain)
-        for how in (ALWAYS, ALWAYS | more):
+        for how in (ALWAYS, ALWAYS | RESIDUAL):
             with tc.apply(flux, **how) as handle:
                 assert not same(run(flux, given), plain)
             assert kinds(handle) == SKIPS

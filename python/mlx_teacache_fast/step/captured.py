@@ -17,15 +17,26 @@ class Captured:
     """As ``mx.compile`` makes it; but its weights are freed with it (see ``ops.Body``).
 
     Arguments that are no arrays are constants of the graph; with other ones there is another graph.
+
+    Attributes:
+        is_eager: Whether it is called as it is, without a graph: also from where it turns out to evaluate what it makes.
     """
 
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: Function, *, is_eager: bool = False) -> None:
+        self.is_eager = is_eager
         self._function = function
         self._bodies: list[tuple[list[Any], ops.Body]] = []
 
     def __call__(self, arrays: Arrays, arguments: Arguments) -> Arrays:
-        body, inputs = self.body(arrays, arguments)
-        return body(inputs)
+        if not self.is_eager:
+            body, inputs = self.body(arrays, arguments)
+            try:
+                return body(inputs)
+            except ValueError as error:
+                if _EVALUATES not in str(error):
+                    raise
+            self.is_eager = True  # mflux, where it compiles, ends in that error itself
+        return self._function(arrays, arguments)
 
     def body(self, arrays: Arrays, arguments: Arguments) -> tuple[ops.Body, Arrays]:
         """The body for such arguments, and its inputs."""
@@ -45,6 +56,7 @@ class Captured:
 
 
 _INPUT = object()
+_EVALUATES = "eval an array during function transformations"  # MLX's words
 
 
 def _over_inputs(function: Function, n_arrays: int, arguments: Arguments) -> Callable[..., Arrays]:

@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import TeaCacheValueError
 from ..policy import Gate
 from ..record.stats import Kind, StepRecord
-from .captured import Arguments, Arrays, Captured, Function
+from .captured import Arguments, Arrays, Captured
 from .forecast import combined, corrected, miss_of, reuse
 from .generation import Generation
 from .tap import Make, Signal, Step, Tap
@@ -141,9 +141,9 @@ class Engine:
             noise, *made = run_compute([], arguments)
             return [noise, *self._renewed(made, kept)]
 
-        run_compute: Any = Captured(compute) if is_compiled else compute
-        run_forecast: Function = Captured(forecast) if is_compiled else forecast
-        run_measure: Function = Captured(measure) if is_traced else measure
+        run_compute = Captured(compute, is_eager=not is_compiled)
+        run_forecast = Captured(forecast, is_eager=not is_compiled)
+        run_measure = Captured(measure, is_eager=not is_traced)
         run_body, run_gated = Captured(body), Captured(gated)
 
         def own_step(call: int, arguments: Arguments) -> mx.array:
@@ -225,7 +225,7 @@ class Engine:
                     self._way = "first"
                 elif (
                     self._decided is None
-                    and is_compiled
+                    and not run_compute.is_eager
                     and not self._is_several
                     and self.in_graph
                     and generation.decided is None
