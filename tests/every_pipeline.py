@@ -12,6 +12,7 @@ from typing import Any
 import flux1_pipelines as flux1
 import mlx.core as mx
 import numpy as np
+import pytest
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.flux.variants.controlnet.flux_controlnet import Flux1Controlnet
 from mflux.models.flux.variants.txt2img.flux import Flux1
@@ -97,6 +98,7 @@ EDIT_CASES = [Case(Flux2KleinEdit, how) for how in ("", "uncompiled", "cache")]
 CASES = [*map(Case, flux1.CONFIGS), Case(Flux2Klein), Case(Flux2Klein, "uncompiled"), *EDIT_CASES]
 # One of each way in which a step is run.
 FEW = [Case(Flux1), Case(Flux2Klein), Case(Flux2Klein, "uncompiled"), Case(Flux2KleinEdit, "cache")]
+FEW_BY_DEFAULT = [pytest.param(case, marks=[] if case in FEW else [pytest.mark.slow]) for case in CASES]
 
 
 def image_of(flux: Any, given: dict[str, Any]) -> np.ndarray:

@@ -477,7 +477,7 @@ def program(text: str, *arguments: object, timeout: float) -> str:
 @pytest.mark.parametrize(
     ("which", "more", "one_of"),
     [
-        *[pytest.param(case, 3, 5, id=str(case)) for case in FEW if not case.how],
+        *[pytest.param(case, 3, 10, id=str(case)) for case in FEW if not case.how],
         *[pytest.param(case, 600, 1, marks=pytest.mark.slow, id=f"{case}, all") for case in FEW],
         *[pytest.param(small, 3, 1, marks=pytest.mark.slow, id=f"{small}, all") for small in OTHERS],
     ],

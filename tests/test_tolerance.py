@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from every_pipeline import CASES, Case, image_of, kinds, run, same
+from every_pipeline import FEW_BY_DEFAULT, Case, image_of, kinds, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mflux.models.common.schedulers import LinearScheduler, register_contrib
@@ -330,7 +330,7 @@ def test_a_schedule_without_room_warns_once(flux: Any, generate: Generate) -> No
 
 
 @pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", FEW_BY_DEFAULT, ids=str)
 def test_every_pipeline_by_tolerance(case: Case, photo: Path, mask: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As plain mflux until the first skip, and alike when it is done again."""
     if not case.is_flux2:  # of random weights no forecast is any good: take a tenth of the miss

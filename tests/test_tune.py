@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from every_pipeline import CASES, Case
+from every_pipeline import FEW_BY_DEFAULT, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mflux.models.common.config.model_config import ModelConfig
@@ -432,7 +432,7 @@ def test_options_of_every_kind(flux: Any, photo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mlx_teacache_fast.NoBenefitWarning")  # Flux2KleinEdit with a cache is distilled
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", FEW_BY_DEFAULT, ids=str)
 def test_every_pipeline(case: Case, photo: Path, mask: Path) -> None:
     """FLUX.1's have a stand-in for the VAE."""
     with case.pipeline() as flux:
