@@ -19,7 +19,7 @@ class Captured:
     Arguments that are no arrays are constants of the graph; with other ones there is another graph.
 
     Attributes:
-        is_eager: Whether it is called as it is, without a graph: also from where it turns out to evaluate what it makes.
+        is_eager: Whether it is called as it is: also from where it turns out to evaluate what it makes.
     """
 
     def __init__(self, function: Function, *, is_eager: bool = False) -> None:
