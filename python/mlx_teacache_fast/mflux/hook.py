@@ -346,18 +346,19 @@ class _Called:
 def _named(method: Any, *args: Any, **kwargs: Any) -> Arguments:
     """The arguments of a call by name, but for the first one."""
     try:
-        parameters = inspect.signature(method).parameters
-        bound = inspect.signature(method).bind(*args, **kwargs).arguments
+        signature = inspect.signature(method)
+        bound = signature.bind(*args, **kwargs).arguments
     except TypeError:  # which says what is wrong
         method(*args, **kwargs)
         raise
     named: Arguments = {}
     for name, value in [*bound.items()][1:]:
-        if parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
             raise InternalStateError(
                 f"{method.__qualname__} was replaced by a function that does not name its arguments"
             )
-        named |= value if parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     return named
 
 
