@@ -32,8 +32,8 @@ QUESTIONS = {
 NOTES = {
     "bench_generation": "The file in results/ is of five runs: 20 captions at 50 steps with guidance 4, 12 and fewer "
     "settings at all else; other work was on the machine's second core.",
-    "bench_agreement": "The three decisions that differ are one picture's: in step 11 mlx-teacache's distances had come to "
-    "0.29989 of the 0.3.",
+    "bench_agreement": "The three decisions that differ are one picture's: there mlx-teacache's distances add up to "
+    "0.29989, of 0.3, and it skips.",
     "bench_gate": "In float16, which no FLUX pipeline of mflux uses, this package's CPU gate is bound by conversions, "
     "not by memory. Where memory is returned after each use, a float32 result of this size (50 MB) is mapped anew at "
     "each step; below 32 MB glibc keeps it.",
