@@ -73,9 +73,10 @@ def test_mfluxibles_server(flux: Any, generate: Generate, tmp_path: Path) -> Non
     weights.touch()  # so that it saves none
     settings = dict(MODEL="flux2-klein-base-4b", QUANTIZE="none", MODEL_DIR=str(tmp_path), CONFIG="none")
     log, trace = tmp_path / "log.txt", tmp_path / "trace.json"
+    run, command = ["run", "--tolerance", "1", "--trace", trace], ["mfluxible-server", "--port", "0"]
     with log.open("wb") as file:
         server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, *f"run --tolerance 1 --trace {trace} -- mfluxible-server --port 0".split()],
+            [sys.executable, "-c", SERVER, *run, "--", *command],
             cwd=Path(__file__).parent,
             env=os.environ | {f"MFLUXIBLE_{name}": value for name, value in settings.items()},
             stdout=file,
