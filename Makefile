@@ -18,7 +18,7 @@ SYNC += && v=$$($(RUN) python -c "import importlib.metadata as m; print(m.versio
 RESULTS = results/cuda
 REPORT =
 endif
-BENCHES = gate branch step families generation forecast memory
+BENCHES = gate branch step families agreement generation forecast memory
 
 .PHONY: help headers demo test test-full test-mflux test-mlx test-peer wheel check-mac check-cuda check-sanitizers bench bench-full lint clean
 
@@ -29,7 +29,7 @@ help:
 	@echo "make test-mflux  the tests of mflux's pipelines with mflux 0.20 to 0.23; one of them with MFLUX=0.20.0"
 	@echo "make wheel       a wheel for this machine, with an extension for each release of MLX, and make test-mlx"
 	@echo "make test-mlx    that wheel in clean environments with each MLX: gate, branch, pictures; one with MLX=0.32.4"
-	@echo "make test-peer   mlx-teacache's own unit tests, run against this package: passed, differs and why"
+	@echo "make test-peer   with this package: mlx-teacache's own unit tests, mfluxible's server, mlx-taef's previews"
 	@echo "make check-mac   on any system: compile and link the extension for macOS, with each release of MLX"
 	@echo "make check-cuda  on any Linux: load the extension with MLX's CPU library and with its CUDA library"
 	@echo "make check-sanitizers   the tests of gate and branch with the extension built for ASan and UBSan (Linux)"
@@ -73,9 +73,12 @@ wheel: $(UV) headers
 test-mlx: $(UV)
 	UV=$(abspath $(UV)) build/wheel/venv/bin/python tests/mlx_releases.py build/wheel/dist $(MLX)
 
+# What it installs at last is there until another target syncs.
 test-peer: $(UV) headers
 	$(call SYNC,--extra demo --group test)
 	$(RUN) python tests/peer_suite/run.py
+	$(UV) pip install --quiet --python .venv mfluxible==0.9.2 mlx-taef==0.8.4
+	$(RUN) pytest tests/test_peers.py
 
 check-cuda: $(UV) headers
 	$(call SYNC,--extra demo --group test)

@@ -22,6 +22,7 @@ QUESTIONS = {
     "bench_forecast": "Which forecast, what does its guard do, and where do the computed steps of a budget belong?",
     "bench_step": "What does one step cost?",
     "bench_families": "What does a step cost in mflux's other pipelines?",
+    "bench_agreement": "Does apply_teacache do what mlx-teacache does?",
     "bench_gate": "What does the gate cost, beside other gates and the fewest bytes?",
     "bench_branch": "What does the conditional cost, beside other ways to leave work out?",
     "bench_memory": "How much memory does gating take?",
@@ -31,6 +32,8 @@ QUESTIONS = {
 NOTES = {
     "bench_generation": "The file in results/ is of five runs: 20 captions at 50 steps with guidance 4, 12 and fewer "
     "settings at all else; other work was on the machine's second core.",
+    "bench_agreement": "The three decisions that differ are one picture's: there mlx-teacache's distances add up to "
+    "0.29989, of 0.3, and it skips.",
     "bench_gate": "In float16, which no FLUX pipeline of mflux uses, this package's CPU gate is bound by conversions, "
     "not by memory. Where memory is returned after each use, a float32 result of this size (50 MB) is mapped anew at "
     "each step; below 32 MB glibc keeps it.",

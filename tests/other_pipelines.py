@@ -33,6 +33,7 @@ from mflux.models.qwen21.model.qwen21_transformer.qwen21_transformer import Qwen
 from mflux.models.qwen21.variants.txt2img.qwen_image_21 import QwenImage21
 from mflux.models.z_image.model.z_image_transformer.transformer import ZImageTransformer
 from mflux.models.z_image.variants.z_image import ZImage
+from mflux.utils.apple_silicon import AppleSiliconUtil
 from mlx import nn
 from mlx.utils import tree_map_with_path
 
@@ -374,6 +375,13 @@ def _qwen21_reference(kind: type, config: ModelConfig, dtype: mx.Dtype) -> Made:
     if kind is QwenImage21Controlnet:
         flux.controlnet = _randomised(QwenImage21ControlNet(sizes), dtype)
     yield flux
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """As mflux runs on M1 and M2."""
+    with patch.object(AppleSiliconUtil, "is_m1_or_m2", staticmethod(lambda: True)):
+        yield
 
 
 _PHOTO, _PHOTOS = object(), object()  # stand for the path of a picture, and for a list of one

@@ -4,21 +4,17 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from every_pipeline import ALWAYS, NEVER, kinds, run, same
 from mflux.models.common.config.model_config import ModelConfig
-from mflux.utils.apple_silicon import AppleSiliconUtil
 from mflux.utils.exceptions import StopImageGenerationException
-from other_pipelines import PIPELINES, Small
+from other_pipelines import PIPELINES, Small, eager
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast import errors
@@ -31,11 +27,12 @@ from mlx_teacache_fast.tuning.full import full_runs
 pytestmark = pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
 
 every = pytest.mark.parametrize("small", PIPELINES, ids=str)
+IS_NEWEST = version("mflux") == NEWEST_VERIFIED_MFLUX
 
 
 class ByName(dict[str, Small]):
     def __missing__(self, name: str) -> Small:
-        if version("mflux") == NEWEST_VERIFIED_MFLUX:
+        if IS_NEWEST:
             raise KeyError(name)
         pytest.skip(f"mflux {version('mflux')} has no {name}")
 
@@ -79,13 +76,6 @@ def test_nothing_skipped_is_bit_equal(small: Small, dtype: mx.Dtype, photo: Path
             assert not same(planned, plain, steps=5)
             assert same(run(flux, given), plain)
         assert vars(flux) == before
-
-
-@contextmanager
-def eager() -> Iterator[None]:
-    """As mflux runs on M1 and M2."""
-    with patch.object(AppleSiliconUtil, "is_m1_or_m2", staticmethod(lambda: True)):
-        yield
 
 
 def models(flux: Any) -> list[Any]:
@@ -303,6 +293,8 @@ def test_mfluxs_own_skipping_is_refused(name: str, option: dict[str, Any], photo
     small = BY_NAME[name]
     given = small.arguments(photo)
     (word, value), *_ = option.items()
+    if not IS_NEWEST and word not in inspect.signature(small.kind.generate_image).parameters:
+        pytest.skip(f"{name} of mflux {version('mflux')} has no {word}")
     with small.pipeline() as flux, tc.apply(flux, budget=0.5) as handle:
         with pytest.raises(tc.TeaCacheValueError) as error:
             flux.generate_image(**given, **option)
@@ -357,6 +349,7 @@ def test_qwens_names() -> None:
         assert (found.variant.variant_id, found.calibrated) == (variant, True), name
 
 
+@pytest.mark.skipif(not IS_NEWEST, reason="of the newest mflux")
 def test_each_variant_is_some_models() -> None:
     named = {model.variant for family in families.FAMILIES for model in family.models.values()}
     assert named == set(VARIANTS)
@@ -365,40 +358,20 @@ def test_each_variant_is_some_models() -> None:
 # ---- mlx-teacache has three of them
 
 
-@pytest.mark.parametrize(
-    ("name", "model", "given", "thresholds"),
-    [
-        ("QwenImage", "qwen-image", {}, (0.25, 0.5, 1.0)),
-        ("QwenImage", "Qwen/Qwen-Image", {}, (0.25, 0.5, 1.0)),
-        ("ZImage", "z-image", dict(coefficients=(0.0, 0.0, 0.0, 0.25, 0.0)), (0.3, 0.5, 0.9)),
-    ],
-)
-def test_teacache_is_mlx_teacaches(
-    name: str, model: str, given: dict[str, Any], thresholds: tuple[float, ...], photo: Path
-) -> None:
-    """Both run eagerly here: the same steps, and the same latents to the last bit."""
-    import mlx_teacache
+@pytest.mark.parametrize("variant", ["qwen-image", "qwen-image-2512", "z-image-base"])
+def test_teacache_is_mlx_teacaches(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eagerly, as that runs: the same steps, and the same latents to the last bit."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import bench_agreement
 
-    small = BY_NAME[name]
-    picture = small.arguments(photo) | dict(guidance=4.0, num_inference_steps=16)
-    skipped = []
-    with small.pipeline() as flux, eager():
-        flux.model_config = ModelConfig.from_name(model)
-        for threshold in thresholds:
-            made, decided = [], []
-            for package in (mlx_teacache, tc):
-                handle = package.apply_teacache(flux, rel_l1_thresh=threshold, **given)
-                try:
-                    made.append(run(flux, picture))
-                    stats = handle.stats
-                    decided.append((stats.computed_count, stats.skipped_count, stats.forced_count))
-                finally:
-                    handle.restore()
-            assert decided[0] == decided[1], threshold
-            assert same(*made), threshold
-            skipped.append(decided[0][1])
+    rows = bench_agreement.measure(variant, seeds=1, ways=["eager"])
+    skipped = [row["skipped"] for row in rows]
     assert skipped == sorted(skipped)
     assert skipped[-1] > 0
+    for row in rows:
+        assert row["equal"] == row["steps"]
+        assert row["latents"] == 0
+        assert row["distances"] < 2e-6
 
 
 @pytest.mark.parametrize("order", [0, 1], ids=["theirs first", "ours first"])
