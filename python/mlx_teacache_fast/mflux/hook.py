@@ -117,7 +117,12 @@ class Hook:
         if not self.is_live:  # restored, and called by somebody who wrapped generate_image in between
             return generate_image(flux, *args, **kwargs)
         check_alone(flux)
-        given = _named(generate_image, flux, *args, **kwargs)
+        try:
+            given = _named(generate_image, flux, *args, **kwargs)
+        except InternalStateError:
+            if self.family.schedule is not None:
+                raise
+            given = kwargs  # of a subclass's (*args, **kwargs), where what is given by place has no name
         given = {n: p.default for n, p in inspect.signature(generate_image).parameters.items()} | given
         for name in LEAVES_OUT:
             if given.get(name):
@@ -412,7 +417,7 @@ def _view_class(kind: Any, family: Family) -> Any:
 
 def _view(run: _Run) -> Any:
     kind = _view_class(cast(Any, type(run.flux)), run.hook.family)
-    view = kind.__new__(kind)
+    view = (dict if issubclass(kind, dict) else object).__new__(kind)  # a class's own may give its one instance
     object.__setattr__(view, "_run", run)
     object.__setattr__(view, "__dict__", vars(run.flux))
     return view
