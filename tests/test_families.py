@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mflux.cli.parser.parsers import CommandLineParser
+from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from mlx import nn
 
 import mlx_teacache_fast as tc
@@ -243,6 +244,12 @@ def test_gate_all_gates_a_pipeline_once_and_says_which_it_does_not(monkeypatch: 
         with pytest.warns(tc.NoBenefitWarning, match="this MingImage is not gated: its 12 steps differ too much"):
             ming_image.MingImage()
         assert len(handles) == 1
+
+
+def test_gate_all_leaves_a_program_its_errors(tmp_path: Path) -> None:
+    """It may go on after one."""
+    with tc.gate_all(), pytest.raises(FileNotFoundError, match="Model not found"):
+        Flux2Klein(model_path=str(tmp_path / "none"))
 
 
 def test_a_registered_class_may_be_one_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
