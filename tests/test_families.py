@@ -117,6 +117,18 @@ def test_somebody_elses_pipeline(painter: Painter) -> None:
     assert vars(painter) == before
 
 
+def test_published_coefficients_of_another_model(painter: Painter) -> None:
+    """As a pipeline wants them that runs that model in its own way."""
+    coefficients = tc.VARIANTS["flux1-krea-dev"].coefficients
+    told = "^Painter is used with another model's coefficients, those of flux1-krea-dev"
+    with (
+        pytest.warns(tc.UncalibratedWarning, match=told),
+        tc.apply(painter, rel_l1_thresh=0.3, coefficients=coefficients) as handle,
+    ):
+        painter.paint("a red apple")
+    assert handle.stats.generations == 1
+
+
 def test_a_corrector_takes_back(painter: Painter) -> None:
     plain = painter.paint("a red apple", 20)
     off = []

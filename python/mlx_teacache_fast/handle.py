@@ -272,8 +272,9 @@ def gate(flux: Any, policy: Policy, branches: Branches | None = None) -> Handle:
         pair = policy.rule.coefficients, policy.rule.calibrated_range
         other = next((v for v in VARIANTS.values() if (v.coefficients, v.calibrated_range) == pair), None)
         if other is not None:  # as in a picture of another model
+            name = getattr(getattr(flux, "model_config", None), "model_name", type(flux).__name__)
             warn_caller(
-                f"{flux.model_config.model_name} is used with another model's coefficients, those of "
+                f"{name} is used with another model's coefficients, those of "
                 f"{other.variant_id}: they may not fit it, compare a few pictures with ungated ones",
                 UncalibratedWarning,
             )
