@@ -3,6 +3,7 @@ README's table of pipelines.
 """
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -24,6 +25,7 @@ pytest.importorskip("mflux", reason="the commands are mflux's")
 import flux1_pipelines
 import ranks
 from mflux.callbacks.callback_registry import CallbackRegistry
+from mflux.cli.parser.parsers import CommandLineParser
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.flux.flux_initializer import FluxInitializer
 from mflux.models.flux.variants.txt2img.flux import Flux1
@@ -290,7 +292,13 @@ def test_like_an_image_to_image_picture(tmp_path, weights, monkeypatch, photo):
     assert result.code == 2
     assert result.err.endswith("the picture was made by Flux2Klein, and this command runs Flux2KleinEdit\n")
 
-    Path("in/photo.png").unlink()
+    Path("in/photo.png").rename("in/same.png")
+    if hasattr(CommandLineParser, "_normalize_atomic_image_args"):  # --image: not in every mflux
+        given = ["--image", "in/same.png", 0.3, "--output", "c.png"]
+        result = run("run", "--like", "in/a.png", "--", GENERATE[0], *given)
+        assert result.code == 0, result.err
+        np.testing.assert_array_equal(np.asarray(Image.open("in/a.png")), np.asarray(Image.open("c.png")))
+
     result = run("run", "--like", "in/a.png", "--", GENERATE[0])
     assert result.code == 2
     assert result.err == (
@@ -379,6 +387,44 @@ def test_steps_are_checked_before_weights(own, command, message, no_weights):
     assert result.err.startswith("mlx-teacache-fast run: error: ")
     assert message in result.err
     assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (["--threshold", "0.3"], "no coefficients are known for FIBO: rel_l1_thresh wants some of yours beside it, "),
+        (["--cache", "residual"], 'cache="residual" is not for FIBO, whose blocks cannot be left out alone: '),
+    ],
+)
+def test_a_policy_that_is_not_for_the_model_is_refused_before_weights(own, message, monkeypatch):
+    pipeline = COMMANDS["mflux-generate-fibo"].pipeline
+    weights = functools.wraps(pipeline.__init__)(lambda *_, **__: pytest.fail("weights would be loaded"))
+    monkeypatch.setattr(pipeline, "__init__", weights)
+    result = run("run", *own, "--", "mflux-generate-fibo", "--prompt", "{}", "--steps", 30)
+    assert result.code == 2
+    assert result.err.startswith(f"mlx-teacache-fast run: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("command", "steps"),
+    [
+        (["mflux-generate-ideogram4", "--preset", "V4_TURBO_12"], 12),
+        (["mflux-generate-qwen-2.1-edit", "--image-paths", "PHOTO", "--steps", 20, "--strength", 0.5], 10),
+    ],
+    ids=lambda value: str(value),
+)
+def test_steps_that_another_option_says(command, steps, monkeypatch, photo):
+    """The command's own --steps does not count, or not alone: the generation checks."""
+    if command[0] not in COMMANDS:
+        pytest.skip("not in this mflux")
+
+    def made(*_, **__):
+        raise RuntimeError("weights would be loaded")
+
+    monkeypatch.setattr(COMMANDS[command[0]].pipeline, "__init__", made)
+    given = [photo if argument == "PHOTO" else argument for argument in command]
+    result = run("run", "--steps", "1" + "0" * (steps - 1), "--", *given, "--prompt", "red apple")
+    assert result.err.endswith("\nRuntimeError: weights would be loaded\n")
 
 
 def test_every_pipeline_that_a_command_makes_is_gated(weights):
@@ -573,11 +619,13 @@ def test_mflux_s_parser_refuses(arguments):
     assert "mlx-teacache-fast" not in result.err
 
 
-def test_a_script_of_the_users(tmp_path, weights):
-    """Whatever pipeline it makes is gated; its options are its own."""
+def test_a_script_of_the_users(tmp_path, weights, monkeypatch):
+    """Whatever pipeline it makes is gated; its options are its own. Where it goes to, the trace does not."""
+    monkeypatch.chdir(tmp_path)
     script = tmp_path / "mine.py"
     script.write_text(
-        "import sys, beside\n"
+        "import os, sys, beside\n"
+        "os.chdir('..')\n"
         "from mflux.models.common.config.model_config import ModelConfig\n"
         "from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein\n"
         "prompt, steps = sys.argv[1:]\n"
@@ -586,8 +634,9 @@ def test_a_script_of_the_users(tmp_path, weights):
         "print('done', __name__)\n"
     )
     (tmp_path / "beside.py").write_text("")
-    result = run("run", "--budget", 0.5, "--", script, "red apple", 10)
+    result = run("run", "--budget", 0.5, "--trace", "trace.json", "--", script, "red apple", 10)
     assert result.code == 0, result.err
+    assert Trace.from_json(tmp_path / "trace.json").generations[0].skipped == 5
     assert "done __main__" in result.out
     assert "10: 5 computed, 0 forced, 5 skipped" in result.out
     assert "generate_image" not in vars(weights[0])
@@ -748,6 +797,26 @@ def test_ctrl_c_in_a_step(tmp_path):
 
 
 # ---- info
+
+
+def test_ctrl_c_is_a_scripts_own(tmp_path):
+    """It may go on after it, as often as it comes; and it ends a script that does not take it."""
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import signal\n"
+        "for _ in range(3):\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('goes on')\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+    )
+    main = f"{LISTEN}\nsys.argv[0] = 'mlx-teacache-fast'\nfrom mlx_teacache_fast.cli import main\nsys.exit(main())"
+    command = [sys.executable, "-c", main, "run", "--", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.stdout == 3 * "goes on\n"
+    assert result.stderr.splitlines()[-1] == "mlx-teacache-fast run: error: interrupted"
+    assert result.returncode == 130
 
 
 def lines_of(text):

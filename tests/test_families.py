@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mflux.cli.parser.parsers import CommandLineParser
+from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from mlx import nn
 
 import mlx_teacache_fast as tc
@@ -114,6 +115,18 @@ def test_somebody_elses_pipeline(painter: Painter) -> None:
     assert handle.stats.last_generation.steps[2].rel_l1 > 0
     assert handle.variant_id == "Painter"
     assert vars(painter) == before
+
+
+def test_published_coefficients_of_another_model(painter: Painter) -> None:
+    """As a pipeline wants them that runs that model in its own way."""
+    coefficients = tc.VARIANTS["flux1-krea-dev"].coefficients
+    told = "^Painter is used with another model's coefficients, those of flux1-krea-dev"
+    with (
+        pytest.warns(tc.UncalibratedWarning, match=told),
+        tc.apply(painter, rel_l1_thresh=0.3, coefficients=coefficients) as handle,
+    ):
+        painter.paint("a red apple")
+    assert handle.stats.generations == 1
 
 
 def test_a_corrector_takes_back(painter: Painter) -> None:
@@ -243,6 +256,12 @@ def test_gate_all_gates_a_pipeline_once_and_says_which_it_does_not(monkeypatch: 
         with pytest.warns(tc.NoBenefitWarning, match="this MingImage is not gated: its 12 steps differ too much"):
             ming_image.MingImage()
         assert len(handles) == 1
+
+
+def test_gate_all_leaves_a_program_its_errors(tmp_path: Path) -> None:
+    """It may go on after one."""
+    with tc.gate_all(), pytest.raises(FileNotFoundError, match="Model not found"):
+        Flux2Klein(model_path=str(tmp_path / "none"))
 
 
 def test_a_registered_class_may_be_one_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,6 +218,26 @@ def test_a_subclass_that_calls_super(flux: Any, given: dict[str, Any]) -> None:
         assert same(run(flux, given), both)
 
 
+def test_a_subclass_that_names_no_arguments_and_has_one_instance(flux: Any, given: dict[str, Any]) -> None:
+    by_name = dict(given)
+    by_place = [by_name.pop(name) for name in ("seed", "prompt")]
+    kind = type(flux)
+
+    class Own(kind):  # type: ignore[misc, valid-type]
+        def __new__(cls) -> Any:
+            return flux
+
+        def generate_image(self, *args: Any, **kwargs: Any) -> Any:
+            return super().generate_image(*args, **kwargs)
+
+    flux.__class__ = Own
+    with tc.apply(flux, **ALWAYS) as handle:
+        flux.generate_image(*by_place, **by_name)
+    assert kinds(handle) == SKIPS
+    assert "_run" not in vars(flux)
+    flux.__class__ = kind
+
+
 def test_a_subclass_that_registers_a_callback_and_writes_into_itself(flux: Any, given: dict[str, Any]) -> None:
     seen: list[str] = []
     kind = type(flux)

@@ -76,6 +76,27 @@ def test_each_picture_says_its_own_steps(flux: Any, tmp_path: Path) -> None:
         assert said == "".join("01"[step.kind != "skipped"] for step in handle.stats.finished[i].steps)
 
 
+def test_a_picture_of_several_in_one_call(flux: Any, tmp_path: Path) -> None:
+    """As where mflux tries again with another seed: which one it is the seed says, if it can."""
+    kind = type(flux)
+
+    class Again(kind):  # type: ignore[misc, valid-type]
+        def generate_image(self, seed: int, first: int, **arguments: Any) -> Any:
+            super().generate_image(seed=first, **arguments | dict(num_inference_steps=6))
+            return super().generate_image(seed=seed, **arguments)
+
+    flux.__class__ = Again
+    with tc.apply_teacache(flux, rel_l1_thresh=0.5) as handle:
+        image, same_seed = (flux.generate_image(first=first, **RUN) for first in (2, 3))
+    flux.__class__ = kind
+    image.save(tmp_path / "a.png")
+    said = tc.read_metadata(tmp_path / "a.png").steps
+    assert said == "".join("01"[step.kind != "skipped"] for step in handle.stats.finished[1].steps)
+    same_seed.save(tmp_path / "b.png")
+    with pytest.raises(tc.TeaCacheValueError, match="does not say"):
+        tc.read_metadata(tmp_path / "b.png")
+
+
 def test_a_cut_picture_says_it_too(flux: Any, tmp_path: Path) -> None:
     """As mflux's in-context commands save."""
     image = gated(flux)

@@ -30,6 +30,19 @@ def interrupted_at_once(at_once: bool) -> Iterator[None]:
         _at_once = before
 
 
+@contextmanager
+def interrupted_as_in_python() -> Iterator[None]:
+    """In the block Ctrl-C is Python's, as often as it comes: it may be a program's way to end a picture."""
+    is_ours = signal.getsignal(signal.SIGINT) is _on_interrupt
+    if is_ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, _on_interrupt)
+
+
 def _quit(message: str, code: int) -> NoReturn:
     with suppress(OSError):
         os.write(2, f"{PROG}: error: {' '.join(message.split())}\n".encode())

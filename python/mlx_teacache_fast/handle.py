@@ -234,7 +234,8 @@ def gate(flux: Any, policy: Policy, branches: Branches | None = None) -> Handle:
 
     # TeaCache as published takes the demonstration model for the one whose name it has, as mlx-teacache does.
     by_name = not isinstance(policy.rule, Tolerance) and (policy.forecast, policy.cache) == (0, "residual")
-    family, variant, calibrated = families.match(getattr(flux, "model_config", None), type(flux), by_name)
+    found = families.match(getattr(flux, "model_config", None), type(flux), by_name)
+    family, variant, calibrated = found
     if getattr(flux, family.transformer, None) is None:
         raise IncompatibleModelError(
             f"this {type(flux).__name__} has no transformer any more (mflux's low-memory mode drops it after a "
@@ -247,11 +248,7 @@ def gate(flux: Any, policy: Policy, branches: Branches | None = None) -> Handle:
             existing.handle,
         )
     hook.check_alone(flux)
-    policy = policy.of_model(variant)
-    if policy.cache == "residual" and not family.tap.idle:
-        raise TeaCacheValueError(
-            f'cache="residual" is not for {type(flux).__name__}, whose blocks cannot be left out alone: cache="output"'
-        )
+    policy = families.fitting(policy, found, type(flux).__name__)
     if branches is not None:
         if family.is_one_call or not (family.is_several or family.factories or family.methods):
             raise TeaCacheValueError(f"a step of {type(flux).__name__} is one call of its transformer: leave out group")
@@ -275,8 +272,9 @@ def gate(flux: Any, policy: Policy, branches: Branches | None = None) -> Handle:
         pair = policy.rule.coefficients, policy.rule.calibrated_range
         other = next((v for v in VARIANTS.values() if (v.coefficients, v.calibrated_range) == pair), None)
         if other is not None:  # as in a picture of another model
+            name = getattr(getattr(flux, "model_config", None), "model_name", type(flux).__name__)
             warn_caller(
-                f"{flux.model_config.model_name} is used with another model's coefficients, those of "
+                f"{name} is used with another model's coefficients, those of "
                 f"{other.variant_id}: they may not fit it, compare a few pictures with ungated ones",
                 UncalibratedWarning,
             )

@@ -5,12 +5,13 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from .. import distributed
-from .._command import FAILED
+from .._command import FAILED, interrupted_as_in_python
 from ..errors import TeaCacheError, TeaCacheValueError, one_line
 from ..files import check_writable
 from ..handle import Handle, gate, policy_of
@@ -120,13 +121,14 @@ def run(arguments: argparse.Namespace) -> int:
         )
     group = distributed.world()
     branches = distributed.Branches(group) if arguments.guidance_parallel else None
+    trace = None if arguments.trace is None else arguments.trace.absolute()  # a script may go to another folder
     if arguments.trace is not None and (group is None or group.rank() == 0):
         check_writable(arguments.trace, force=arguments.force)
     with quiet_logging(), ranks.said_once(group):
         require_mflux()
         from ..mflux import commands
 
-        command = commands.find(arguments.mflux[0])
+        command, is_mfluxs = commands.find(arguments.mflux[0]), arguments.mflux[0] in commands.scripts()
     given = {s.name: getattr(arguments, s.name) for s in settings(*RULES, Policy) if s.name in arguments}
     like = None if arguments.like is None else read_metadata(arguments.like)
     beside = {name: given.pop(name) for name in ("save_metadata",) if name in given}  # counts beside a policy too
@@ -166,11 +168,13 @@ def run(arguments: argparse.Namespace) -> int:
                 only=None if like is None else like.pipeline,
                 seeds=None if rank is None else rank.seeds,
                 is_written=rank is None or branches is None or rank.is_first,
+                names_weights=is_mfluxs,
             ),
+            nullcontext() if is_mfluxs else interrupted_as_in_python(),
         ):
             # None, as all of them return, is 0; --help and argparse raise SystemExit.
             code = int(commands.call(command) or 0)
-        if not handles and arguments.mflux[0] not in commands.scripts():
+        if not handles and not is_mfluxs:
             print(f"{PROG}: warning: no pipeline that can be gated was made, so nothing was skipped", file=sys.stderr)
     except ranks.NothingToDo:
         code = 0
@@ -195,7 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
         if rank is not None:
             code, traces = rank.finish(code, traces)
         if rank is None or rank.is_first:
-            _report(traces, arguments.trace, force=arguments.force)
+            _report(traces, trace, force=arguments.force)
     return code
 
 

@@ -34,7 +34,7 @@ from ..files import uninterrupted
 from ..policy import FLOAT32_MAX, MAX_STEPS, Policy
 from ..record.metadata import Metadata
 from . import names
-from .families import COMMANDS, REFUSED, all_families, match
+from .families import COMMANDS, REFUSED, all_families, fitting, match
 from .hook import LEAVES_OUT, refused_argument
 
 # What --config-from-metadata takes paths from; options of these names replace them.
@@ -153,7 +153,8 @@ def with_options_of(like: Metadata | None, folder: Path) -> Iterator[None]:
             raise TeaCacheValueError(f"{key} in the picture's metadata must be {rule}, got {shown(value)}")
     for key in _PATHS:
         option = f"--{key.replace('_', '-')}"
-        if settings.get(key) and not any(argument.startswith(option) for argument in given):
+        instead = {option, "--image"} if key == "image_path" else {option}
+        if settings.get(key) and not any(argument.partition("=")[0] in instead for argument in given):
             paths = settings[key]
             found = [_found(path, folder, option) for path in ([paths] if isinstance(paths, str) else paths)]
             settings[key] = found[0] if isinstance(paths, str) else found
@@ -178,11 +179,13 @@ def gating(
     only: str | None = None,
     seeds: Callable[[list[int]], list[int]] | None = None,
     is_written: bool = True,
+    names_weights: bool = False,
 ) -> Iterator[None]:
     """Until the end of the block, ``gate`` is called with every pipeline that is made and can be gated.
 
     With ``only``, pipelines of other classes are refused. ``seeds`` gives what a command takes for its seeds. Unless
-    ``is_written``, no picture is that mflux writes by ``ImageUtil``: the stepwise handler's composites are.
+    ``is_written``, no picture is that mflux writes by ``ImageUtil``: the stepwise handler's composites are. With
+    ``names_weights``, an error of files that are missing becomes one that says whose they are.
 
     A program makes its pipeline and uses it in one function, and no hook of mflux lies between. So ``__init__`` of the
     classes is wrapped for that time: the one place where classes are changed, not instances. (Another name in the
@@ -201,7 +204,8 @@ def gating(
         for pipeline in dict.fromkeys((*gated, *REFUSED)):
             own = vars(pipeline).get("__init__")  # or a base class's
             undo.callback(*((delattr, pipeline, "__init__") if own is None else (setattr, pipeline, "__init__", own)))
-            pipeline.__init__ = _gated_from_the_start(pipeline, gate, only, gated)  # type: ignore[misc]
+            init = _gated_from_the_start(pipeline, gate, policy, only, gated, names_weights)
+            pipeline.__init__ = init  # type: ignore[misc]
         yield
 
 
@@ -214,10 +218,10 @@ def _checked(parse_args: Any, policy: Policy, seeds: Callable[[list[int]], list[
         for name in LEAVES_OUT:
             if getattr(namespace, name, None):
                 raise TeaCacheValueError(refused_argument(name, getattr(namespace, name), "this command"))
-        if (steps := getattr(namespace, "steps", None)) is not None:
+        steps, command = getattr(namespace, "steps", None), COMMANDS.get(sys.argv[0])
+        if steps is not None and command is not None and command.says_steps:
             left_out = 0
-            command = COMMANDS.get(sys.argv[0])
-            if command is not None and command.leaves_out_steps:
+            if command.leaves_out_steps:
                 strength = getattr(namespace, "image_strength", None)
                 config = Config(None, steps, image_path=getattr(namespace, "image_path", None), image_strength=strength)
                 left_out = config.init_time_step
@@ -230,7 +234,12 @@ def _checked(parse_args: Any, policy: Policy, seeds: Callable[[list[int]], list[
 
 
 def _gated_from_the_start(
-    pipeline: Any, gate: Callable[[Any], object], only: str | None, gated: Sequence[type]
+    pipeline: Any,
+    gate: Callable[[Any], object],
+    policy: Policy,
+    only: str | None,
+    gated: Sequence[type],
+    names_weights: bool,
 ) -> Callable[..., None]:
     original = pipeline.__init__
     signature = inspect.signature(original)
@@ -251,11 +260,11 @@ def _gated_from_the_start(
         given.apply_defaults()
         config = given.arguments.get("model_config")
         if config is not None:  # without one, mflux's class chooses a model that it was made for
-            match(config, pipeline)  # raises before weights are loaded
+            fitting(policy, match(config, pipeline), pipeline.__name__)  # raises before weights are loaded
         try:
             original(self, *args, **kwargs)
         except Exception as error:
-            if not is_of_files(error):
+            if not names_weights or not is_of_files(error):
                 raise
             name = given.arguments.get("model_path") or getattr(config, "model_name", pipeline.__name__)
             missing = TeaCacheError(f"the weights of {name} are not there: {one_line(error)}")

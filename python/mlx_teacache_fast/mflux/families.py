@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from ..errors import IncompatibleModelError, TeaCacheValueError
 from ..models import TINY_KLEIN, VARIANTS, Variant
+from ..policy import Policy
 from . import flux1, others
 from .family import Command, Family
 from .flux1 import FLUX1
@@ -80,6 +81,15 @@ def match(model_config: Any, pipeline_class: type, by_name: bool = False) -> Mat
     here = issubclass(pipeline_class, family.pipelines[0]) and not is_finetune
     variant = VARIANTS[model.variant]
     return Match(family, variant, variant.coefficients is not None and model.fitted and here)
+
+
+def fitting(policy: Policy, found: Match, name: str) -> Policy:
+    """The policy with the model's values, for a class of this name. TeaCacheValueError if it is not for such ones."""
+    if policy.cache == "residual" and not found.family.tap.idle:
+        raise TeaCacheValueError(
+            f'cache="residual" is not for {name}, whose blocks cannot be left out alone: cache="output"'
+        )
+    return policy.of_model(found.variant)
 
 
 def uncalibrated_message(flux: Any, variant: Variant) -> str:

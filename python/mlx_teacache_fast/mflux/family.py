@@ -43,11 +43,13 @@ class Command:
         pipeline: The class that it makes.
         repeats: Whether its option --config-from-metadata makes a picture again.
         leaves_out_steps: Whether it leaves steps out in image-to-image.
+        says_steps: Whether it runs as many as its option --steps says, but for those.
     """
 
     pipeline: type
     repeats: bool = False
     leaves_out_steps: bool = False
+    says_steps: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

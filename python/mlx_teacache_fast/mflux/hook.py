@@ -117,7 +117,12 @@ class Hook:
         if not self.is_live:  # restored, and called by somebody who wrapped generate_image in between
             return generate_image(flux, *args, **kwargs)
         check_alone(flux)
-        given = _named(generate_image, flux, *args, **kwargs)
+        try:
+            given = _named(generate_image, flux, *args, **kwargs)
+        except InternalStateError:
+            if self.family.schedule is not None:
+                raise
+            given = kwargs  # of a subclass's (*args, **kwargs), where what is given by place has no name
         given = {n: p.default for n, p in inspect.signature(generate_image).parameters.items()} | given
         for name in LEAVES_OUT:
             if given.get(name):
@@ -162,10 +167,12 @@ class _Run:
         self.hook = hook
         self.flux = flux
         self._given = given  # generate_image's arguments
-        # Of each loop that mflux has begun: one, but for a generate_image of the user's.
+        # Of each loop that mflux has begun: one, but for a generate_image of the user's, or one that tries again.
         self._engines: list[Engine] = []
+        self._seeds: list[Any] = []
         self._steps: dict[str, Step] = {}  # of the last one, by what the pipeline calls for them
         self._config: Any = None
+        self._seed: Any = None
 
     # ---- What the view has in place of the pipeline's
 
@@ -231,7 +238,7 @@ class _Run:
 
     # ---- A loop, from its begin to its end
 
-    def call_before_loop(self, config: Any, **_: Any) -> None:
+    def call_before_loop(self, config: Any, seed: Any = None, **_: Any) -> None:
         """mflux's callback: the schedule is known now."""
         family, skipped = self.hook.family, config.init_time_step
 
@@ -240,7 +247,7 @@ class _Run:
                 return list(family.sigmas(self.flux, config, self._given))[skipped:]
             return list(getattr(config.scheduler, "sigmas", ()))[skipped:]
 
-        self._config = config
+        self._config, self._seed = config, seed
         self.begin(max(0, config.num_inference_steps - skipped), config.num_inference_steps, sigmas)
 
     def begin(self, num_steps: int, num_inference_steps: int, sigmas: Callable[[], Any]) -> None:
@@ -269,6 +276,7 @@ class _Run:
         self._steps = {}
         how: Any = dict(is_several=family.is_several, changes=family.changes, listener=hook.listener)
         self._engines.append(Engine(generation, family.tap, **how))
+        self._seeds.append(self._seed)
 
     def call_in_loop(self, **_: Any) -> None:
         """mflux's callback: a step is done."""
@@ -280,16 +288,18 @@ class _Run:
     def finish(self, image: Any, seconds: float) -> None:
         """Statistics and metadata of a finished picture, which is not lost, whatever happens here."""
         hook = self.hook
-        counted, notes = [], []
+        counted, pictured, notes = [], [], []
         if not self._engines and hook.is_live:
             notes.append(
                 f"this generation was not gated: {hook.family.runs} did not tell mflux's callbacks of its loop"
             )
         try:
-            for engine in self._engines:
+            for engine, seed in zip(self._engines, self._seeds, strict=True):
                 generation = engine.generation
                 if generation.index == generation.num_steps:
                     counted.append(generation.stats(seconds if len(self._engines) == 1 else None))
+                    if len(self._engines) == 1 or seed == getattr(image, "seed", None):
+                        pictured.append((generation.policy, counted[-1]))
                 elif generation.index == 0:
                     steps = " or ".join((*hook.family.factories, *hook.family.methods) or (hook.family.module,))
                     notes.append(
@@ -301,10 +311,10 @@ class _Run:
                         f"this generation is not counted: {generation.index} of its {generation.num_steps} steps went "
                         "through the gate"
                     )
-            if counted and hook.policy.save_metadata and len(self._engines) == 1:  # else: of which one is the picture?
+            if len(pictured) == 1 and hook.policy.save_metadata:  # else: of which one is the picture?
                 more = {"variant_id": hook.handle.variant_id, "pipeline": type(self.flux).__name__}
                 more["scheduler"] = self._given.get("scheduler", getattr(self._config, "_scheduler_str", None))
-                metadata.add_to(image, metadata.record(self._engines[-1].generation.policy, counted[-1], **more))
+                metadata.add_to(image, metadata.record(*pictured[0], **more))
         except Exception as error:
             counted = []
             notes.append(f"this generation is not counted: {error!r}")
@@ -412,7 +422,7 @@ def _view_class(kind: Any, family: Family) -> Any:
 
 def _view(run: _Run) -> Any:
     kind = _view_class(cast(Any, type(run.flux)), run.hook.family)
-    view = kind.__new__(kind)
+    view = (dict if issubclass(kind, dict) else object).__new__(kind)  # a class's own may give its one instance
     object.__setattr__(view, "_run", run)
     object.__setattr__(view, "__dict__", vars(run.flux))
     return view

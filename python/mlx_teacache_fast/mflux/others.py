@@ -23,7 +23,9 @@ def mflux_class(path: str) -> Any:
         return None
 
 
-def _row(path: str, models: str, commands: str = "", image_to_image: bool = False, **row: Any) -> Family | None:
+def _row(
+    path: str, models: str, commands: str = "", image_to_image: bool = False, says_steps: bool = True, **row: Any
+) -> Family | None:
     """A family of one class.
 
     Args:
@@ -31,6 +33,7 @@ def _row(path: str, models: str, commands: str = "", image_to_image: bool = Fals
         models: Aliases of mflux's model configurations; what each is gated as has the same name, but after a ``=``.
         commands: mflux's, without ``mflux-generate-``; with ``!`` behind one that makes no picture again.
         image_to_image: Whether they leave out steps there.
+        says_steps: The commands', as ``Command`` has it.
         **row: The family's.
     """
     pipeline = mflux_class(path)
@@ -39,7 +42,10 @@ def _row(path: str, models: str, commands: str = "", image_to_image: bool = Fals
     pairs = [(alias, variant or alias) for alias, _, variant in (model.partition("=") for model in models.split())]
     made = {
         f"mflux-generate-{name.removesuffix('!')}": Command(
-            pipeline=pipeline, repeats=not name.endswith("!"), leaves_out_steps=image_to_image
+            pipeline=pipeline,
+            repeats=not name.endswith("!"),
+            leaves_out_steps=image_to_image,
+            says_steps=says_steps,
         )
         for name in commands.split()
     }
@@ -189,6 +195,7 @@ _ROWS = (
         "ideogram4.variants.txt2img.ideogram4:Ideogram4",
         "ideogram-4-fp8",
         "ideogram4",
+        says_steps=False,  # --preset does
         factories=("_predict_conditional", "_predict_unconditional"),
         transformer="conditional_transformer",
         is_several=True,
@@ -231,6 +238,7 @@ _ROWS = (
         "qwen21.variants.edit.qwen_image_21_edit:QwenImage21Edit",
         "qwen-image-2.1 qwen-image-2.1-turbo",
         "qwen-2.1-edit",
+        says_steps=False,  # --strength leaves some out
         is_several=True,
         tap=Tap(at="transformer_blocks.0.forward_reference", signal=_qwen21_signal),
     ),
