@@ -94,6 +94,7 @@ def gathered(group: Group, stage: str, value: Any) -> list[Any]:
         sizes = cast(list[int], mx.distributed.all_gather(mx.array([len(text)]), group=group).tolist())
         padded = mx.array(cast(Any, memoryview(text.ljust(max(sizes)))))
         rows = mx.distributed.all_gather(padded[None], group=group)
+        mx.eval(rows)  # here an error is raised; where bytes() reads it, it would end the process
         given = [json.loads(bytes(cast(Any, row)), object_hook=_decoded) for row in rows]
     for rank, (its_stage, _) in enumerate(given):
         if its_stage != stage:

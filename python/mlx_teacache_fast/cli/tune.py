@@ -39,6 +39,7 @@ First each prompt is run with all steps. From these runs the best plans of sever
 gate's polynomial is fitted; then plans, tolerances, the gate, the rule or plan of apply(flux, budget=...) and plain
 mflux with fewer steps are run and compared with the full pictures, at last on prompts that were held out. It says at
 the beginning how long it takes. FILE is written after every picture: Ctrl-C loses nothing, and --resume goes on.
+Several processes that mlx.launch starts share the pictures, on one machine or more; rank 0 has FILE.
 """
 
 EPILOG = """\
@@ -62,6 +63,7 @@ examples:
   mlx-teacache-fast tune flux2-klein-base-4b -q 8 --steps 50 --guidance 4 --quick --output klein.json
   mlx-teacache-fast tune dev -q 8 --steps 25 --guidance 3.5 --prompts mine.txt --budget 0.3 --output dev.json
   mlx-teacache-fast tune demo.json --budget 0.2 --output faster.json
+  mlx.launch --hostfile hosts.json -- mlx-teacache-fast tune flux2-klein-base-4b -q 8 --output klein.json
   mlx-teacache-fast run --policy klein.json -- mflux-generate-flux2 --model flux2-klein-base-4b --steps 50 \\
       --guidance 4 --prompt "a red apple"
 
@@ -142,8 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
         elif arguments.resume:
             print(f"{output} is not there: nothing to go on with, it begins anew", file=sys.stderr)
     if group is not None:
-        skipped = ("run", "mflux", "at_end")  # no options of this command
-        options = {name: str(value) for name, value in vars(arguments).items() if name not in skipped}
+        others = ("run", "mflux", "at_end")  # no options of this command
+        options = {name: str(value) for name, value in vars(arguments).items() if name not in others}
         distributed.check_equal(group, "start", **distributed.installed(), **options)
     with quiet_logging(), ranks.said_once(group):
         require_mflux()

@@ -230,7 +230,8 @@ class _Run:
         left = ((n + whole) * seconds + self.tuned.learnt.stop * looking) / self.n_ranks
         about = f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
         full = f"{n} pictures with all {self.tuned.num_steps} steps ({seconds:.1f} s each)"
-        tqdm.write(f"{full}, {others} with fewer computed: about {about}", file=sys.stderr)
+        on_ranks = "" if self.group is None else f" on {self.n_ranks} ranks"
+        tqdm.write(f"{full}, {others} with fewer computed{on_ranks}: about {about}", file=sys.stderr)
 
     def began(self, what: str) -> None:
         best = self.tuned.best()
