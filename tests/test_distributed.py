@@ -510,6 +510,14 @@ def test_ranks_that_tune_with_other_arguments(together):
 
 
 @pytest.mark.slow
+def test_three_ranks_tune_as_one(alone, tuned, tmp_path):
+    path = tmp_path / "tuned.json"
+    done, codes = launched(3, tmp_path, ["tune", *TUNE, str(alone / "prompts.txt"), "--output", str(path)])
+    assert codes == [0, 0, 0], done
+    assert path.read_bytes() == tuned[0].read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_tuning_goes_on_where_a_rank_was_killed(alone, tuned, tmp_path, victim):
     path = tmp_path / "tuned.json"
