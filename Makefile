@@ -18,7 +18,7 @@ SYNC += && v=$$($(RUN) python -c "import importlib.metadata as m; print(m.versio
 RESULTS = results/cuda
 REPORT =
 endif
-BENCHES = gate branch step families agreement generation forecast memory
+BENCHES = gate branch step families agreement generation forecast memory distributed
 
 .PHONY: help headers demo test test-full test-mflux test-mlx test-peer wheel check-mac check-cuda check-sanitizers bench bench-full lint clean
 

@@ -1,12 +1,16 @@
 """What does guidance in parallel give? A computed step with guidance, by one process and by two, each on one core.
 
 Whole images of the demonstration model's pipeline with random transformers, every step computed. A step's time ends
-when its latents are evaluated, on both ranks. One process and two are measured in turn, a ratio is that of a turn, each
-by its fastest step. The limit of the ratio is 0.5; measured, it is a step without guidance, which is one branch. The
-exchange is measured by itself too.
+when its latents are evaluated. Two processes of MLX's ring, over loopback, stay for all kinds, which take turns: what
+one process does, the first one does, and the other sleeps. A ratio is that of a turn, each kind by its fastest step,
+since all of an image's do the same and what disturbs them only adds; printed are the median over all turns and that of
+the fastest steps of all turns. Each pair of processes is pinned to two cores before it starts.
 
-The two processes are of one machine, over loopback, by MLX's ring. On a GPU, which they would share, it says nothing.
-Where other programs take a core, neither does it.
+The limit of the ratio is 0.5; measured, it is a step without guidance, which is one branch. Both processes making one
+branch at the same time, with no exchange, say what this machine's two cores take from each other: what guidance in
+parallel adds to that is ours. The exchange is measured by itself too.
+
+On a GPU, which the two processes would share, it says nothing. Where other programs take a core, neither does it.
 
     python bench/bench_distributed.py
     python bench/bench_distributed.py --models demo --sizes 256
@@ -21,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -32,19 +37,22 @@ import common
 import mlx.core as mx
 
 DISTRIBUTIONS = ("mflux",)
-KINDS = {"one": "one process", "two": "two processes", "branch": "one branch by one process: the limit"}
+KINDS = {
+    "one": "one process",
+    "two": "two processes",
+    "branch": "one branch by one process: the limit",
+    "apart": "one branch by each of two, no exchange",
+}
+BOTH = ("two", "apart")  # the first process alone makes the others
+ANSWER = "seconds "  # before a rank's answer, among what mflux prints
 
 
-def measure(kind: str, model: str, size: int, steps: int, process: int) -> dict[str, float]:
-    """Seconds of the fastest step, and of an exchange of its prediction where there is one."""
+def serve(model: str, size: int, steps: int) -> None:
+    """A rank: for each kind on stdin the seconds of an image's steps, on stdout; or of exchanges of a prediction."""
     import mlx_teacache_fast as tc
 
     warnings.simplefilter("ignore")
     group = tc.distributed.world()
-    core = process if group is None else group.rank()
-    if hasattr(os, "sched_setaffinity"):  # before MLX starts a thread that computes
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[core % len(cores)]})
     flux = bench_step.pipeline(model, mx.float32)
     marks: list[float] = []
 
@@ -57,96 +65,147 @@ def measure(kind: str, model: str, size: int, steps: int, process: int) -> dict[
             marks.append(perf_counter())
 
     flux.callbacks.register(Clock())
-    guidance = 1.0 if kind == "branch" else 4.0
-    given = dict(num_inference_steps=steps, height=size, width=size, guidance=guidance)
-    with tc.apply(flux, group=group, steps="1" * steps):
-        for seed in (1, 2):  # the first image fills MLX's kernel cache
-            flux.generate_image(prompt="red apple", seed=seed, **given)
-    found = {"step": min(b - a for a, b in pairwise(marks[1:]))}
-    if group is not None:
-        prediction, exchanges = mx.zeros((1, (size // 16) ** 2, 128)), []
-        mx.eval(prediction)
-        for _ in range(20):
-            start = perf_counter()
-            mx.eval(mx.distributed.all_gather(prediction, group=group))
-            exchanges.append(perf_counter() - start)
-        found["exchange"] = statistics.median(exchanges)
+    prediction = mx.zeros((1, (size // 16) ** 2, 128))
+    for kind in map(str.strip, sys.stdin):
+        if kind == "exchange":
+            marks[:] = [perf_counter()]
+            for _ in range(20):
+                mx.eval(mx.distributed.all_gather(prediction, group=group))
+                marks.append(perf_counter())
+        else:
+            given = dict(
+                num_inference_steps=steps, height=size, width=size, guidance=4.0 if kind in ("one", "two") else 1.0
+            )
+            with tc.apply(flux, group=group if kind == "two" else None, steps="1" * steps):
+                flux.generate_image(prompt="red apple", seed=1, **given)
+        print(ANSWER + json.dumps([b - a for a, b in pairwise(marks[2:])]), flush=True)  # two steps trace and compile
+
+
+class Pair:
+    """Two ranks that ``serve``."""
+
+    def __init__(self, scratch: Path, cores: list[int], case: str) -> None:
+        with ExitStack() as held:
+            sockets = [held.enter_context(socket.socket()) for _ in range(2)]
+            for one in sockets:
+                one.bind(("127.0.0.1", 0))
+            hosts = scratch / "hosts.json"
+            hosts.write_text(json.dumps([[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]))
+        self._logs = [scratch / f"log{rank}" for rank in range(2)]
+        self._ranks = []
+        for rank, log in enumerate(self._logs):
+            env = os.environ | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
+            command = [sys.executable, *sys.argv, "--measure", "--case", case]
+            with pinned(cores[rank % len(cores)]), log.open("w") as err:
+                how: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True, bufsize=1)
+                self._ranks.append(subprocess.Popen(command, env=env, **how))
+
+    def ask(self, kind: str) -> list[list[float]]:
+        """Of the processes that make this kind the seconds of each step."""
+        asked = self._ranks[: 2 if kind in (*BOTH, "exchange") else 1]
+        for rank in asked:
+            print(kind, file=rank.stdin, flush=True)
+        return [self._answer(rank) for rank in asked]
+
+    def _answer(self, rank: Any) -> list[float]:
+        for line in rank.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        sys.exit(f"a process ended with exit code {rank.wait()}\n" + "\n".join(log.read_text() for log in self._logs))
+
+    def end(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+            rank.communicate()
+
+
+@contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """What starts in the block has this core, before any library counts cores; where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def measured(model: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0, 1]
+    fastest: list[list[dict[str, float]]] = []  # of each pair in each turn
+    exchanges = []
+    for _ in range(args.pairs):
+        with tempfile.TemporaryDirectory() as scratch:
+            pair = Pair(Path(scratch), cores, json.dumps([model, size, args.steps]))
+            try:
+                turns = [common.orders(list(KINDS), turn) for turn in range(args.turns)]
+                fastest.append([{kind: max(map(min, pair.ask(kind))) for kind in turn} for turn in turns])
+                exchanges += pair.ask("exchange")[0]
+            finally:
+                pair.end()
+    everything = [turn for turns in fastest for turn in turns]
+    n_tokens = (size // 16) ** 2
+    found: dict[str, Any] = {"model": model, "tokens": n_tokens, "cores": len(cores)}
+    found["bytes"] = n_tokens * 128 * 4  # of a prediction in float32
+    found["exchange_ms"] = 1e3 * statistics.median(exchanges)
+    for kind in KINDS:
+        found[f"{kind}_ms"] = 1e3 * statistics.median(turn[kind] for turn in everything)
+        ratio = common.summary([[turn[kind] / turn["one"] for turn in turns] for turns in fastest])
+        ratio["fastest"] = min(turn[kind] for turn in everything) / min(turn["one"] for turn in everything)
+        found[f"{kind}_to_one"] = ratio
+    del found["one_to_one"]
+    found["two_to_apart"] = common.summary([[turn["two"] / turn["apart"] for turn in turns] for turns in fastest])
     return found
 
 
-def by_two_processes(*options: str) -> dict[str, float]:
-    """What the first rank gives to ``common.answer``."""
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(2)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        hosts = Path(scratch) / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]))
-        held.close()
-        command, env = [sys.executable, *sys.argv, "--measure", *options], os.environ | {"MLX_HOSTFILE": str(hosts)}
-        how: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        ranks = [subprocess.Popen(command, env=env | {"MLX_RANK": str(rank)}, **how) for rank in range(2)]
-        said = [rank.communicate() for rank in ranks]
-        for rank, (_, err) in zip(ranks, said, strict=True):
-            if rank.returncode:
-                sys.exit(f"a process ended with exit code {rank.returncode}\n{err}")
-        answer: dict[str, float] = json.loads(said[0][0].splitlines()[-1])
-        return answer
-
-
 def parse() -> argparse.Namespace:
-    parser = common.parser(__doc__, quick="the wide model, 2 turns")
+    parser = common.parser(__doc__, quick="the widest model, 2 pairs, 3 turns")
     models = [m for m in bench_step.MODELS if m != "demo"]
     parser.add_argument("--models", nargs="+", choices=bench_step.MODELS, default=models, help="default: %(default)s")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="image side in pixels (default 256)")
-    parser.add_argument("--steps", type=int, default=6, help="of each image (default 6)")
-    parser.add_argument("--turns", type=int, default=4, help="of all kinds (default 4)")
+    parser.add_argument("--steps", type=int, default=5, help="of each image (default 5)")
+    parser.add_argument("--turns", type=int, default=4, help="of all kinds, by each pair (default 4)")
+    parser.add_argument("--pairs", type=int, default=5, help="of processes, one after the other (default 5)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)  # of this process
-    args = common.parse(parser, models=["wide"], turns=2)
-    if args.steps < 3 or args.turns < 1 or any(size < 16 or size % 16 for size in args.sizes):
-        parser.error("--steps must be at least 3, --turns at least 1, --sizes multiples of 16")
+    args = common.parse(parser, models=models[-1:], pairs=2, turns=3)
+    if args.steps < 4 or min(args.turns, args.pairs) < 1 or any(size < 16 or size % 16 for size in args.sizes):
+        parser.error("--steps must be at least 4, --turns and --pairs at least 1, --sizes multiples of 16")
     return args
 
 
 def main() -> None:
     args = parse()
     if args.measure:
-        common.answer(measure(*args.case, args.steps, args.process))
-    results = []
-    for model in args.models:
-        for size in args.sizes:
-            turns: list[dict[str, Any]] = []
-            for turn in range(args.turns):
-                seconds = {}
-                for kind in common.orders(list(KINDS), turn):
-                    case = "--case", json.dumps([kind, model, size])
-                    if kind == "two":
-                        seconds[kind] = by_two_processes(*case)
-                    else:
-                        (seconds[kind],) = common.in_fresh_processes(1, *case, first=turn)
-                turns.append(seconds)
-            result = {"model": model, "tokens": (size // 16) ** 2}
-            result |= {f"{kind}_ms": 1e3 * statistics.median(t[kind]["step"] for t in turns) for kind in KINDS}
-            result["exchange_ms"] = 1e3 * statistics.median(t["two"]["exchange"] for t in turns)
-            for kind in ("two", "branch"):
-                result[f"{kind}_to_one"] = common.summary([[t[kind]["step"] / t["one"]["step"]] for t in turns])
-            results.append(result)
-    common.finish(args, common.collect(args, {"turns": args.turns, "results": results}, *DISTRIBUTIONS), report)
+        serve(*args.case)
+    else:
+        results = [measured(model, size, args) for model in args.models for size in args.sizes]
+        about = {"turns": args.turns, "pairs": args.pairs, "results": results}
+        common.finish(args, common.collect(args, about, *DISTRIBUTIONS), report)
 
 
 def report(data: dict[str, Any]) -> None:
     common.print_header(data)
-    print(f"\nA computed step with guidance 4, float32, {data['turns']} turns\n")
-    lines = [["model", "S", *(f"{name}, ms" for name in KINDS.values()), "to one process", "the limit", "exchange, ms"]]
+    print(f"\nA computed step with guidance 4, float32, {data['pairs']} pairs of processes, {data['turns']} turns\n")
+    lines = [["model", "S", "", "ms", "to one process", "by the fastest steps"]]
     claims = []
     for result in data["results"]:
-        ratio, limit = result["two_to_one"], result["branch_to_one"]
-        cells = [result["model"], str(result["tokens"]), *(f"{result[f'{kind}_ms']:.2f}" for kind in KINDS)]
-        cells += [common.ratio_cell(ratio), common.ratio_cell(limit), f"{result['exchange_ms']:.2f}"]
-        lines.append(cells)
-        claims.append(common.claim(f"{result['model']}, S = {result['tokens']}: two / one", ratio, at_most=0.6))
-    common.print_table(lines, left=1)
+        for kind, name in KINDS.items():
+            ratio = result.get(f"{kind}_to_one")
+            cells = ["1", "1"] if ratio is None else [common.ratio_cell(ratio), f"{ratio['fastest']:.2f}"]
+            lines.append([result["model"], str(result["tokens"]), name, f"{result[f'{kind}_ms']:.2f}", *cells])
+        exchange = f"the exchange alone, {result['bytes']} bytes each way"
+        lines.append([result["model"], str(result["tokens"]), exchange, f"{result['exchange_ms']:.2f}", "", ""])
+        if result["cores"] > 1:
+            name = f"{result['model']}, S = {result['tokens']}: two processes"
+            claims.append(common.claim(f"{name} to one, limit 0.5", result["two_to_one"], at_most=0.6))
+            claims.append(common.claim(f"{name} to two without exchange", result["two_to_apart"], at_most=1.05))
+    common.print_table(lines, left=3)
     print(f"\n{common.NOISE_NOTE}")
+    if not claims:
+        print("Both processes had the same core: the ratios say nothing.")
     common.print_claims(claims)
 
 

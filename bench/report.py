@@ -26,6 +26,7 @@ QUESTIONS = {
     "bench_gate": "What does the gate cost, beside other gates and the fewest bytes?",
     "bench_branch": "What does the conditional cost, beside other ways to leave work out?",
     "bench_memory": "How much memory does gating take?",
+    "bench_distributed": "What do two processes give that compute a step's two branches?",
 }
 
 # What a table of the files in results/ alone does not say. The page's only words by hand.

@@ -1,9 +1,9 @@
 """One process of several, for test_distributed.py: does what a file says, one job after the other.
 
-``python ranks.py JOBS FOLDER``: JOBS is JSON, a list of ``["run", arguments of mlx-teacache-fast ...]``, ``["dies", N,
-arguments ...]``, whose rank 1 kills itself after N pictures, ``["latents"]``, ``["errors"]`` and ``["gone"]``. What
-came of them goes into FOLDER, for each rank. In arguments ``RANK`` is the rank's number. ["latents", NAME ...] is of
-other families. FLUX.2 has the embedded model's weights.
+``python ranks.py JOBS FOLDER``: JOBS is JSON, a list of ``["run", arguments of mlx-teacache-fast ...]``, ``["tune", the
+same]``, ``["dies", N, arguments ...]``, whose rank 1 kills itself after N pictures, ``["latents"]``, ``["errors"]`` and
+``["gone"]``. What came of them goes into FOLDER, for each rank. In arguments ``RANK`` is the rank's number.
+["latents", NAME ...] is of other families. FLUX.2 has the embedded model's weights.
 """
 
 import contextlib
@@ -179,8 +179,8 @@ def embedded(model: Any, model_config: Any, **_: Any) -> None:
 
 def _do(kind: str, *given: Any) -> Any:
     match kind:
-        case "run":
-            return _run(["run", *given])
+        case "run" | "tune":
+            return _run([kind, *given])
         case "dies":
             with _dying(given[0]):
                 return _run(["run", *given[1:]])

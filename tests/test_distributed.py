@@ -2,13 +2,14 @@
 
 import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,12 +25,15 @@ from PIL import Image
 from test_cli import run
 
 import mlx_teacache_fast
-from mlx_teacache_fast import TeaCacheError, TeaCacheValueError, Trace, distributed
+from mlx_teacache_fast import TeaCacheError, TeaCacheValueError, Trace, Tuned, distributed
 
 HERE = Path(__file__).parent
 GENERATE = ["mflux-generate-flux2", "--model", "flux2-klein-base-4b", "--prompt", "red apple"]
 GENERATE += ["--width", "32", "--height", "32", "--steps", "6"]
 SEEDS = [*range(10), 2**63, 7]  # of two equal ones mflux numbers the second file
+PROMPTS = ["red apple", "cat face", "pizza", "sun", "red heart"]
+TUNE = ["demo", "--steps", "8", "--size", "32", "--guidance", "1", "--budget", "0.5", "--candidates", "3"]
+TUNE += ["--curve", "0.3", "--held-out", "2", "--prompts"]
 
 
 def command(folder, *options, own=()):
@@ -81,6 +85,7 @@ def alone(tmp_path_factory):
     """One process's pictures and what it printed."""
     mx.set_default_device(mx.cpu)
     folder = tmp_path_factory.mktemp("alone")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Flux2Initializer, "init", ranks.embedded)
         seeds = ["--seed", *map(str, SEEDS)]
@@ -100,7 +105,7 @@ def together(alone, tmp_path_factory):
     (folder / "failed" / "6").write_text("a file where a folder is wanted")
     seeds = ["--seed", *map(str, SEEDS)]
     failing = ["--seed", "5", "6", "7", "8", "--output", str(folder / "failed" / "{seed}" / "apple.png")]
-    ending = folder / "ending.py"
+    prompts, ending = str(alone / "prompts.txt"), folder / "ending.py"
     ending.write_text(
         "import os, sys\nprint('a reason')\nsys.exit('rank 1 has enough' if os.environ['MLX_RANK'] == '1' else None)"
     )
@@ -114,6 +119,8 @@ def together(alone, tmp_path_factory):
         ["errors"],
         ["run", "--", str(ending)],
         ["run", "--like", str(alone / "apple_seed_RANK.png"), "--", "mflux-generate-flux2"],
+        ["tune", *TUNE, prompts, "--output", str(folder / "tuned.json")],
+        ["tune", *TUNE, prompts, "--seed", "RANK", "--output", str(folder / "other.json")],
         ["gone"],
     )
     assert codes == [2, -signal.SIGKILL], [path.read_text() for path in folder.glob("log*")]
@@ -195,6 +202,13 @@ LAUNCH = "import mlx._distributed_utils.launch as of_mlx, select; own = select.s
 LAUNCH += "of_mlx.select = lambda read, write, *others: own(read, [], *others)\nof_mlx.main()"
 
 
+def mlx_launch(n, folder, *command):
+    """Arguments of a process, whose stdin must stay open."""
+    port = re.search(r":(\d+)", hosts(folder, 1).read_text())[1]
+    argv = [sys.executable, "-c", LAUNCH, "-n", str(n), "-p", port, "--backend", "ring", "--", sys.executable]
+    return [*argv, *map(str, command)]
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     """Three processes of mlx.launch, of which one is killed at the end; what they wrote, and what mlx.launch said."""
@@ -206,17 +220,10 @@ def three(tmp_path_factory):
         ["run", *command(folder / "shared", "--seed", "77")],
         ["dies", 1, *command(folder / "made", "--seed", *map(str, range(600)))],
     ]
-    port = re.search(r":(\d+)", hosts(folder, 1).read_text())[1]
-    argv = [sys.executable, "-c", LAUNCH, "-n", "3", "-p", port, "--backend", "ring", "--"]
+    argv = mlx_launch(3, folder, HERE / "ranks.py", json.dumps(jobs), folder)
     silent, end = os.pipe()
     try:
-        result = subprocess.run(
-            [*argv, sys.executable, HERE / "ranks.py", json.dumps(jobs), folder],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            stdin=silent,
-        )
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=200, stdin=silent)
     finally:
         os.close(silent)
         os.close(end)
@@ -282,6 +289,166 @@ def test_mlx_launch_ends_the_others(three):
         time.sleep(0.1)
 
 
+# ---- A rank that gets a signal
+
+# The command, with the embedded model's weights. Its process's number is in a file beside it.
+COMMAND = """import os, sys
+import mlx.core as mx
+with open(sys.argv[0] + os.environ["MLX_RANK"], "w") as file:
+    file.write(str(os.getpid()))
+from mlx_teacache_fast.cli import main
+import ranks
+mx.set_default_device(mx.cpu)
+ranks.Flux2Initializer.init = ranks.embedded
+sys.exit(main())
+"""
+
+
+def until(condition):
+    end = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+class Launched:
+    """mlx.launch's ``process``, and the numbers ``pids`` of its ranks' processes."""
+
+    def __init__(self, n, folder, *arguments):
+        self.log = folder / "log"
+        script = folder / "mlx-teacache-fast"
+        script.write_text(COMMAND)
+        argv = mlx_launch(n, folder, script, *arguments)
+        with self.log.open("w") as log:
+            how = dict(stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(argv, **how)
+        files = [folder / f"mlx-teacache-fast{rank}" for rank in range(n)]
+        until(lambda: all(file.is_file() and file.read_text() for file in files))
+        self.pids = [int(file.read_text()) for file in files]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def until(self, condition):
+        """Or mlx.launch has ended."""
+        until(lambda: self.process.poll() is not None or condition())
+
+    def kill(self, rank, number):
+        with suppress(ProcessLookupError):
+            os.kill(self.pids[rank], number)
+
+    def ended(self):
+        """What was said, and the exit codes that are not 0, when no process is left."""
+        self.process.wait(200)
+        until(lambda: not any(map(is_there, self.pids)))
+        said = self.log.read_text()
+        return said, {int(rank): int(code) for rank, code in re.findall(r"rank (\d) exited with code (\S+)", said)}
+
+
+def is_there(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture
+def made(tmp_path):
+    (tmp_path / "made").mkdir()
+    return tmp_path / "made"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rank_that_is_killed_at_any_moment(alone, made, seed):
+    rng, trace = random.Random(seed), made.with_name("trace.json")
+    n, after = 2 + seed % 2, rng.randrange(8)
+    victim = rng.randrange(n)
+    with Launched(n, made.parent, "run", *command(made, "--seed", *range(8), own=["--trace", trace])) as launched:
+        launched.until(lambda: len(list(made.iterdir())) >= after)
+        time.sleep(rng.uniform(0, 0.5 if after else 5))
+        launched.kill(victim, signal.SIGKILL)
+        said, codes = launched.ended()
+    assert launched.process.returncode == 0
+    assert "Traceback" not in said
+    names = [f"apple_seed_{seed}.png" for seed in range(8)]
+    found = sorted(made.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert {path.name for path in found} <= set(names)
+    of_one = pictures(alone)
+    cut = [path for path in found if not is_picture(path, of_one[path.name])]
+    if codes:
+        assert codes.pop(victim) == -signal.SIGKILL
+        assert set(codes.values()) <= {1, -signal.SIGTERM}
+        assert cut in ([], [path for path in found if path.name in names[victim::n]][-1:])  # it may have been writing
+    else:
+        assert (len(found), cut) == (8, [])
+        assert len(Trace.from_json(trace).generations) == 8
+
+
+def is_picture(path, expected):
+    with suppress(OSError):
+        return np.array_equal(np.asarray(Image.open(path)), expected)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_on_one_rank(alone, made, rank):
+    """The other makes its part."""
+    trace = made.with_name("trace.json")
+    with Launched(2, made.parent, "run", *command(made, "--seed", *range(8), own=["--trace", trace])) as launched:
+        launched.until(lambda: (made / f"apple_seed_{rank}.png").exists())
+        launched.kill(rank, signal.SIGINT)
+        said, codes = launched.ended()
+    assert codes.pop(rank) in (1, 130)  # in a picture's loop mflux says that it stops; between pictures we do
+    assert codes == {1 - rank: 1}
+    assert f"rank {rank} has not made seeds" in said
+    assert "Traceback" not in said
+    of_one, found = pictures(alone), pictures(made)
+    assert {f"apple_seed_{seed}.png" for seed in range(1 - rank, 8, 2)} < found.keys()
+    assert_equal(found, {name: of_one[name] for name in found})
+    assert len(Trace.from_json(trace).generations) == len(found) < 8
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_all_ranks(alone, made):
+    """As a terminal sends it, also to mlx.launch, which ends with a traceback of its own."""
+    with Launched(2, made.parent, "run", *command(made, "--seed", *range(10))) as launched:
+        launched.until(lambda: any(made.iterdir()))
+        os.killpg(launched.process.pid, signal.SIGINT)
+        said, codes = launched.ended()
+    assert set(codes) == {0, 1}
+    assert set(codes.values()) <= {1, 130}
+    assert said.count("Traceback") == 1
+    of_one, found = pictures(alone), pictures(made)
+    assert_equal(found, {name: of_one[name] for name in found})
+    assert len(found) < 10
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_rank_that_waits(alone, made):
+    with Launched(2, made.parent, "run", *command(made, "--seed", *range(4))) as launched:
+        launched.until(lambda: (made / "apple_seed_0.png").exists())
+        launched.kill(0, signal.SIGSTOP)
+        launched.until(lambda: (made / "apple_seed_3.png").exists())
+        time.sleep(1)
+        launched.kill(1, signal.SIGINT)
+        launched.kill(0, signal.SIGCONT)
+        said, codes = launched.ended()
+    assert codes.pop(1) == 130
+    assert codes in ({0: 1}, {0: -signal.SIGTERM}), said
+    assert "mlx-teacache-fast run: error: interrupted" in said
+    assert "Traceback" not in said
+    of_one = pictures(alone)
+    assert_equal(pictures(made), {name: of_one[name] for name in (f"apple_seed_{seed}.png" for seed in range(4))})
+
+
 WRITING = "import os, signal\nfrom mlx_teacache_fast.files import uninterrupted\nme = os.getpid()\n"
 
 
@@ -307,6 +474,67 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert done.stdout == "SIG_DFL default_int_handler\n", done.stderr
+
+
+# ---- Tuning
+
+
+@pytest.fixture(scope="module")
+def tuned(alone):
+    """By one process: the file, and what was printed."""
+    mx.set_default_device(mx.cpu)
+    path = alone / "tuned.json"
+    result = run("tune", *TUNE, alone / "prompts.txt", "--output", path)
+    assert result.code == 0, result.err
+    return path, result.out
+
+
+def test_two_ranks_tune_as_one(tuned, together):
+    folder, jobs, other = together
+    path, out = tuned
+    assert (jobs[7]["code"], other[7]["code"]) == (0, 0), jobs[7]["err"] + other[7]["err"]
+    for suffix in (".json", ".png"):
+        assert (folder / "tuned").with_suffix(suffix).read_bytes() == path.with_suffix(suffix).read_bytes()
+    assert jobs[7]["out"] == out.replace(str(path.parent), str(folder))
+    assert "on 2 ranks: about" in jobs[7]["err"]
+    assert (other[7]["out"], other[7]["err"]) == ("", "")
+
+
+def test_ranks_that_tune_with_other_arguments(together):
+    folder, *of_ranks = together
+    for jobs in of_ranks:
+        assert jobs[8]["code"] == 2
+        message = "seed must be the same on all ranks, got '0' on rank 0 and '1' on rank 1"
+        assert jobs[8]["err"] == f"mlx-teacache-fast tune: error: {message}\n"
+    assert not (folder / "other.json").exists()
+
+
+@pytest.mark.slow
+def test_three_ranks_tune_as_one(alone, tuned, tmp_path):
+    path = tmp_path / "tuned.json"
+    done, codes = launched(3, tmp_path, ["tune", *TUNE, str(alone / "prompts.txt"), "--output", str(path)])
+    assert codes == [0, 0, 0], done
+    assert path.read_bytes() == tuned[0].read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_tuning_goes_on_where_a_rank_was_killed(alone, tuned, tmp_path, victim):
+    path = tmp_path / "tuned.json"
+    arguments = ["tune", *TUNE, alone / "prompts.txt", "--resume", "--output", path]
+    with Launched(2, tmp_path, *arguments) as launched:
+        launched.until(lambda: path.exists() and len(Tuned.from_json(path).tried) > 3)
+        launched.kill(victim, signal.SIGKILL)
+        said, codes = launched.ended()
+    assert codes.pop(victim) == -signal.SIGKILL
+    assert codes in ({1 - victim: 1}, {1 - victim: -signal.SIGTERM})
+    assert "Traceback" not in said
+    before = Tuned.from_json(path)
+    assert 3 < len(before.tried) < len(Tuned.from_json(tuned[0]).tried)
+    with Launched(3, tmp_path, *arguments) as launched:
+        said, codes = launched.ended()
+    assert not codes, said
+    assert path.read_bytes() == tuned[0].read_bytes()
 
 
 # ---- Guidance in parallel
@@ -390,5 +618,5 @@ def test_what_is_refused(together):
 
 def test_a_rank_that_is_gone_in_a_picture(together):
     _, jobs, other = together
-    assert jobs[7].startswith("TeaCacheError: another rank is gone: [ring]")
-    assert len(other) == 7
+    assert jobs[9].startswith("TeaCacheError: another rank is gone: [ring]")
+    assert len(other) == 9

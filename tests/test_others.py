@@ -20,9 +20,10 @@ import mlx_teacache_fast as tc
 from mlx_teacache_fast import errors
 from mlx_teacache_fast.mflux import families, others
 from mlx_teacache_fast.mflux.hook import NEWEST_VERIFIED_MFLUX, hook_of
+from mlx_teacache_fast.mflux.pictures import ending
 from mlx_teacache_fast.models import VARIANTS
 from mlx_teacache_fast.step.generation import Generation
-from mlx_teacache_fast.tuning.full import full_runs
+from mlx_teacache_fast.tuning.full import FullRuns, full_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
 
@@ -410,8 +411,8 @@ def test_full_runs_are_recorded(small: Small, photo: Path) -> None:
     given = small.arguments(photo) | dict(guidance=4.0)
     prompt = given.pop("prompt")
     given.pop("seed")
-    with small.pipeline(mx.float32) as flux:
-        runs = full_runs(flux, [(prompt, 1), (prompt, 2)], 1, given, lambda _: None, lambda *_: None)
+    with small.pipeline(mx.float32) as flux, ending(flux) as end:
+        runs = FullRuns.of([full_run(flux, end, (prompt, i), given, is_learnt=i == 1) for i in (1, 2)])
     (products,) = runs.products
     assert products.shape == (6, 6)
     assert len(runs.sigmas) == 7

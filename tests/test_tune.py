@@ -29,7 +29,7 @@ from mlx_teacache_fast.mflux.pictures import ending, generate, psnr
 from mlx_teacache_fast.record.trace import replay
 from mlx_teacache_fast.step.forecast import weights
 from mlx_teacache_fast.step.rules import budgeted
-from mlx_teacache_fast.tuning.full import full_runs, polynomial, threshold
+from mlx_teacache_fast.tuning.full import FullRuns, full_run, polynomial, threshold
 from mlx_teacache_fast.tuning.report import text
 from mlx_teacache_fast.tuning.solve import Recorded, neighbours
 
@@ -163,9 +163,14 @@ def test_a_picture_of_other_latents(flux: Any, photo: Path, strength: float | No
         np.testing.assert_array_equal(generate(flux, "cat face", 2, options), second)
 
 
+def full_runs(flux: Any, prompts: list[str], n_learnt: int) -> FullRuns:
+    with ending(flux) as end:
+        return FullRuns.of([full_run(flux, end, (p, 1), SMALL, is_learnt=i < n_learnt) for i, p in enumerate(prompts)])
+
+
 def test_products_are_of_what_predictions_change_in_the_picture(flux: Any) -> None:
     """The same by the codec itself."""
-    runs = full_runs(flux, [("red apple", 1), ("pizza", 1)], 1, SMALL, lambda _: None, lambda *_: None)
+    runs = full_runs(flux, ["red apple", "pizza"], 1)
     assert [len(part) for part in (runs.pictures, runs.products, runs.trace.generations)] == [2, 1, 1]
     with noises(flux) as noting, ending(flux) as end:
         np.testing.assert_array_equal(generate(flux, "red apple", 1, SMALL), runs.pictures[0])
@@ -187,8 +192,7 @@ def test_products_are_of_what_predictions_change_in_the_picture(flux: Any) -> No
 
 
 def test_the_polynomial(flux: Any) -> None:
-    cases = [("red apple", 1), ("cat face", 1), ("pizza", 1)]
-    runs = full_runs(flux, cases, 2, SMALL, lambda _: None, lambda *_: None)
+    runs = full_runs(flux, ["red apple", "cat face", "pizza"], 2)
     # Nothing is measured in the forced first and last steps, nor in the one after the first: 7 pairs a picture.
     assert [pairs.shape for pairs in runs.pairs] == 3 * [(7, 2)]
     found, (x, y) = polynomial(runs), np.concatenate(runs.pairs[:2]).T

@@ -3,12 +3,14 @@
 ``mlx.launch`` starts the processes and ``mx.distributed`` moves the data. docs/distributed.md says how.
 """
 
+import base64
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -82,21 +84,32 @@ def share(items: Iterable[T], group: Group | None = None) -> list[T]:
 
 
 def gathered(group: Group, stage: str, value: Any) -> list[Any]:
-    """What each rank gives, of JSON's kinds, by rank. All must call this, at the same ``stage``.
+    """What each rank gives, of JSON's kinds and bytes, by rank. All must call this, at the same ``stage``.
 
     Raises:
         TeaCacheError: Another rank is gone, or is at another stage: there something failed.
     """
-    text = json.dumps([stage, value]).encode()
+    text = json.dumps([stage, value], default=_encoded).encode()
     with others_wanted():
         sizes = cast(list[int], mx.distributed.all_gather(mx.array([len(text)]), group=group).tolist())
-        padded = mx.array(list(text.ljust(max(sizes))), dtype=mx.uint8)
+        padded = mx.array(cast(Any, memoryview(text.ljust(max(sizes)))))
         rows = mx.distributed.all_gather(padded[None], group=group)
-        given = [json.loads(bytes(cast(list[int], row.tolist()))) for row in rows]
+        mx.eval(rows)  # here an error is raised; where bytes() reads it, it would end the process
+        given = [json.loads(bytes(cast(Any, row)), object_hook=_decoded) for row in rows]
     for rank, (its_stage, _) in enumerate(given):
         if its_stage != stage:
             raise TeaCacheError(f"rank {rank} failed, which its own message is about")
     return [value for _, value in given]
+
+
+def _encoded(value: Any) -> dict[str, str]:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} is none of JSON's kinds")
+    return {"base64": base64.b64encode(value).decode()}
+
+
+def _decoded(data: dict[str, Any]) -> Any:
+    return base64.b64decode(data["base64"]) if data.keys() == {"base64"} else data
 
 
 def check_equal(group: Group, stage: str, **values: Any) -> None:
@@ -113,6 +126,46 @@ def check_equal(group: Group, stage: str, **values: Any) -> None:
 def installed() -> dict[str, str | None]:
     """What must be the same on all machines."""
     return {name: version_of(name) for name in ("mlx-teacache-fast", "mlx", "mflux")}
+
+
+# ---- Jobs that rank 0 has and all ranks do
+
+
+def done(make: Callable[..., Any], jobs: Sequence[Sequence[Any]], group: Group | None) -> Iterator[Any]:
+    """What ``make`` gives of each of rank 0's jobs, in their order; the others call ``assist`` meanwhile.
+
+    Of as many jobs as there are ranks each rank does one, then of the next ones. In one process all, one by one.
+
+    Args:
+        make: The same on all ranks.
+        jobs: ``make``'s arguments, of JSON's kinds, as is what it gives, or bytes.
+
+    Raises:
+        TeaCacheError: Another rank is gone.
+    """
+    if group is None:
+        return starmap(make, jobs)
+    gathered(group, "jobs", jobs)
+    return _in_rounds(make, jobs, group)
+
+
+def assist(make: Callable[..., Any], group: Group) -> Any:
+    """Do this rank's part of what rank 0 has ``done``, until it says what this returns, by ``dismiss``."""
+    while isinstance(jobs := gathered(group, "jobs", None)[0], list):
+        for _ in _in_rounds(make, jobs, group):
+            pass
+    return jobs
+
+
+def dismiss(value: dict[str, Any], group: Group) -> None:
+    """Rank 0 has no more jobs."""
+    gathered(group, "jobs", value)
+
+
+def _in_rounds(make: Callable[..., Any], jobs: Sequence[Sequence[Any]], group: Group) -> Iterator[Any]:
+    n = group.size()
+    rounds = (share(jobs[i : i + n], group) for i in range(0, len(jobs), n))
+    return chain.from_iterable(chain.from_iterable(gathered(group, "done", list(starmap(make, own))) for own in rounds))
 
 
 # ---- Guidance in parallel: of each picture one branch on each of two ranks

@@ -117,8 +117,8 @@ class Rank:
     def _gathered(self, stage: str, value: Any) -> list[Any]:
         try:
             return gathered(self.group, stage, value)
-        except TeaCacheError:
-            self._failed = True  # nobody listens any more
+        except BaseException:  # Ctrl-C too, after which this rank is not where the others are
+            self._failed = True
             raise
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import distributed
 from ..errors import TeaCacheValueError
 from ..files import check_writable, write_file
 from ..models import REGIMES
 from ..policy import Policy, settings
 from ..tuning.tuned import BUDGET, CANDIDATES, CURVE, Tuned
+from . import ranks
 from .shared import (
     COUNT,
     DEMO,
@@ -37,6 +39,7 @@ First each prompt is run with all steps. From these runs the best plans of sever
 gate's polynomial is fitted; then plans, tolerances, the gate, the rule or plan of apply(flux, budget=...) and plain
 mflux with fewer steps are run and compared with the full pictures, at last on prompts that were held out. It says at
 the beginning how long it takes. FILE is written after every picture: Ctrl-C loses nothing, and --resume goes on.
+Several processes that mlx.launch starts share the pictures, on one machine or more; rank 0 has FILE.
 """
 
 EPILOG = """\
@@ -60,6 +63,7 @@ examples:
   mlx-teacache-fast tune flux2-klein-base-4b -q 8 --steps 50 --guidance 4 --quick --output klein.json
   mlx-teacache-fast tune dev -q 8 --steps 25 --guidance 3.5 --prompts mine.txt --budget 0.3 --output dev.json
   mlx-teacache-fast tune demo.json --budget 0.2 --output faster.json
+  mlx.launch --hostfile hosts.json -- mlx-teacache-fast tune flux2-klein-base-4b -q 8 --output klein.json
   mlx-teacache-fast run --policy klein.json -- mflux-generate-flux2 --model flux2-klein-base-4b --steps 50 \\
       --guidance 4 --prompt "a red apple"
 
@@ -125,18 +129,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    group = distributed.world()
+    is_first = group is None or group.rank() == 0
     output, plot = arguments.output, beside(arguments.output, ".png")
     if arguments.resume and arguments.force:
         raise TeaCacheValueError("--resume goes on with FILE and --force begins anew: leave out either")
     if plot == output:
         raise TeaCacheValueError(f"{output} is to be the plot beside the policy: give the policy another name")
-    for path in (output, plot):
-        check_writable(path, force=arguments.force or arguments.resume)
-    if arguments.resume and output.exists():
-        Tuned.from_json(output)
-    elif arguments.resume:
-        print(f"{output} is not there: nothing to go on with, it begins anew", file=sys.stderr)
-    with quiet_logging():
+    if is_first:
+        for path in (output, plot):
+            check_writable(path, force=arguments.force or arguments.resume)
+        if arguments.resume and output.exists():
+            Tuned.from_json(output)
+        elif arguments.resume:
+            print(f"{output} is not there: nothing to go on with, it begins anew", file=sys.stderr)
+    if group is not None:
+        others = ("run", "mflux", "at_end")  # no options of this command
+        options = {name: str(value) for name, value in vars(arguments).items() if name not in others}
+        distributed.check_equal(group, "start", **distributed.installed(), **options)
+    with quiet_logging(), ranks.said_once(group):
         require_mflux()
         _check(arguments)
         from ..demo._extra import demo_extra
@@ -147,6 +158,8 @@ def run(arguments: argparse.Namespace) -> int:
             from ..tuning import report
             from ..tuning.tune import tune
 
+    if _is_file(arguments.model) and not is_first:
+        return 0
     if _is_file(arguments.model):
         tuned = Tuned.from_json(arguments.model)
         tuned.budget = arguments.budget
@@ -154,15 +167,19 @@ def run(arguments: argparse.Namespace) -> int:
             raise TeaCacheValueError(f"{arguments.model} has nothing with a budget of {arguments.budget:g}")
         tuned.to_json(output, force=arguments.force)
     else:
-        with warnings_in_one_line():
+        with warnings_in_one_line(), ranks.said_once(group):
             flux, prompts, given = _load(arguments)
             before = _written_at(output)
             try:
-                tuned = tune(flux, prompts, path=output, progress=True, **given)
-            except BaseException:  # Ctrl-C above all
-                if _written_at(output) != before:  # the plot is of what the file has
+                tuned = tune(flux, prompts, path=output, progress=is_first, group=group, **given)
+            except BaseException as error:  # Ctrl-C above all
+                if is_first and _written_at(output) != before:  # the plot is of what the file has
                     write_file(plot, report.plot(Tuned.from_json(output)), force=True)
+                if group is not None:
+                    error.add_note(f"rank {group.rank()} has ended: --resume goes on with what rank 0 has in {output}")
                 raise
+        if not is_first:
+            return 0
     write_file(plot, report.plot(tuned), force=arguments.force or arguments.resume)
     print(f"{report.heading(tuned)}; PSNR against all steps, dB\n\n{report.text(tuned)}\n")
     if (r2 := (tuned.polynomial or {}).get("held_out_r2")) is not None:

@@ -36,7 +36,7 @@ class Trace:
     @property
     def record(self) -> dict[str, Any]:
         """All of it in JSON's kinds, for ``of_record``."""
-        generations = list(map(asdict, self.generations))
+        generations = [{"steps": list(map(asdict, g.steps)), "seconds": g.seconds} for g in self.generations]
         return {"variant_id": self.variant_id, "policy": self.policy.flat, "generations": generations}
 
     @classmethod

@@ -4,10 +4,10 @@ import bisect
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..errors import InternalStateError, TeaCacheWarning
 from ..handle import apply
-from ..mflux.pictures import Ending, Image, ending, generate, predictions
+from ..mflux.pictures import Ending, Image, generate, predictions
 from ..policy import Gate
 from ..record.trace import Trace, replay
 from .solve import Array
@@ -45,49 +45,64 @@ class FullRuns:
     pairs: list[Array]
     trace: Trace
 
+    @classmethod
+    def of(cls, runs: Sequence[Mapping[str, Any]]) -> Self:
+        """Of each case's ``full_run``."""
+        learnt = [run for run in runs if run["products"] is not None]
+        traces = [Trace.of_record(run["trace"]) for run in learnt]
+        return cls(
+            [unpacked(run["picture"]) for run in runs],
+            runs[0]["sigmas"],
+            [np.array(run["products"]) for run in learnt],
+            [np.array(run["pairs"]).reshape(-1, 2) for run in runs],
+            replace(traces[0], generations=tuple(trace.generations[0] for trace in traces)),
+        )
 
-def full_runs(
-    flux: Any,
-    cases: Sequence[Case],
-    n_learnt: int,
-    options: Mapping[str, Any],
-    began: Callable[[str], None],
-    first_took: Callable[[float, float], None],
-) -> FullRuns:
-    """Run all steps of all cases.
+
+def full_run(flux: Any, end: Ending, case: Case, options: Mapping[str, Any], *, is_learnt: bool) -> dict[str, Any]:
+    """Run all steps of a case.
 
     Args:
         flux: Not gated.
-        cases: What.
-        n_learnt: So many of them are to learn from.
+        end: Of its generations.
+        case: Which.
         options: ``generate_image``'s.
-        began: Called with each case's prompt.
-        first_took: Called after the first case with the seconds of its picture, and of looking at its predictions.
+        is_learnt: Whether it is to learn from.
+
+    Returns:
+        dict: For ``FullRuns.of``, of JSON's kinds and bytes; ``seconds`` that its picture took, and the look at its
+            predictions.
     """
-    pictures, products, pairs, generations, sigmas = [], [], [], [], list[float]()
-    with ending(flux) as end:
-        for i, (prompt, seed) in enumerate(cases):
-            began(prompt)
-            start = perf_counter()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", TeaCacheWarning)  # nothing is to be skipped
-                handle = apply(
-                    flux, rel_l1_thresh=1.0, coefficients=(0, 0, 0, 1, 0), max_consecutive_skips=0, forecast=0
-                )
-            with handle, predictions(flux, options.get("guidance") or 1.0) as recorder:
-                pictures.append(generate(flux, prompt, seed, options))
-            if handle.stats.last_generation is None:
-                raise InternalStateError("a generation did not go through the gate, and its steps are not known")
-            seconds = perf_counter() - start
-            values, sigmas = recorder.values(end.latents.size), recorder.sigmas
-            distances = [(s.index, s.rel_l1) for s in handle.stats.last_generation.steps if s.rel_l1 is not None]
-            pairs.append(np.array([(d, _change(values[k - 1], values[k])) for k, d in distances]).reshape(-1, 2))
-            if i < n_learnt:
-                generations.append(handle.stats.last_generation)
-                products.append(_products(end, flux, values, pictures[i], prompt, seed, options))
-            if i == 0:
-                first_took(seconds, perf_counter() - start - seconds)
-    return FullRuns(pictures, sigmas, products, pairs, replace(handle.trace, generations=tuple(generations)))
+    start = perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TeaCacheWarning)  # nothing is to be skipped
+        handle = apply(flux, rel_l1_thresh=1.0, coefficients=(0, 0, 0, 1, 0), max_consecutive_skips=0, forecast=0)
+    with handle, predictions(flux, options.get("guidance") or 1.0) as recorder:
+        picture = generate(flux, *case, options)
+    if handle.stats.last_generation is None:
+        raise InternalStateError("a generation did not go through the gate, and its steps are not known")
+    seconds = perf_counter() - start
+    values = recorder.values(end.latents.size)
+    distances = [(s.index, s.rel_l1) for s in handle.stats.last_generation.steps if s.rel_l1 is not None]
+    products = _products(end, flux, values, picture, case, options).tolist() if is_learnt else None
+    return {
+        "picture": packed(picture),
+        "sigmas": recorder.sigmas,
+        "products": products,
+        "pairs": [(d, _change(values[k - 1], values[k])) for k, d in distances],
+        "trace": handle.trace.record,
+        "seconds": (seconds, perf_counter() - start - seconds),
+    }
+
+
+def packed(picture: Image) -> tuple[bytes, Any]:
+    """For ``unpacked``, here or on another rank."""
+    return picture.tobytes(), picture.shape
+
+
+def unpacked(data: tuple[bytes, Any]) -> Image:
+    pixels, shape = data
+    return np.frombuffer(pixels, np.uint8).reshape(shape)
 
 
 def _change(before: npt.NDArray[np.float32], now: npt.NDArray[np.float32]) -> float:
@@ -95,7 +110,7 @@ def _change(before: npt.NDArray[np.float32], now: npt.NDArray[np.float32]) -> fl
 
 
 def _products(
-    end: Ending, flux: Any, values: npt.NDArray[np.float32], picture: Image, prompt: str, seed: int, options: Any
+    end: Ending, flux: Any, values: npt.NDArray[np.float32], picture: Image, case: Case, options: Mapping[str, Any]
 ) -> Array:
     """Mean products of what the picture changes by along each prediction, for as much of it as the latents have.
 
@@ -105,7 +120,7 @@ def _products(
     for value in values:
         parts.append(STEP * float(mx.sqrt(mx.mean(latents**2)).item() / max(np.sqrt(np.mean(value**2)), 1e-12)))
         moved = latents + parts[-1] * mx.array(value).reshape(latents.shape)
-        other = end.picture(moved.astype(end.latents.dtype), flux, prompt, seed, options)
+        other = end.picture(moved.astype(end.latents.dtype), flux, *case, options)
         if other is None:
             return np.asarray(values.astype(np.float64) @ values.T.astype(np.float64) / values.shape[1])
         changes.append(other.astype(np.int16).ravel() - picture.ravel())

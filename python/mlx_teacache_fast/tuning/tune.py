@@ -7,7 +7,7 @@ plain mflux with fewer steps, all of them compared with the full pictures.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +15,19 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from ..distributed import Group, assist, check_equal, dismiss, done, installed
 from ..errors import TeaCacheValueError
 from ..files import check_writable
 from ..handle import apply
-from ..mflux.pictures import generate, progress_bar, psnr
+from ..mflux.pictures import ending, generate, progress_bar, psnr
 from ..plans import published_plans
 from ..policy import MODES, Budget, Gate, Policy, Steps, Tolerance, as_text, step_count
 from ..step.rules import budgeted
-from .full import Case, FullRuns, full_runs, polynomial, threshold
+from .full import Case, FullRuns, full_run, packed, polynomial, threshold, unpacked
 from .solve import Plan, Proposal, Recorded
 from .tuned import BUDGET, CANDIDATES, CURVE, IDENTICAL, Kind, Tried, Tuned, as_json, limit
 
+Job = tuple[str, int, dict[str, Any] | int | None]  # what it is called, of which case, how (None: all steps)
 TOLERANCES = (*MODES.values(), 0.4)
 _GUESS = 0.4  # share of the steps that a tolerance computes, for saying how long it takes
 
@@ -44,6 +46,7 @@ def tune(
     force: bool = False,
     resume: bool = False,
     progress: bool = False,
+    group: Group | None = None,
     **options: Any,
 ) -> Tuned:
     """Find the policy that gives the best pictures of this model and schedule within a budget.
@@ -62,6 +65,8 @@ def tune(
         resume: Go on with ``path`` if it is there, which was written with the same arguments, of the same model;
             ``budget``, ``curve`` and ``candidates`` may be others. What is in it is not run again.
         progress: Show on stderr how long it takes, and a bar.
+        group: Of ranks that make the pictures together, as of ``mx.distributed.init()``; each calls this with the same
+            arguments. Rank 0 decides, reads and writes ``path``, and shows the bar.
         **options: ``generate_image``'s: ``num_inference_steps`` (default here: 50), ``guidance``, ``height``, ...
 
     Returns:
@@ -71,6 +76,7 @@ def tune(
         TeaCacheValueError: Bad arguments; ``path`` exists, or cannot be gone on with; no budget leaves a choice.
         IncompatibleModelError, AlreadyPatchedError: As for ``apply``.
         OutputError: ``path`` cannot be written; OSError: not read.
+        TeaCacheError: Another rank is gone.
     """
     for name, value in {"prompts": prompts, "held_out": held_out, "seeds": seeds, "curve": curve}.items():
         may_be_empty = name in ("held_out", "curve")
@@ -93,15 +99,21 @@ def tune(
     tuned = Tuned(setup, num_steps, shares[0])
     if resume and path is None:
         raise TeaCacheValueError("resume needs the path of what to go on with")
+    if group is not None:
+        loras = [Path(lora).name for lora in setup["lora_paths"] or ()]
+        asked = {"budget": shares[0], "curve": shares[1:], "candidates": candidates}
+        check_equal(group, "tune", **installed(), **setup | {"lora_paths": loras}, **asked)
+    pairs = [(prompt, seed) for prompt in (*prompts, *held_out) for seed in seeds]
+    run = _Run(flux, tuned, pairs, shares, candidates, options, path, force or resume, group)
+    if group is not None and group.rank() > 0:
+        return run.assisting()
     if path is not None:
         check_writable(Path(path), force=force or resume, how="force=True")
         if resume and Path(path).exists():  # else it was interrupted before the first picture
-            tuned = Tuned.from_json(path)
-            tuned.check_same(setup, path)
-            tuned.budget = shares[0]
-    pairs = [(prompt, seed) for prompt in (*prompts, *held_out) for seed in seeds]
-    _Run(flux, tuned, pairs, shares, candidates, options, path, force or resume).all(progress)
-    return tuned
+            run.tuned = Tuned.from_json(path)
+            run.tuned.check_same(setup, path)
+            run.tuned.budget = shares[0]
+    return run.all(progress)
 
 
 def _counts(shares: Sequence[float], num_steps: int) -> dict[int, float]:
@@ -127,28 +139,39 @@ class _Run:
     options: dict[str, Any]
     path: str | Path | None
     force: bool
+    group: Group | None
     bar: Any = None
+    end: Any = None
 
-    def all(self, progress: bool) -> None:
+    def all(self, progress: bool) -> Tuned:
         tuned, learnt, total = self.tuned, self.tuned.learnt.stop, self.tuned.unseen.stop
         others, _ = self.left()
-        n_steps = self.options["num_inference_steps"] * (total + learnt + others) if others else 0
-        with progress_bar(self.flux, n_steps, disable=not progress) as self.bar:
+        n = math.ceil((total + learnt + others) / self.n_ranks) if others else 0  # that this rank makes
+        n_steps = n * self.options["num_inference_steps"]
+        with progress_bar(self.flux, n_steps, disable=not progress) as self.bar, ending(self.flux) as self.end:
             if not tuned.tried:
                 tuned.num_steps = len(self.runs.sigmas) - 1
             counts = _counts(self.shares, tuned.num_steps)
             for count, share in counts.items():
                 self.plans(count, share)
-            for tolerance in TOLERANCES:
-                self.measure("tolerance", None, Policy(rule=Tolerance(tolerance=tolerance), forecast=self.order))
-            for count in counts:
-                self.measure("fewer steps", count, None)
-                self.gate(count)
-            for t in tuned.curve():
-                if t.count is None or t.count in counts:
-                    self.measure(t.kind, t.count, t.policy, total)
+            tolerances = [Policy(rule=Tolerance(tolerance=value), forecast=self.order) for value in TOLERANCES]
+            self.measure(*(self.entry("tolerance", None, policy) for policy in tolerances))
+            self.measure(*(t for count in counts for t in (self.entry("fewer steps", count, None), *self.gates(count))))
+            self.measure(*(t for t in tuned.curve() if t.count is None or t.count in counts), n=total)
             self.bar.total = self.bar.n
         self.write()
+        if self.group is not None:
+            dismiss(tuned.about, self.group)
+        return tuned
+
+    def assisting(self) -> Tuned:
+        """On another rank than 0."""
+        with progress_bar(self.flux, 0, disable=True) as self.bar, ending(self.flux) as self.end:
+            return Tuned.of_about(assist(self.make, cast(Group, self.group)))
+
+    @property
+    def n_ranks(self) -> int:
+        return 1 if self.group is None else self.group.size()
 
     @property
     def order(self) -> int:
@@ -158,7 +181,12 @@ class _Run:
     def runs(self) -> FullRuns:
         """Made as soon as anything is to be compared with them."""
         generate(self.flux, *self.cases[0], self.options | {"num_inference_steps": 2})  # compiles kernels
-        return full_runs(self.flux, self.cases, self.tuned.learnt.stop, self.options, self.began, self.say_how_long)
+        found = list[dict[str, Any]]()
+        for run in self.made([(prompt, i, None) for i, (prompt, _) in enumerate(self.cases)]):
+            found.append(run)
+            if len(found) == 1:
+                self.say_how_long(*run["seconds"])
+        return FullRuns.of(found)
 
     @cached_property
     def recorded(self) -> Recorded:
@@ -199,10 +227,11 @@ class _Run:
         if self.bar.disable:
             return
         n, (others, whole) = len(self.cases), self.left()
-        left = (n + whole) * seconds + self.tuned.learnt.stop * looking
+        left = ((n + whole) * seconds + self.tuned.learnt.stop * looking) / self.n_ranks
         about = f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
         full = f"{n} pictures with all {self.tuned.num_steps} steps ({seconds:.1f} s each)"
-        tqdm.write(f"{full}, {others} with fewer computed: about {about}", file=sys.stderr)
+        on_ranks = "" if self.group is None else f" on {self.n_ranks} ranks"
+        tqdm.write(f"{full}, {others} with fewer computed{on_ranks}: about {about}", file=sys.stderr)
 
     def began(self, what: str) -> None:
         best = self.tuned.best()
@@ -216,62 +245,81 @@ class _Run:
 
     def plans(self, count: int, share: float) -> None:
         """The rule's, those that are solved for, and some that are near the best one."""
-        budget = self.measure("budget", count, Policy.of(budget=share, forecast=self.order))
-        earlier = [t for t in self.tuned.tried if (t.kind, t.count) == ("plan", count)]
-        plans = [self.measure("plan", count, t.policy) for t in earlier]
+        budget = self.entry("budget", count, Policy.of(budget=share, forecast=self.order))
+        plans = [t for t in self.tuned.tried if (t.kind, t.count) == ("plan", count)]
+        self.measure(budget, *plans)
         if len(plans) >= self.n_plans(count):
             return
         rho = cast(Policy, budget.policy).rho(self.options.get("guidance") or 1.0)
         run = {(self.rule(share), rho): budget} | {_proposal(t): t for t in plans}
-        while len(run) <= self.n_plans(count):
+        while (n := self.n_plans(count) + 1 - len(run)) > 0:
             best = max(run, key=lambda proposal: self.tuned.psnr(run[proposal]))
-            proposals = (*self.proposals[count], *self.recorded.near(best))
-            new = next((p for p in proposals if p not in run), None)
-            if new is None:
+            new = [p for p in dict.fromkeys(self.proposals[count]) if p not in run][:n]
+            new = new or [p for p in self.recorded.near(best) if p not in run][:1]
+            if not new:
                 return
-            policy = Policy(rule=Steps(steps=as_text(new[0])), forecast=self.order, corrector=new[1])
-            run[new] = self.measure("plan", count, policy)
+            for plan, rho in new:
+                policy = Policy(rule=Steps(steps=as_text(plan)), forecast=self.order, corrector=rho)
+                run[plan, rho] = self.entry("plan", count, policy)
+            self.measure(*(run[proposal] for proposal in new))
 
-    def gate(self, count: int) -> None:
+    def gates(self, count: int) -> list[Tried]:
         """With the polynomial, where there are enough steps for one and a threshold computes so many."""
         tuned = self.tuned
         if tuned.polynomial is None:
             tuned.polynomial = polynomial(self.runs)
         if not tuned.polynomial:
-            return
+            return []
         how = {name: tuned.polynomial[name] for name in ("coefficients", "calibrated_range")}
         thresholds = tuned.polynomial.setdefault("thresholds", {})
         if str(count) not in thresholds:
             thresholds[str(count)] = threshold(self.runs.trace, how, count)
-        if (value := thresholds[str(count)]) is not None:
-            self.measure("gate", count, Policy(rule=Gate(rel_l1_thresh=value, **how), forecast=self.order))
+        if (value := thresholds[str(count)]) is None:
+            return []
+        return [self.entry("gate", count, Policy(rule=Gate(rel_l1_thresh=value, **how), forecast=self.order))]
 
-    def measure(self, kind: Kind, count: int | None, policy: Policy | None, n: int | None = None) -> Tried:
-        """With the first ``n`` prompts (default: those to learn from), as far as that has not been done."""
-        t, num_steps = self.entry(kind, count, policy), self.tuned.num_steps
-        for i in range(len(t.psnr), self.tuned.learnt.stop if n is None else n):
-            self.began(t.name)
-            (prompt, seed), full = self.cases[i], self.runs.pictures[i]
-            if t.policy is None:
-                computed = cast(int, count)
-                fewer = round(self.options["num_inference_steps"] * computed / num_steps)  # of image-to-image more
-                picture = generate(self.flux, prompt, seed, self.options | {"num_inference_steps": fewer})
-            else:
-                with apply(self.flux, replace(t.policy, save_metadata=False)) as handle:
-                    picture = generate(self.flux, prompt, seed, self.options)
-                computed = num_steps - handle.stats.skipped_count
-            t.psnr.append(min(IDENTICAL, psnr(full, picture)))
-            t.computed.append(computed)
+    def measure(self, *wanted: Tried, n: int | None = None) -> None:
+        """Each with the first ``n`` prompts (default: those to learn from), as far as that has not been done."""
+        n, tuned = self.tuned.learnt.stop if n is None else n, self.tuned
+        todo = [(t, i) for t in wanted for i in range(len(t.psnr), n)]
+        full = self.runs.pictures if todo else []
+        made = self.made([(t.name, i, self.how(t)) for t, i in todo])
+        for (t, i), (picture, skipped) in zip(todo, made, strict=True):
+            if t not in tuned.tried:
+                tuned.tried.append(t)
+            t.psnr.append(min(IDENTICAL, psnr(full[i], unpacked(picture))))
+            t.computed.append(cast(int, t.count) if t.policy is None else tuned.num_steps - skipped)
             self.write()
-        return t
+
+    # ---- Pictures, which all ranks make
+
+    def how(self, t: Tried) -> dict[str, Any] | int:
+        """For ``make``: the settings, or how many steps."""
+        if t.policy is not None:
+            return t.policy.flat
+        steps: int = self.options["num_inference_steps"]  # of image-to-image more than are active
+        return round(steps * cast(int, t.count) / self.tuned.num_steps)
+
+    def made(self, jobs: Sequence[Job]) -> Iterator[Any]:
+        return done(self.make, jobs, self.group)
+
+    def make(self, name: str, i: int, how: dict[str, Any] | int | None) -> Any:
+        """Of a case the full run; or the picture with a policy's settings or fewer steps, and how many were skipped."""
+        self.began(name)
+        case = self.cases[i]
+        if how is None:
+            return full_run(self.flux, self.end, case, self.options, is_learnt=i < self.tuned.learnt.stop)
+        if isinstance(how, int):
+            return packed(generate(self.flux, *case, self.options | {"num_inference_steps": how})), 0
+        with apply(self.flux, replace(Policy.of(**how), save_metadata=False)) as handle:
+            return packed(generate(self.flux, *case, self.options)), handle.stats.skipped_count
 
     def entry(self, kind: Kind, count: int | None, policy: Policy | None) -> Tried:
         """Of an earlier call, or a new one; a budget has one plan for all shares of so many steps."""
         for t in self.tuned.tried:
             if (t.kind, t.count) == (kind, count) and (kind == "budget" or t.policy == policy):
                 return t
-        self.tuned.tried.append(Tried(kind, count, policy))
-        return self.tuned.tried[-1]
+        return Tried(kind, count, policy)
 
     def write(self) -> None:
         if self.path is not None:

@@ -147,13 +147,14 @@ class Tuned:
         if not isinstance(about, dict) or "tried" not in about:
             raise TeaCacheValueError(f"{path} is a policy, but not one of tune")
         try:
-            return cls._checked(about)
+            return cls.of_about(about)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
             raise TeaCacheValueError(f"{path} is of tune, but damaged: {what}") from error
 
     @classmethod
-    def _checked(cls, about: dict[str, Any]) -> Self:
+    def of_about(cls, about: dict[str, Any]) -> Self:
+        """Of what ``about`` is; AttributeError, KeyError, TypeError or ValueError if it is none."""
         setup, n, polynomial = about["setup"], about["num_steps"], about["polynomial"]
         kinds = {"prompts": list, "held_out": list, "seeds": list, "model": str, "variant_id": str, "options": dict}
         for name, kind in kinds.items():
