@@ -14,6 +14,8 @@ from every_pipeline import FEW_BY_DEFAULT, Case, image_of, kinds, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mflux.models.common.schedulers import LinearScheduler, register_contrib
+from mflux.models.flux.variants.kontext.flux_kontext import Flux1Kontext
+from other_pipelines import PIPELINES, Small
 
 import mlx_teacache_fast as tc
 from mlx_teacache_fast.policy import LONGEST_GAP, RHO, WARM_UP
@@ -23,6 +25,7 @@ from mlx_teacache_fast.step.generation import Generation
 from mlx_teacache_fast.step.rules import Watch, budgeted
 
 Generate = Callable[..., np.ndarray]
+EDITS = [small for small in PIPELINES if str(small) in ("QwenImageEdit", "FIBOEdit")]
 
 # ---- The parts
 
@@ -352,6 +355,24 @@ def test_every_pipeline_by_tolerance(case: Case, photo: Path, mask: Path, monkey
             assert same(first, plain, steps=skip)
             assert not same(first, plain)
         assert same(run(flux, arguments), plain)
+
+
+@pytest.mark.filterwarnings("ignore::mlx_teacache_fast.TeaCacheWarning")
+@pytest.mark.parametrize("case", [Case(Flux1Kontext), *EDITS], ids=str)
+def test_the_miss_is_of_what_mflux_uses(
+    case: Case | Small, photo: Path, mask: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of what is predicted at a reference image's tokens."""
+    shapes = set()
+
+    def spy(of: mx.array, made: list[mx.array], history: list[list[mx.array]]) -> mx.array:
+        shapes.update(array.shape for arrays in (made, *history) for array in arrays)
+        return miss_of(of, made, history)
+
+    monkeypatch.setattr(engine, "miss_of", spy)
+    with case.pipeline() as flux, tc.apply(flux, tolerance=1e-9):
+        _, latents = run(flux, case.arguments(photo, mask) | dict(num_inference_steps=5))
+    assert {shape[1:] for shape in shapes} == {latents[0].shape[1:]}
 
 
 def test_more_steps_than_the_schedule_has(flux: Any) -> None:

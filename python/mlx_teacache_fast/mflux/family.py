@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import InternalStateError
+from ..step.captured import Arguments
 from ..step.tap import Signal, Tap
 
 
@@ -18,6 +19,12 @@ def idle_joint(*, hidden_states: mx.array, encoder_hidden_states: mx.array, **_:
 def idle_single(*, hidden_states: mx.array, **_: Any) -> mx.array:
     """Of a block of image and text in one."""
     return mx.array(hidden_states)
+
+
+def tokens_of_size(arguments: Arguments) -> int:
+    """``Tap.n_tokens`` where a step is told the picture's size, of 16 pixels a token and side."""
+    config = arguments["config"]
+    return int((config.height // 16) * (config.width // 16))
 
 
 def modulated(argument: int | str) -> Callable[..., Signal]:

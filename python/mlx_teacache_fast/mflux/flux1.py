@@ -15,20 +15,14 @@ from mflux.models.flux.variants.kontext.flux_kontext import Flux1Kontext
 from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 from mflux.models.flux.variants.txt2img.flux import Flux1
 
-from ..step.captured import Arguments
 from ..step.tap import Signal, Tap
-from .family import Command, Family, Model, idle_joint, idle_single
+from .family import Command, Family, Model, idle_joint, idle_single, tokens_of_size
 
 
 def _signal(block: Any, *, hidden_states: mx.array, text_embeddings: mx.array, **_others: Any) -> Signal:
     modulation = block.norm1.linear(nn.silu(text_embeddings))  # type: ignore[attr-defined]  # as AdaLayerNormZero does
     shift, scale, *_gates = mx.split(modulation, 6, axis=1)
     return Signal(hidden_states, shift, scale, block.norm1.norm.eps)
-
-
-def _tokens(arguments: Arguments) -> int:
-    """Of the latents; Kontext has those of its reference image behind them."""
-    return int((arguments["config"].height // 16) * (arguments["config"].width // 16))
 
 
 _SPECIAL: dict[str, Any] = dict(fitted=False, text_to_image=False)
@@ -62,7 +56,7 @@ FLUX1 = Family(
     },
     tap=Tap(
         signal=_signal,
-        n_tokens=_tokens,
+        n_tokens=tokens_of_size,
         idle={"transformer_blocks": idle_joint, "single_transformer_blocks": idle_single},
     ),
 )

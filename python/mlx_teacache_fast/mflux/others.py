@@ -4,12 +4,13 @@ A class that the installed mflux does not have is left out.
 """
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from ..step.tap import Signal, Tap, reached
-from .family import Command, Family, Model, idle_joint, modulated
+from .family import Command, Family, Model, idle_joint, modulated, tokens_of_size
 
 
 def mflux_class(path: str) -> Any:
@@ -111,18 +112,13 @@ def _asks_for_euler(given: dict[str, Any]) -> bool:
     return given.get("scheduler") == "euler"
 
 
-_QWEN: dict[str, Any] = dict(
-    is_several=True, tap=Tap(at="transformer_blocks.0.attn", signal=modulated("img_modulated"))
-)
 _FLUX3: dict[str, Any] = dict(
     models="flux3-image-klein-base flux3-image-klein",
     factories=("_predict",),
     tap=Tap(at="mode_blocks.image.0.attn", signal=modulated(0)),
     sigmas=_flux3_sigmas,
 )
-_FIBO: dict[str, Any] = dict(
-    is_one_call=True, tap=Tap(at="transformer_blocks.0.attn", signal=modulated("hidden_states"))
-)
+_FIBO = Tap(at="transformer_blocks.0.attn", signal=modulated("hidden_states"))
 # Their sampler er_sde adds noise; to extrapolate the velocity is as good there as to extrapolate the clean picture.
 _KREA2: dict[str, Any] = dict(
     factories=("_predict",), tap=Tap(at="blocks.0.attn", signal=modulated(0)), is_euler=_asks_for_euler
@@ -142,7 +138,8 @@ _ROWS = (
         "qwen.variants.edit.qwen_image_edit:QwenImageEdit",
         "qwen-image-edit qwen-image-edit-2511=qwen-image-edit",
         "qwen-edit",
-        **_QWEN,
+        is_several=True,
+        tap=Tap(at="transformer_blocks.0.attn", signal=modulated("img_modulated"), n_tokens=tokens_of_size),
     ),
     _row(
         "z_image.variants.z_image:ZImage",
@@ -154,8 +151,14 @@ _ROWS = (
     ),
     _row("flux3.variants.txt2img.flux3_klein:Flux3Klein", commands="flux3", **_FLUX3),
     _row("flux3.variants.edit.flux3_klein_edit:Flux3KleinEdit", commands="flux3-edit", **_FLUX3),
-    _row("fibo.variants.txt2img.fibo:FIBO", "fibo fibo-lite", "fibo", image_to_image=True, **_FIBO),
-    _row("fibo.variants.edit.fibo_edit:FIBOEdit", "fibo-edit fibo-edit-rmbg", "fibo-edit", **_FIBO),
+    _row("fibo.variants.txt2img.fibo:FIBO", "fibo fibo-lite", "fibo", image_to_image=True, is_one_call=True, tap=_FIBO),
+    _row(
+        "fibo.variants.edit.fibo_edit:FIBOEdit",
+        "fibo-edit fibo-edit-rmbg",
+        "fibo-edit",
+        is_one_call=True,
+        tap=replace(_FIBO, n_tokens=tokens_of_size),
+    ),
     _row(
         "fibo2.variants.txt2img.fibo2:Fibo2",
         "fibo2",

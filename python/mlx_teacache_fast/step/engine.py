@@ -195,7 +195,8 @@ class Engine:
             else:
                 noise, *made = run_compute([], arguments)
                 if generation.watch is not None and history:
-                    miss = miss_of(self._weights, made, self._of_each_call(history))
+                    now, before = (tap.of_latents(arrays, arguments) for arrays in (made, history))
+                    miss = miss_of(self._weights, now, self._of_each_call(before))
                 if self._correction is not None and history:
                     noise = corrected(mx.array(self._correction), noise, history)
                 if miss is not None:  # which is read before the next step

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import InternalStateError, TeaCacheValueError
-from .captured import Arguments
+from .captured import Arguments, Arrays
 
 Step = Callable[..., mx.array]  # called with them by name
 Make = Callable[[Any], Step]  # what runs mflux's step with a transformer
@@ -32,9 +32,12 @@ class Signal(NamedTuple):
         """Of so many tokens, as ``Tap.n_tokens`` has it."""
         if n is None or self.x.shape[1] == abs(n):
             return self
-        tokens = slice(n) if n > 0 else slice(n, None)
-        entered = None if self.entered is None else self.entered[:, tokens]
-        return self._replace(x=self.x[:, tokens], entered=entered)
+        entered = None if self.entered is None else self.entered[:, _tokens(n)]
+        return self._replace(x=self.x[:, _tokens(n)], entered=entered)
+
+
+def _tokens(n: int) -> slice:
+    return slice(n) if n > 0 else slice(n, None)
 
 
 class _Reached(BaseException):  # nobody's `except Exception` is meant
@@ -74,6 +77,11 @@ class Tap:
         if n is not None and n <= 0:
             raise TeaCacheValueError(f"n_tokens must be above 0 for a tap with idle blocks, got {n}")
         return n
+
+    def of_latents(self, arrays: Arrays, arguments: Arguments) -> Arrays:
+        """Predictions or residuals without the tokens of reference images, where mflux uses no prediction."""
+        n = self.n_tokens(arguments)
+        return arrays if n is None or arrays[0].shape[1] <= abs(n) else [a[:, _tokens(n)] for a in arrays]
 
     def measured(self, make: Make, transformer: Any, arguments: Arguments) -> Signal:
         """mflux's own prelude, up to block 0: the signal of the latents' tokens."""
