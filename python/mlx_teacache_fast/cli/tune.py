@@ -56,7 +56,7 @@ the lines:
   fewer steps  plain mflux; what is not above that is worthless
   PSNR (p10)   against the pictures with all steps, in dB: the mean, and the 10th percentile
 
-how long it takes: as long as about 140 full pictures with the demo, and 90 else; with --quick ten
+how long it takes: as long as about 140 full pictures with the demo, and 90 else; with --quick 11
 
 examples:
   mlx-teacache-fast tune demo --output demo.json
