@@ -10,7 +10,8 @@ The limit of the ratio is 0.5; measured, it is a step without guidance, which is
 branch at the same time, with no exchange, say what this machine's two cores take from each other: what guidance in
 parallel adds to that is ours. The exchange is measured by itself too.
 
-On a GPU, which the two processes would share, it says nothing. Where other programs take a core, neither does it.
+On a GPU, which the two processes would share, it says nothing. Where other programs take a core, neither does it: in
+each step the faster process waits, and MLX's ring keeps its core busy meanwhile.
 
     python bench/bench_distributed.py
     python bench/bench_distributed.py --models demo --sizes 256
