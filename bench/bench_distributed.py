@@ -10,7 +10,9 @@ The limit of the ratio is 0.5; measured, it is a step without guidance, which is
 branch at the same time, with no exchange, say what this machine's two cores take from each other: what guidance in
 parallel adds to that is ours. The exchange is measured by itself too.
 
-On a GPU, which the two processes would share, it says nothing. Where other programs take a core, neither does it.
+On the CPU, unless --device asks for a GPU, which the two would share. Where other programs take a core, times say
+nothing: in each step the faster process waits, and MLX's ring keeps its core busy meanwhile. CPU time is left: of the
+process that had less of it, for the other one waited.
 
     python bench/bench_distributed.py
     python bench/bench_distributed.py --models demo --sizes 256
@@ -29,7 +31,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import bench_step
@@ -43,42 +45,43 @@ KINDS = {
     "branch": "one branch by one process: the limit",
     "apart": "one branch by each of two, no exchange",
 }
+RATIOS = (("two", "one"), ("branch", "one"), ("apart", "one"), ("two", "apart"), ("two_cpu", "one_cpu"))
 BOTH = ("two", "apart")  # the first process alone makes the others
 ANSWER = "seconds "  # before a rank's answer, among what mflux prints
 
 
 def serve(model: str, size: int, steps: int) -> None:
-    """A rank: for each kind on stdin the seconds of an image's steps, on stdout; or of exchanges of a prediction."""
+    """A rank: of each kind on stdin an image's steps, or exchanges of a prediction: their seconds, and of CPU time."""
     import mlx_teacache_fast as tc
 
     warnings.simplefilter("ignore")
     group = tc.distributed.world()
     flux = bench_step.pipeline(model, mx.float32)
-    marks: list[float] = []
+    marks: list[tuple[float, float]] = []
+
+    def mark() -> None:
+        marks.append((perf_counter(), process_time()))
 
     class Clock:
-        def call_before_loop(self, **_: Any) -> None:
-            marks[:] = [perf_counter()]
-
         def call_in_loop(self, latents: mx.array, **_: Any) -> None:
             mx.eval(latents)
-            marks.append(perf_counter())
+            mark()
 
     flux.callbacks.register(Clock())
     prediction = mx.zeros((1, (size // 16) ** 2, 128))
     for kind in map(str.strip, sys.stdin):
+        marks.clear()
         if kind == "exchange":
-            marks[:] = [perf_counter()]
             for _ in range(20):
                 mx.eval(mx.distributed.all_gather(prediction, group=group))
-                marks.append(perf_counter())
+                mark()
         else:
-            given = dict(
-                num_inference_steps=steps, height=size, width=size, guidance=4.0 if kind in ("one", "two") else 1.0
-            )
+            guidance = 1.0 if kind in ("branch", "apart") else 4.0
+            given = dict(num_inference_steps=steps, height=size, width=size, guidance=guidance)
             with tc.apply(flux, group=group if kind == "two" else None, steps="1" * steps):
                 flux.generate_image(prompt="red apple", seed=1, **given)
-        print(ANSWER + json.dumps([b - a for a, b in pairwise(marks[2:])]), flush=True)  # two steps trace and compile
+        steps_after = pairwise(marks[1:])  # two that trace and compile
+        print(ANSWER + json.dumps([[b - a for a, b in zip(*pair, strict=True)] for pair in steps_after]), flush=True)
 
 
 class Pair:
@@ -100,14 +103,14 @@ class Pair:
                 how: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True, bufsize=1)
                 self._ranks.append(subprocess.Popen(command, env=env, **how))
 
-    def ask(self, kind: str) -> list[list[float]]:
-        """Of the processes that make this kind the seconds of each step."""
+    def ask(self, kind: str) -> list[list[list[float]]]:
+        """Of the processes that make this kind the seconds of each step, and of its CPU time."""
         asked = self._ranks[: 2 if kind in (*BOTH, "exchange") else 1]
         for rank in asked:
             print(kind, file=rank.stdin, flush=True)
         return [self._answer(rank) for rank in asked]
 
-    def _answer(self, rank: Any) -> list[float]:
+    def _answer(self, rank: Any) -> Any:
         for line in rank.stdout:
             if line.startswith(ANSWER):
                 return json.loads(line.removeprefix(ANSWER))
@@ -142,8 +145,8 @@ def measured(model: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
             pair = Pair(Path(scratch), cores, json.dumps([model, size, args.steps]))
             try:
                 turns = [common.orders(list(KINDS), turn) for turn in range(args.turns)]
-                fastest.append([{kind: max(map(min, pair.ask(kind))) for kind in turn} for turn in turns])
-                exchanges += pair.ask("exchange")[0]
+                fastest.append([dict(of for kind in kinds for of in fastest_of(kind, pair)) for kinds in turns])
+                exchanges += [seconds for seconds, _ in pair.ask("exchange")[0]]
             finally:
                 pair.end()
     everything = [turn for turns in fastest for turn in turns]
@@ -153,12 +156,20 @@ def measured(model: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
     found["exchange_ms"] = 1e3 * statistics.median(exchanges)
     for kind in KINDS:
         found[f"{kind}_ms"] = 1e3 * statistics.median(turn[kind] for turn in everything)
-        ratio = common.summary([[turn[kind] / turn["one"] for turn in turns] for turns in fastest])
-        ratio["fastest"] = min(turn[kind] for turn in everything) / min(turn["one"] for turn in everything)
-        found[f"{kind}_to_one"] = ratio
-    del found["one_to_one"]
-    found["two_to_apart"] = common.summary([[turn["two"] / turn["apart"] for turn in turns] for turns in fastest])
+        found[f"{kind}_fastest_ms"] = 1e3 * min(turn[kind] for turn in everything)
+        found[f"{kind}_cpu_ms"] = 1e3 * statistics.median(turn[f"{kind}_cpu"] for turn in everything)
+    for kind, other in RATIOS:
+        ratio = common.summary([[turn[kind] / turn[other] for turn in turns] for turns in fastest])
+        found[f"{kind}_to_{other}"] = ratio
     return found
+
+
+def fastest_of(kind: str, pair: Pair) -> Iterator[tuple[str, float]]:
+    """Of the slower process the step's seconds, and those of CPU time of the one that had less."""
+    ranks = [zip(*steps, strict=True) for steps in pair.ask(kind)]
+    seconds, cpu = zip(*[map(min, of_rank) for of_rank in ranks], strict=True)
+    yield kind, max(seconds)
+    yield f"{kind}_cpu", min(cpu)
 
 
 def parse() -> argparse.Namespace:
@@ -169,6 +180,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="of each image (default 5)")
     parser.add_argument("--turns", type=int, default=4, help="of all kinds, by each pair (default 4)")
     parser.add_argument("--pairs", type=int, default=5, help="of processes, one after the other (default 5)")
+    parser.set_defaults(device="cpu")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)  # of this process
     args = common.parse(parser, models=models[-1:], pairs=2, turns=3)
     if args.steps < 4 or min(args.turns, args.pairs) < 1 or any(size < 16 or size % 16 for size in args.sizes):
@@ -189,23 +201,24 @@ def main() -> None:
 def report(data: dict[str, Any]) -> None:
     common.print_header(data)
     print(f"\nA computed step with guidance 4, float32, {data['pairs']} pairs of processes, {data['turns']} turns\n")
-    lines = [["model", "S", "", "ms", "to one process", "by the fastest steps"]]
+    lines = [["model", "S", "", "ms", "to one process", "fastest, ms", "CPU, ms"]]
     claims = []
     for result in data["results"]:
         for kind, name in KINDS.items():
-            ratio = result.get(f"{kind}_to_one")
-            cells = ["1", "1"] if ratio is None else [common.ratio_cell(ratio), f"{ratio['fastest']:.2f}"]
-            lines.append([result["model"], str(result["tokens"]), name, f"{result[f'{kind}_ms']:.2f}", *cells])
+            ratio = "1" if kind == "one" else common.ratio_cell(result[f"{kind}_to_one"])
+            ms, fastest, cpu = (f"{result[f'{kind}_{what}']:.2f}" for what in ("ms", "fastest_ms", "cpu_ms"))
+            lines.append([result["model"], str(result["tokens"]), name, ms, ratio, fastest, cpu])
         exchange = f"the exchange alone, {result['bytes']} bytes each way"
-        lines.append([result["model"], str(result["tokens"]), exchange, f"{result['exchange_ms']:.2f}", "", ""])
+        lines.append([result["model"], str(result["tokens"]), exchange, f"{result['exchange_ms']:.2f}", "", "", ""])
+        name = f"{result['model']}, S = {result['tokens']}: two processes"
         if result["cores"] > 1:
-            name = f"{result['model']}, S = {result['tokens']}: two processes"
             claims.append(common.claim(f"{name} to one, limit 0.5", result["two_to_one"], at_most=0.6))
             claims.append(common.claim(f"{name} to two without exchange", result["two_to_apart"], at_most=1.05))
+        claims.append(common.claim(f"{name} to one, CPU time", result["two_cpu_to_one_cpu"], at_most=0.6))
     common.print_table(lines, left=3)
     print(f"\n{common.NOISE_NOTE}")
-    if not claims:
-        print("Both processes had the same core: the ratios say nothing.")
+    if data["results"][0]["cores"] == 1:
+        print("Both processes had the same core: but for CPU time this says nothing.")
     common.print_claims(claims)
 
 

@@ -518,16 +518,18 @@ def test_three_ranks_tune_as_one(alone, tuned, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_tuning_goes_on_where_a_rank_was_killed(alone, tuned, tmp_path, victim):
+@pytest.mark.parametrize(("victim", "number", "code"), [(0, 9, -9), (1, 9, -9), (1, signal.SIGINT, 130)])
+def test_tuning_goes_on_where_a_rank_was_ended(alone, tuned, tmp_path, victim, number, code):
     path = tmp_path / "tuned.json"
     arguments = ["tune", *TUNE, alone / "prompts.txt", "--resume", "--output", path]
     with Launched(2, tmp_path, *arguments) as launched:
         launched.until(lambda: path.exists() and len(Tuned.from_json(path).tried) > 3)
-        launched.kill(victim, signal.SIGKILL)
+        launched.kill(victim, number)
         said, codes = launched.ended()
-    assert codes.pop(victim) == -signal.SIGKILL
+    assert codes.pop(victim) == code
     assert codes in ({1 - victim: 1}, {1 - victim: -signal.SIGTERM})
+    how = f"tune: error: this was rank {1 - victim}; --resume goes on with {path} of rank 0\n"
+    assert (how in said) == (codes == {1 - victim: 1})
     assert "Traceback" not in said
     before = Tuned.from_json(path)
     assert 3 < len(before.tried) < len(Tuned.from_json(tuned[0]).tried)

@@ -176,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
                 if is_first and _written_at(output) != before:  # the plot is of what the file has
                     write_file(plot, report.plot(Tuned.from_json(output)), force=True)
                 if group is not None:
-                    error.add_note(f"rank {group.rank()} has ended: --resume goes on with what rank 0 has in {output}")
+                    error.add_note(f"this was rank {group.rank()}; --resume goes on with {output} of rank 0")
                 raise
         if not is_first:
             return 0
