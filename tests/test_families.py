@@ -117,6 +117,13 @@ def test_somebody_elses_pipeline(painter: Painter) -> None:
     assert vars(painter) == before
 
 
+def test_tune_is_for_mfluxs(painter: Painter) -> None:
+    before = dict(vars(painter))
+    with pytest.raises(tc.IncompatibleModelError, match=r"^tune is for mflux's pipelines: Painter has no generate_image$"):
+        tc.tune(painter, ["a red apple"])
+    assert vars(painter) == before
+
+
 def test_published_coefficients_of_another_model(painter: Painter) -> None:
     """As a pipeline wants them that runs that model in its own way."""
     coefficients = tc.VARIANTS["flux1-krea-dev"].coefficients

@@ -67,7 +67,7 @@ examples:
   mlx-teacache-fast run --policy klein.json -- mflux-generate-flux2 --model flux2-klein-base-4b --steps 50 \\
       --guidance 4 --prompt "a red apple"
 
-In Python: mlx_teacache_fast.tune(flux, prompts, ...) for any pipeline.
+In Python: mlx_teacache_fast.tune(flux, prompts, ...) for any pipeline of mflux's.
 
 exit code: 0 done, 1 failed, 2 bad input, 130 interrupted
 """

@@ -16,7 +16,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from ..distributed import Group, assist, check_equal, dismiss, done, installed
-from ..errors import TeaCacheValueError
+from ..errors import IncompatibleModelError, TeaCacheValueError
 from ..files import check_writable
 from ..handle import apply
 from ..mflux.pictures import ending, generate, progress_bar, psnr
@@ -52,7 +52,7 @@ def tune(
     """Find the policy that gives the best pictures of this model and schedule within a budget.
 
     Args:
-        flux: A pipeline that ``apply`` takes, not gated; left as it was.
+        flux: A pipeline of mflux that ``apply`` takes, not gated; left as it was.
         prompts: What to judge by: each with each of ``seeds``, by the PSNR against plain mflux's picture.
         held_out: Other prompts, with which the best ones are compared at the end.
         seeds: Of the starting noise.
@@ -91,6 +91,8 @@ def tune(
     num_steps = step_count("num_inference_steps", options["num_inference_steps"])
     _counts(shares, num_steps)
     with apply(flux, budget=shares[0], forecast=forecast) as handle:  # before anything slow
+        if missing := [name for name in ("generate_image", "callbacks", "model_config") if not hasattr(flux, name)]:
+            raise IncompatibleModelError(f"tune is for mflux's pipelines: {type(flux).__name__} has no {missing[0]}")
         model = {"variant_id": handle.variant_id, "model": flux.model_config.model_name}
     model["pipeline"] = type(flux).__name__
     model |= {name: getattr(flux, name, None) for name in ("bits", "lora_paths", "lora_scales")}
