@@ -119,7 +119,9 @@ def test_somebody_elses_pipeline(painter: Painter) -> None:
 
 def test_tune_is_for_mfluxs(painter: Painter) -> None:
     before = dict(vars(painter))
-    with pytest.raises(tc.IncompatibleModelError, match=r"^tune is for mflux's pipelines: Painter has no generate_image$"):
+    with pytest.raises(
+        tc.IncompatibleModelError, match=r"^tune is for mflux's pipelines: Painter has no generate_image$"
+    ):
         tc.tune(painter, ["a red apple"])
     assert vars(painter) == before
 
