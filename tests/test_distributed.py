@@ -413,7 +413,7 @@ def test_ctrl_c_on_one_rank(alone, made, rank):
     of_one, found = pictures(alone), pictures(made)
     assert {f"apple_seed_{seed}.png" for seed in range(1 - rank, 8, 2)} < found.keys()
     assert_equal(found, {name: of_one[name] for name in found})
-    assert len(Trace.from_json(trace).generations) == len(found) < 8
+    assert len(found) <= len(Trace.from_json(trace).generations) < 8  # one may not have been written
 
 
 @pytest.mark.slow
