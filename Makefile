@@ -25,7 +25,7 @@ BENCHES = gate branch step families agreement generation forecast memory distrib
 help:
 	@echo "make demo        generate images with and without gating on the embedded model, into demo_output/ (overwritten)"
 	@echo "make test        the tests"
-	@echo "make test-full   the tests, with every combination of what make test covers in part (about 20 minutes)"
+	@echo "make test-full   the tests, with every combination of what make test covers in part (hours)"
 	@echo "make test-mflux  the tests of mflux's pipelines with mflux 0.20 to 0.23; one of them with MFLUX=0.20.0"
 	@echo "make wheel       a wheel for this machine, with an extension for each release of MLX, and make test-mlx"
 	@echo "make test-mlx    that wheel in clean environments with each MLX: gate, branch, pictures; one with MLX=0.32.4"
