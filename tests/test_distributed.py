@@ -134,6 +134,8 @@ def test_one_process_knows_nothing_of_it(monkeypatch):
     monkeypatch.setattr(mx.distributed, "init", lambda *_, **__: pytest.fail("MLX's engine is started"))
     assert distributed.world() is None
     assert distributed.share("abc") == ["a", "b", "c"]
+    with pytest.raises(TeaCacheValueError, match=r"group must be of mx\.distributed, as init\(\) returns it, got 2$"):
+        distributed.share("abc", 2)
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD", "PMI"])
