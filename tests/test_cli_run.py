@@ -796,9 +796,6 @@ def test_ctrl_c_in_a_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x_seed_1.png"]
 
 
-# ---- info
-
-
 def test_ctrl_c_is_a_scripts_own(tmp_path):
     """It may go on after it, as often as it comes; and it ends a script that does not take it."""
     script = tmp_path / "mine.py"
@@ -817,6 +814,9 @@ def test_ctrl_c_is_a_scripts_own(tmp_path):
     assert result.stdout == 3 * "goes on\n"
     assert result.stderr.splitlines()[-1] == "mlx-teacache-fast run: error: interrupted"
     assert result.returncode == 130
+
+
+# ---- info
 
 
 def lines_of(text):

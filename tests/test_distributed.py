@@ -134,6 +134,8 @@ def test_one_process_knows_nothing_of_it(monkeypatch):
     monkeypatch.setattr(mx.distributed, "init", lambda *_, **__: pytest.fail("MLX's engine is started"))
     assert distributed.world() is None
     assert distributed.share("abc") == ["a", "b", "c"]
+    with pytest.raises(TeaCacheValueError, match=r"group must be of mx\.distributed, as init\(\) returns it, got 2$"):
+        distributed.share("abc", 2)
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD", "PMI"])
@@ -319,11 +321,13 @@ class Launched:
         script = folder / "mlx-teacache-fast"
         script.write_text(COMMAND)
         argv = mlx_launch(n, folder, script, *arguments)
+        files = [folder / f"mlx-teacache-fast{rank}" for rank in range(n)]
+        for file in files:
+            file.unlink(missing_ok=True)  # of an earlier one
         with self.log.open("w") as log:
             how = dict(stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
             self.process = subprocess.Popen(argv, **how)
-        files = [folder / f"mlx-teacache-fast{rank}" for rank in range(n)]
-        until(lambda: all(file.is_file() and file.read_text() for file in files))
+        self.until(lambda: all(file.is_file() and file.read_text() for file in files))
         self.pids = [int(file.read_text()) for file in files]
 
     def __enter__(self):
@@ -432,17 +436,22 @@ def test_ctrl_c_on_all_ranks(alone, made):
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_a_rank_that_waits(alone, made):
-    with Launched(2, made.parent, "run", *command(made, "--seed", *range(4))) as launched:
-        launched.until(lambda: (made / "apple_seed_0.png").exists())
-        launched.kill(0, signal.SIGSTOP)
-        launched.until(lambda: (made / "apple_seed_3.png").exists())
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_on_a_rank_that_waits(alone, made, rank):
+    """Rank 0 says what it has made itself."""
+    other, trace = 1 - rank, made.with_name("trace.json")
+    with Launched(2, made.parent, "run", *command(made, "--seed", *range(4), own=["--trace", trace])) as launched:
+        launched.until(lambda: (made / f"apple_seed_{other}.png").exists())
+        launched.kill(other, signal.SIGSTOP)
+        launched.until(lambda: (made / f"apple_seed_{rank + 2}.png").exists())
         time.sleep(1)
-        launched.kill(1, signal.SIGINT)
-        launched.kill(0, signal.SIGCONT)
+        launched.kill(rank, signal.SIGINT)
+        launched.kill(other, signal.SIGCONT)
         said, codes = launched.ended()
-    assert codes.pop(1) == 130
-    assert codes in ({0: 1}, {0: -signal.SIGTERM}), said
+    assert codes.pop(rank) == 130
+    assert codes in ({other: 1}, {other: -signal.SIGTERM}), said
+    if rank == 0:
+        assert len(Trace.from_json(trace).generations) == 2
     assert "mlx-teacache-fast run: error: interrupted" in said
     assert "Traceback" not in said
     of_one = pictures(alone)

@@ -47,7 +47,7 @@ STEPS = 12
 def events(port: int, **given: Any) -> Iterator[dict[str, Any]]:
     """What the server sends of one picture, as it comes."""
     picture = dict(prompt="red apple", seed=1, width=64, height=64, steps=STEPS, guidance=4.0) | given
-    with closing(HTTPConnection("127.0.0.1", port)) as connection:
+    with closing(HTTPConnection("127.0.0.1", port, timeout=100)) as connection:
         head = {"Content-Type": "application/json"}
         connection.request("POST", "/mfluxible/v1/images/generations", json.dumps(picture), head)
         for line in connection.getresponse():
@@ -107,7 +107,7 @@ def test_mfluxibles_server(flux: Any, generate: Generate, tmp_path: Path) -> Non
             assert len(steps) == 4
             np.testing.assert_array_equal(pixels(image["data"]), plain)
             server.send_signal(signal.SIGINT)
-            assert server.wait() == 0, log.read_text()
+            assert server.wait(100) == 0, log.read_text()
         finally:
             server.kill()
     made = tc.Trace.from_json(trace).generations

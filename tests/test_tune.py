@@ -472,6 +472,7 @@ def test_every_pipeline(case: Case, photo: Path, mask: Path) -> None:
         (PROMPTS, {"budget": 1.0}, "budget=1 of 10 steps leaves no step to choose"),
         (PROMPTS, {"budget": 0}, "budget must be a share of the steps above 0.0 and up to 1.0, got 0"),
         (PROMPTS, {"curve": (2,)}, "budget must be a share of the steps above 0.0 and up to 1.0, got 2"),
+        (PROMPTS, {"group": 2}, "group must be of mx.distributed, as init() returns it, got 2"),
         (PROMPTS, {"forecast": 3}, "forecast must be an order from 0 (reuse) to 2, got 3"),
     ],
 )

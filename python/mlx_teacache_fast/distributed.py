@@ -65,6 +65,12 @@ def others_wanted() -> Iterator[None]:
         raise TeaCacheError(f"another rank is gone: {error}") from error
 
 
+def check_group(group: object) -> None:
+    """TeaCacheValueError if it is no group of ranks, and not None."""
+    if not isinstance(group, Group | None):
+        raise TeaCacheValueError(f"group must be of mx.distributed, as init() returns it, got {shown(group)}")
+
+
 def share(items: Iterable[T], group: Group | None = None) -> list[T]:
     """This rank's part of the items.
 
@@ -77,8 +83,10 @@ def share(items: Iterable[T], group: Group | None = None) -> list[T]:
             where there are fewer items than ranks. In one process all.
 
     Raises:
+        TeaCacheValueError: ``group`` is none.
         TeaCacheError: MLX's engine does not start.
     """
+    check_group(group)
     group = world() if group is None else group
     return list(items) if group is None else list(items)[group.rank() :: group.size()]
 

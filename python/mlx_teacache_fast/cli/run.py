@@ -196,10 +196,12 @@ def run(arguments: argparse.Namespace) -> int:
         for handle in handles:
             handle.restore()
         traces = [handle.trace for handle in handles]
-        if rank is not None:
-            code, traces = rank.finish(code, traces)
-        if rank is None or rank.is_first:
-            _report(traces, trace, force=arguments.force)
+        try:
+            if rank is not None:
+                code, traces = rank.finish(code, traces)
+        finally:  # Ctrl-C may end the wait for the others
+            if rank is None or rank.is_first:
+                _report(traces, trace, force=arguments.force)
     return code
 
 

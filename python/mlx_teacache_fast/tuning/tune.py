@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from ..distributed import Group, assist, check_equal, dismiss, done, installed
+from ..distributed import Group, assist, check_equal, check_group, dismiss, done, installed
 from ..errors import IncompatibleModelError, TeaCacheValueError
 from ..files import check_writable
 from ..handle import apply
@@ -87,6 +87,7 @@ def tune(
         raise TeaCacheValueError(f"a prompt is tuned on or held out, not both: {', '.join(sorted(both))}")
     shares = [Budget(budget=share).budget for share in (budget, *curve)]
     candidates = step_count("candidates", candidates)
+    check_group(group)
     options = {"num_inference_steps": 50} | options
     num_steps = step_count("num_inference_steps", options["num_inference_steps"])
     _counts(shares, num_steps)
@@ -232,7 +233,7 @@ class _Run:
         left = ((n + whole) * seconds + self.tuned.learnt.stop * looking) / self.n_ranks
         about = f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
         full = f"{n} pictures with all {self.tuned.num_steps} steps ({seconds:.1f} s each)"
-        on_ranks = "" if self.group is None else f" on {self.n_ranks} ranks"
+        on_ranks = "" if self.n_ranks == 1 else f" on {self.n_ranks} ranks"
         tqdm.write(f"{full}, {others} with fewer computed{on_ranks}: about {about}", file=sys.stderr)
 
     def began(self, what: str) -> None:
@@ -260,9 +261,9 @@ class _Run:
             new = new or [p for p in self.recorded.near(best) if p not in run][:1]
             if not new:
                 return
-            for plan, rho in new:
-                policy = Policy(rule=Steps(steps=as_text(plan)), forecast=self.order, corrector=rho)
-                run[plan, rho] = self.entry("plan", count, policy)
+            for plan, corrector in new:
+                policy = Policy(rule=Steps(steps=as_text(plan)), forecast=self.order, corrector=corrector)
+                run[plan, corrector] = self.entry("plan", count, policy)
             self.measure(*(run[proposal] for proposal in new))
 
     def gates(self, count: int) -> list[Tried]:
