@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +27,7 @@ from mflux.models.flux2.flux2_initializer import Flux2Initializer
 from mflux.utils.image_util import ImageUtil
 
 from mlx_teacache_fast import TeaCacheError, apply, cli, demo
-from mlx_teacache_fast.distributed import Branches, world
+from mlx_teacache_fast.distributed import Branches, check_equal, installed, world
 from mlx_teacache_fast.mflux.pictures import ending
 
 POLYNOMIAL = {"coefficients": (0.0, 0.0, 0.0, 1.0, 0.0)}
@@ -102,7 +103,14 @@ def errors(group: Any) -> list[str]:
     import flux1_pipelines
     from mflux.models.flux.variants.txt2img.flux import Flux1
 
-    said = []
+    with (
+        patch("mlx.core.device_info", return_value={"device_name": f"chip {group.rank()}"}),
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            check_equal(group, "start", **installed())
+    said = [str(warning.message) for warning in warned]
 
     def refused(function: Any, *args: Any, **kwargs: Any) -> None:
         said.append(error_of(function, *args, **kwargs))

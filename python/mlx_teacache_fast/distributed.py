@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from .errors import TeaCacheError, TeaCacheValueError, shown, version_of
+from .errors import TeaCacheError, TeaCacheValueError, TeaCacheWarning, shown, version_of, warn_caller
 from .step.captured import Captured
 from .step.tap import Make, Step
 
@@ -121,19 +121,31 @@ def _decoded(data: dict[str, Any]) -> Any:
 
 
 def check_equal(group: Group, stage: str, **values: Any) -> None:
-    """Raises TeaCacheValueError on all ranks where one has another value than rank 0."""
+    """Raises TeaCacheValueError on all ranks where one has another value than rank 0; another ``chip`` is a warning."""
     first, *others = gathered(group, stage, values)
     for rank, other in enumerate(others, 1):
         for name in first | other:
-            if (a := first.get(name)) != (b := other.get(name)):
-                raise TeaCacheValueError(
-                    f"{name} must be the same on all ranks, got {shown(a)} on rank 0 and {shown(b)} on rank {rank}"
-                )
+            if (a := first.get(name)) == (b := other.get(name)):
+                continue
+            if name == "chip":
+                if group.rank() == 0:
+                    _warn_of_chips(f"rank 0 has {a} and rank {rank} {b}: the last bits of what they compute may differ")
+                continue
+            raise TeaCacheValueError(
+                f"{name} must be the same on all ranks, got {shown(a)} on rank 0 and {shown(b)} on rank {rank}"
+            )
+
+
+@functools.cache
+def _warn_of_chips(message: str) -> None:
+    """Once in a process."""
+    warn_caller(message, TeaCacheWarning)
 
 
 def installed() -> dict[str, str | None]:
-    """What must be the same on all machines."""
-    return {name: version_of(name) for name in ("mlx-teacache-fast", "mlx", "mflux")}
+    """What must be the same on all machines, and the chip, which may be another one."""
+    chip = str(mx.device_info(mx.default_device()).get("device_name"))
+    return {"chip": chip} | {name: version_of(name) for name in ("mlx-teacache-fast", "mlx", "mflux")}
 
 
 # ---- Jobs that rank 0 has and all ranks do

@@ -154,7 +154,8 @@ def run(arguments: argparse.Namespace) -> int:
     if group is not None:
         command_line = shlex.join(arguments.mflux)
         shown = None if like is None else like.mflux
-        rank = ranks.Rank(group, shares=branches is None, command=command_line, like=shown, **policy.flat)
+        with warnings_in_one_line():
+            rank = ranks.Rank(group, shares=branches is None, command=command_line, like=shown, **policy.flat)
         arguments.at_end.callback(rank.leave)
     try:
         with (

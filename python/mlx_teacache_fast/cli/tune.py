@@ -146,7 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     if group is not None:
         others = ("run", "mflux", "at_end")  # no options of this command
         options = {name: str(value) for name, value in vars(arguments).items() if name not in others}
-        distributed.check_equal(group, "start", **distributed.installed(), **options)
+        with warnings_in_one_line():
+            distributed.check_equal(group, "start", **distributed.installed(), **options)
     with quiet_logging(), ranks.said_once(group):
         require_mflux()
         _check(arguments)
