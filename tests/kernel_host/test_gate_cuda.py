@@ -266,7 +266,9 @@ def found(kernel: CudaGate, case: Case, options: dict[str, Any]) -> bool:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", [None, *MUTANTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if i > 3 else []) for i, name in enumerate([None, *MUTANTS])]
+)
 def test_mutants(folder: Path, header: Header, name: str | None) -> None:
     text = kernel_text("gate.cu")
     variants = set()

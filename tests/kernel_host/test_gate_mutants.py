@@ -207,7 +207,9 @@ def test_survivor_is_not_caught(folder: Path, name: str) -> None:
     run_suite(folder, SURVIVORS[name](kernel_text()))
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if i > 3 else []) for i, name in enumerate(MUTANTS)]
+)
 def test_mutant_is_caught(folder: Path, name: str, record_property: Callable[[str, object], None]) -> None:
     mutated = MUTANTS[name](kernel_text())
     with pytest.raises(AssertionError) as caught:
