@@ -122,7 +122,8 @@ class Hook:
         except InternalStateError:
             if self.family.schedule is not None:
                 raise
-            given = kwargs  # of a subclass's (*args, **kwargs), where what is given by place has no name
+            # Of a subclass's (*args, **kwargs), where what is given by place has no name.
+            given = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
         given = {n: p.default for n, p in inspect.signature(generate_image).parameters.items()} | given
         for name in LEAVES_OUT:
             if given.get(name):
