@@ -120,7 +120,7 @@ def _decoded(data: dict[str, Any]) -> Any:
     return base64.b64decode(data["base64"]) if data.keys() == {"base64"} else data
 
 
-def check_equal(group: Group, stage: str, **values: Any) -> None:
+def check_equal(group: Group, stage: str, /, **values: Any) -> None:
     """Raises TeaCacheValueError on all ranks where one has another value than rank 0; another ``chip`` is a warning."""
     first, *others = gathered(group, stage, values)
     for rank, other in enumerate(others, 1):

@@ -284,10 +284,10 @@ class _Run:
     def measure(self, *wanted: Tried, n: int | None = None) -> None:
         """Each with the first ``n`` prompts (default: those to learn from), as far as that has not been done."""
         n, tuned = self.tuned.learnt.stop if n is None else n, self.tuned
-        todo = [(t, i) for t in wanted for i in range(len(t.psnr), n)]
-        full = self.runs.pictures if todo else []
-        made = self.made([(t.name, i, self.how(t)) for t, i in todo])
-        for (t, i), (picture, skipped) in zip(todo, made, strict=True):
+        wanting = [(t, i) for t in wanted for i in range(len(t.psnr), n)]
+        full = self.runs.pictures if wanting else []
+        made = self.made([(t.name, i, self.how(t)) for t, i in wanting])
+        for (t, i), (picture, skipped) in zip(wanting, made, strict=True):
             if t not in tuned.tried:
                 tuned.tried.append(t)
             t.psnr.append(min(IDENTICAL, psnr(full[i], unpacked(picture))))
